@@ -1,0 +1,33 @@
+"""Where the tests run: on a GPU where there is one, else on the CPU with Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Before anything imports triton: the variable is read when kernels are defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device on which every backend can run: a GPU, or the CPU with interpreted kernels."""
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _chosen_by_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend or tile table that the environment asks for must not decide what a test tests."""
+    for name in ("RPSFT_BACKEND", "RPSFT_TILES"):
+        monkeypatch.delenv(name, raising=False)

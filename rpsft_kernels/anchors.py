@@ -1,0 +1,244 @@
+"""A model's anchors by parameter name: made, saved, loaded and checked against a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import nn
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+from . import ops
+from .anchor import Anchor
+from .anchor_file import Contents, read_anchors, write_anchors
+from .anchor_table import in_units, table
+from .fingerprint import Fingerprint, dtype_name
+from .names import named_weights
+from .pieces import check_rank
+from .selection import Patterns, check_whole, select_weights
+
+
+class Anchors(Mapping[str, Anchor]):
+    """Anchors by canonical parameter name (wrapper prefixes such as ``_orig_mod`` left out). Immutable.
+
+    Args:
+        anchors: A non-empty mapping of names to anchors.
+        fingerprints: What the anchored weights were, by name, where that is known; :meth:`verify` needs it.
+        skipped: Parameters without an anchor, with the reason.
+
+    Raises:
+        ValueError: ``anchors`` is empty or holds anything but anchors, or a fingerprint belongs to none
+            of them.
+    """
+
+    def __init__(
+        self,
+        anchors: Mapping[str, Anchor],
+        *,
+        fingerprints: Mapping[str, Fingerprint] | None = None,
+        skipped: Mapping[str, str] | None = None,
+    ) -> None:
+        if not isinstance(anchors, Mapping):
+            raise ValueError(f"anchors: got {type(anchors).__name__}, expected a mapping of names to Anchor")
+        if not anchors:
+            raise ValueError(
+                "anchors: got an empty mapping, expected at least one Anchor: "
+                "anchors for nothing regularise nothing"
+            )
+        for name, anchor in anchors.items():
+            if not isinstance(name, str) or not isinstance(anchor, Anchor):
+                raise ValueError(
+                    f"anchors[{name!r}]: got {type(anchor).__name__}, expected an Anchor under a str name"
+                )
+        self._anchors = dict(anchors)
+        self._fingerprints = dict(fingerprints or {})
+        self._skipped = dict(skipped or {})
+        for name, fingerprint in self._fingerprints.items():
+            anchor_of = self._anchors.get(name)
+            described = (fingerprint.name, fingerprint.shape, fingerprint.dtype)
+            if anchor_of is None or described != (name, anchor_of.shape, dtype_name(anchor_of.weight_dtype)):
+                raise ValueError(
+                    f"fingerprints[{name!r}]: got {fingerprint}, expected that of the weight of {anchor_of}"
+                )
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        rank: int,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        keep_base: bool = True,
+        basis_dtype: torch.dtype = torch.bfloat16,
+        progress: bool = True,
+    ) -> Anchors:
+        """Anchors for every 2-D floating point parameter of a pretrained model, each on its own device.
+
+        Args:
+            model: The model before fine-tuning, whole (not sharded). Frozen parameters are anchored too.
+            rank: k (the paper's 768); weights with min(m, n) <= k get a full anchor.
+            include: A glob or globs over full canonical names (``fnmatch``, case-sensitive); None takes
+                every parameter.
+            exclude: A glob or globs of parameters to leave out; outranks ``include``.
+            keep_base: As for :meth:`Anchor.from_weight`.
+            basis_dtype: As for :meth:`Anchor.from_weight`.
+            progress: Whether to draw a progress bar on stderr.
+
+        Tied parameters are anchored once, under their first name; a glob that matches any of their names has
+        matched them. :attr:`skipped` says what was not anchored, and why.
+
+        Raises:
+            ValueError: a glob matches no parameter; nothing is left to anchor; a weight is sharded, on the
+                meta device or not finite (the message names it); or an argument is invalid.
+        """
+        check_rank(rank)
+        selection = select_weights(model, include, exclude)
+        anchors: dict[str, Anchor] = {}
+        fingerprints: dict[str, Fingerprint] = {}
+        for name, weight in tqdm(selection.chosen.items(), "anchoring", unit="weight", disable=not progress):
+            try:
+                anchors[name] = Anchor.from_weight(weight, rank, keep_base=keep_base, basis_dtype=basis_dtype)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            fingerprints[name] = Fingerprint.of(name, weight)
+        return cls(anchors, fingerprints=fingerprints, skipped=selection.skipped)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> Anchors:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: The file.
+            model: The pretrained model, if at hand: it is verified (:meth:`verify`), and blocks that another
+                backend computed are rebuilt (:meth:`rebuilt`).
+            device: Where the anchors go.
+
+        Raises:
+            ValueError: the file is not one of ours, of another version, incomplete or not finite (the message
+                names file and weight), or ``model`` is not the model that was anchored.
+            FileNotFoundError: there is no such file.
+        """
+        contents = read_anchors(path, device)
+        try:
+            anchors = cls(contents.anchors, fingerprints=contents.fingerprints, skipped=contents.skipped)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+        return anchors if model is None else anchors.rebuilt(model)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all; an existing file is replaced.
+
+        Raises:
+            ValueError: the folder of ``path`` does not exist, or ``path`` is a folder.
+        """
+        write_anchors(path, Contents(self._anchors, self._fingerprints, self._skipped))
+
+    def verify(self, model: nn.Module) -> None:
+        """Check that ``model`` holds the very weights that were anchored, bit for bit.
+
+        Raises:
+            ValueError: lists every anchored weight that the model lacks or has in another shape or dtype or
+                with other values, or whose fingerprint was never taken (anchors that were built by hand).
+        """
+        weights = named_weights(model)
+        problems = []
+        for name in self._anchors:
+            weight, fingerprint = weights.get(name), self._fingerprints.get(name)
+            if weight is None:
+                problems.append(f"{name}: the model has no parameter of this name")
+                continue
+            check_whole(name, weight)
+            if fingerprint is None:
+                problems.append(
+                    f"{name}: no fingerprint was taken (anchors built by hand), nothing to verify by"
+                )
+            elif weight.device.type == "meta":
+                problems.append(f"{name}: the parameter is on the meta device, without values")
+            else:
+                difference = fingerprint.difference(weight)
+                if difference is not None:
+                    problems.append(f"{name}: {difference}")
+        if problems:
+            listed = "\n  ".join(problems)
+            raise ValueError(
+                f"model: {len(problems)} of {len(self)} weights are not those that were anchored, expected "
+                "the pretrained checkpoint of these anchors; load that one, or anchor this one "
+                f"(Anchors.from_model):\n  {listed}"
+            )
+
+    def rebuilt(self, model: nn.Module) -> Anchors:
+        """These anchors, with the blocks recomputed that another arithmetic than ``model``'s has made.
+
+        Args:
+            model: The pretrained model, on the devices it will be trained on.
+
+        Raises:
+            ValueError: as :meth:`verify`.
+        """
+        self.verify(model)
+        weights = named_weights(model)
+        anchors = dict(self._anchors)
+        for name, anchor in self._anchors.items():
+            if anchor.form != "block":
+                continue
+            weight = weights[name]
+            backend = ops.resolve_backend(weight.device, weight.dtype)
+            if anchor.arithmetic != ops.arithmetic_id(backend, weight.device, weight.dtype):
+                anchors[name] = anchor.to(weight.device).rebuilt_block(weight).to(anchor.device)
+        return self._with(anchors)
+
+    def to(self, device: torch.device | str) -> Anchors:
+        """The same anchors on ``device``; blocks stay as computed, see :meth:`rebuilt`."""
+        return self._with({name: anchor.to(device) for name, anchor in self._anchors.items()})
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Parameters that have no anchor, with the reason."""
+        return MappingProxyType(self._skipped)
+
+    @property
+    def fingerprints(self) -> Mapping[str, Fingerprint]:
+        """What the anchored weights were, by name; empty for anchors that were built by hand."""
+        return MappingProxyType(self._fingerprints)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all anchors."""
+        return sum(anchor.nbytes for anchor in self._anchors.values())
+
+    def summary(self) -> str:
+        """A table by form: weights, bytes and captured energy; then what was skipped, by reason."""
+        return table(self._anchors, self._skipped)
+
+    def __getitem__(self, name: str) -> Anchor:
+        return self._anchors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._anchors)
+
+    def __len__(self) -> int:
+        return len(self._anchors)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        forms = [anchor.form for anchor in self._anchors.values()]
+        counts = ", ".join(f"{forms.count(f)} {f}" for f in ("base", "block", "full") if f in forms)
+        devices = ", ".join(sorted({str(anchor.device) for anchor in self._anchors.values()}))
+        return f"Anchors({counts}; {len(self._skipped)} skipped; {in_units(self.nbytes)} on {devices})"
+
+    def _with(self, anchors: Mapping[str, Anchor]) -> Anchors:
+        return Anchors(anchors, fingerprints=self._fingerprints, skipped=self._skipped)

@@ -1,0 +1,23 @@
+"""The two operations that carry the package, and the choice of the backend that runs them.
+
+``project_drift`` maps weights to their drifts ``C = U^T (W - W0) V`` and ``pull_back`` is its adjoint,
+``scale * U C V^T``. Both take lists, so that a backend can serve many weights in few launches.
+"""
+
+from .backend import arithmetic_id, available_backends, requested_backend, resolve_backend, use_backend
+from .bucket import BucketLimits, WeightSpec, plan_buckets
+from .registry import project_drift, pull_back, pull_back_
+
+__all__ = [
+    "BucketLimits",
+    "WeightSpec",
+    "arithmetic_id",
+    "available_backends",
+    "plan_buckets",
+    "project_drift",
+    "pull_back",
+    "pull_back_",
+    "requested_backend",
+    "resolve_backend",
+    "use_backend",
+]

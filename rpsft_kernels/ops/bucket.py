@@ -1,0 +1,68 @@
+"""Which weights go through the operations together: about one transformer layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One weight as the planner sees it: ``rows`` x ``cols`` at ``rank`` (0 for a full anchor).
+
+    ``key`` names what must be equal for weights to share a launch (form, dtypes, device).
+    """
+
+    rows: int
+    cols: int
+    rank: int
+    key: Hashable = None
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the intermediate (shorter side, k) in bfloat16: the base form's."""
+        return 2 * min(self.rows, self.cols) * self.rank
+
+
+@dataclass(frozen=True)
+class BucketLimits:
+    """What one bucket may hold; a single weight beyond a limit still gets a bucket of its own.
+
+    ``weights`` bounds the share of a model whose gradients the backward pass holds at once, ``elements``
+    their size (768 MiB in bfloat16), ``workspace_bytes`` the intermediates' (a GPU's second-level cache).
+    """
+
+    weights: int = 8
+    elements: int = 384 << 20
+    workspace_bytes: int = 64 << 20
+
+
+def plan_buckets(specs: Sequence[WeightSpec], limits: BucketLimits | None = None) -> list[list[int]]:
+    """Indices of ``specs`` in buckets; each bucket has one key and one orientation, in the given order.
+
+    Weights taller than wide are contracted from the other side (by another kernel variant), hence
+    the orientation. The plan depends on nothing but its arguments.
+    """
+    limits = limits or BucketLimits()
+    classes: dict[Hashable, list[int]] = {}
+    for i, spec in enumerate(specs):
+        classes.setdefault((spec.key, spec.rank == 0, spec.rows <= spec.cols), []).append(i)
+    buckets: list[list[int]] = []
+    for members in classes.values():
+        bucket: list[int] = []
+        elements = workspace = 0
+        for i in members:
+            elements += specs[i].elements
+            workspace += specs[i].workspace_bytes
+            over = elements > limits.elements or workspace > limits.workspace_bytes
+            if bucket and (over or len(bucket) == limits.weights):
+                buckets.append(bucket)
+                bucket, elements, workspace = [], specs[i].elements, specs[i].workspace_bytes
+            bucket.append(i)
+        buckets.append(bucket)
+    # In the order of their first weights: neighbours in the model are processed near each other.
+    return sorted(buckets, key=lambda b: b[0])

@@ -1,0 +1,75 @@
+"""The operations as grouped Triton kernels: one launch per phase over many weights of different shapes.
+
+========== ================================== =================================================
+project    ``T = (W - W0) V`` or ``W V``       read a row of the table per weight (``fields``),
+drift      ``C = U^T T - B``, ``||C||^2``       walk a static schedule (``schedule``), compile one
+pull       ``P = scale * U C``                 variant per layout and dtype (``variant``)
+gradient   ``G (+)= P V^T``
+========== ================================== =================================================
+
+Triton is imported by this package alone, and only when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "its kernels take bfloat16, float16 and float32"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return "its kernels need compute capability 8.0 or newer"
+        return None
+    if device.type == "cpu":
+        from .profile import interpreted
+
+        return None if interpreted() else "on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1)"
+    return "its kernels run on CUDA and ROCm devices"
+
+
+def arithmetic(device: torch.device) -> str:
+    from .profile import device_profile
+
+    return device_profile(device).architecture
+
+
+def project_drift(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor]:
+    from .forward import run_forward
+    from .whole import run_whole_forward
+
+    if not lefts:
+        return run_whole_forward(weights, bases)
+    return run_forward(weights, lefts, rights, bases, blocks)
+
+
+def pull_back_into(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    drifts: Sequence[Tensor],
+    scales: Tensor,
+    accumulate: bool,
+) -> None:
+    from .backward import run_backward
+    from .whole import run_whole_backward
+
+    if not lefts:
+        run_whole_backward(grads, weights, bases, scales, accumulate)
+    else:
+        run_backward(grads, lefts, rights, drifts, scales, accumulate)

@@ -1,0 +1,144 @@
+"""``pull_back`` on the kernels: phases 3 and 4, two launches a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .forward import access_of, addresses, static_columns, up
+from .launch import launch
+from .problem import Group, Problem, is_transposed, lies
+from .profile import Profile, device_profile, rank_class
+from .schedule import Grid, Schedule, build_schedule
+from .table import upload_fields, upload_schedule
+from .variant import Form, Variant, gradient_variant, pull_variant
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardPlan:
+    """Everything about one group that does not change from step to step. Sizes are in elements."""
+
+    pull: Variant
+    gradient: Variant
+    pull_schedule: Schedule
+    gradient_schedule: Schedule
+    columns: dict[str, list[int]]
+    planes_offsets: list[int]
+    planes_size: int
+
+    @property
+    def workspace_bytes(self) -> int:
+        return 2 * self.planes_size
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        return [self.pull_schedule, self.gradient_schedule]
+
+
+@lru_cache(maxsize=1024)
+def plan_backward(
+    profile: Profile, group: Group, problems: tuple[Problem, ...], drift_aligned: bool, accumulate: bool
+) -> BackwardPlan:
+    """The launches for weights of one group (not full anchors)."""
+    arch, basis, rank = profile.architecture, group.form.basis, group.rank_class
+    assert group.grad is not None
+    grad = group.grad
+
+    def pull_of(even: bool) -> Variant:
+        access = access_of(profile, group, even)
+        return pull_variant(arch, basis, rank, group.transposed, access, drift_aligned)
+
+    def gradient_of(even: bool) -> Variant:
+        access = access_of(profile, group, even)
+        return gradient_variant(
+            arch, basis, grad, rank, group.rows_contiguous, access, group.grad_aligned, accumulate
+        )
+
+    pm, pn, pk = pull_of(False).blocks
+    gm, gn, gk = gradient_of(False).blocks
+
+    def extents(p: Problem) -> tuple[int, int]:
+        return (p.cols, p.rows) if group.rows_contiguous else (p.rows, p.cols)
+
+    pull = pull_of(
+        drift_aligned and all(p.rows % pm == 0 and p.rank % pk == 0 and p.rank % pn == 0 for p in problems)
+    )
+    whole = all(high % gm == 0 and wide % gn == 0 for high, wide in map(extents, problems))
+    gradient = gradient_of(whole and group.grad_aligned and all(p.rank % gk == 0 for p in problems))
+    parts = group.form.basis_parts
+    pull_grids, gradient_grids, planes_offsets = [], [], []
+    widths, heights = [], []
+    planes_size = 0
+    for p in problems:
+        width, height = up(p.rank, max(pn, gk)), up(p.rows, max(pm, gn if group.rows_contiguous else gm))
+        high, wide = extents(p)
+        pull_grids.append(Grid(-(-p.rows // pm), -(-p.rank // pn), 1, pm * pn * up(p.rank, pk)))
+        gradient_grids.append(Grid(-(-high // gm), -(-wide // gn), 1, gm * gn * up(p.rank, gk)))
+        widths.append(width)
+        heights.append(height)
+        planes_offsets.append(planes_size)
+        planes_size += parts * height * width
+    return BackwardPlan(
+        pull,
+        gradient,
+        build_schedule(tuple(pull_grids), profile.multiprocessors * pull.residents, False),
+        build_schedule(tuple(gradient_grids), profile.multiprocessors * gradient.residents, True),
+        {**static_columns(problems), "PLANES_ROW": widths, "PLANES_ROWS": heights},
+        planes_offsets,
+        planes_size,
+    )
+
+
+def describe(left: Tensor, right: Tensor, grad: Tensor, profile: Profile) -> tuple[Group, Problem]:
+    """The group that a gradient belongs to, and its static description."""
+    transposed = is_transposed(grad.shape)
+    if transposed:
+        left, right = right, left
+    bases = [lies(left, False), lies(right, False)]
+    aligned = all((b.descriptor if profile.descriptors else b.pointer) and not b.rows_contiguous for b in bases)
+    place = lies(grad, transposed)
+    rank = left.shape[1]
+    form = Form(grad.dtype, None, left.dtype)
+    rows, cols = sorted(grad.shape)
+    group = Group(form, rank_class(rank), transposed, place.rows_contiguous, aligned, grad.dtype, place.pointer)
+    return group, Problem(rows, cols, rank, left=bases[0].strides, right=bases[1].strides, grad=place.strides)
+
+
+def run_backward(
+    grads: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    drifts: Sequence[Tensor],
+    scales: Tensor,
+    accumulate: bool,
+) -> None:
+    """``grads = scale * U C V^T``, or ``+=``."""
+    device = scales.device
+    profile = device_profile(device)
+    drifts = [c.to(torch.float32).contiguous() for c in drifts]
+    scales = scales.to(torch.float32).contiguous()
+    groups: dict[Group, list[tuple[int, Problem]]] = {}
+    for i, grad in enumerate(grads):
+        group, problem = describe(lefts[i], rights[i], grad, profile)
+        groups.setdefault(group, []).append((i, problem))
+    for group, entries in groups.items():
+        members = [i for i, _ in entries]
+        drift_aligned = all(p.rank % 4 == 0 and drifts[i].data_ptr() % 16 == 0 for i, p in entries)
+        plan = plan_backward(profile, group, tuple(p for _, p in entries), drift_aligned, accumulate)
+        planes = torch.empty(plan.planes_size, dtype=torch.bfloat16, device=device)
+        first, second = (rights, lefts) if group.transposed else (lefts, rights)
+        columns = dict(plan.columns)
+        columns["NUMBER"] = members
+        columns["LEFT"] = addresses([first[i] for i in members])
+        columns["RIGHT"] = addresses([second[i] for i in members])
+        columns["DRIFT"] = addresses([drifts[i] for i in members])
+        columns["GRAD"] = addresses([grads[i] for i in members])
+        columns["PLANES"] = [planes.data_ptr() + 2 * offset for offset in plan.planes_offsets]
+        table = upload_fields(columns, len(members), device)
+        pull, gradient = plan.pull_schedule, plan.gradient_schedule
+        launch(plan.pull, pull.programs_with_work, device, table, *upload_schedule(pull, device), scales)
+        launch(plan.gradient, gradient.programs_with_work, device, table, *upload_schedule(gradient, device))

@@ -1,0 +1,116 @@
+"""Compile variants for a GPU that need not be there, and read what the compiler made of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .profile import interpreted
+from .variant import ARGUMENT_TYPES, ARGUMENTS, KERNELS, Variant, list_variants
+
+# Name of a tile table -> the compiler's target.
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DESCRIPTORS = {"sm_80": False, "sm_86": False, "sm_90": True, "sm_100": True, "sm_120": True, "gfx942": False}
+# Bytes of shared memory that one block may use.
+SHARED_LIMIT = {
+    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled variant uses: registers per thread, bytes of shared memory, bytes of spills, and how often
+    each machine instruction occurs in its text.
+    """
+
+    variant: str
+    architecture: str
+    registers: int
+    shared: int
+    spilled: int
+    instructions: dict[str, int]
+
+    def count(self, prefix: str) -> int:
+        """Instructions whose name begins with ``prefix``."""
+        return sum(n for name, n in self.instructions.items() if name.startswith(prefix))
+
+
+def compile_variant(variant: Variant, architecture: str) -> Any:
+    """Triton's compiled kernel (``.asm`` holds "ttgir", "ptx", "cubin" or "hsaco")."""
+    if interpreted():
+        raise ValueError("TRITON_INTERPRET is set: the interpreter cannot compile; unset it")
+    names = ARGUMENTS[variant.kernel]
+    signature = {name: ARGUMENT_TYPES[name] for name in names}
+    signature |= {name: "constexpr" for name, _ in variant.constants}
+    # torch allocates every argument at a multiple of 16 bytes at least.
+    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(names))}
+    source = ASTSource(KERNELS[variant.kernel], signature, constexprs=dict(variant.constants), attrs=attributes)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": False}
+    return triton.compile(source, target=TARGETS[architecture], options=options)
+
+
+def read_resources(variant: Variant, architecture: str) -> Resources:
+    """Compile a variant and read registers, spills and instructions from its machine code."""
+    compiled = compile_variant(variant, architecture)
+    if architecture.startswith("gfx"):
+        return _read_amd(variant.label(), architecture, compiled)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output(str(tools / "cuobjdump"), "-res-usage", file.name)
+        text = _output(str(tools / "nvdisasm"), file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    # "/*0a10*/ @!P0 LDG.E.128 R4, ..." -> LDG.E.128
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text)
+    instructions = Counter(names)
+    spilled = sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL")))
+    return Resources(
+        variant.label(), architecture, int(registers[1]) if registers else 0, compiled.metadata.shared, spilled,
+        dict(instructions),
+    )  # fmt: skip
+
+
+def _read_amd(label: str, architecture: str, compiled: Any) -> Resources:
+    text = compiled.asm["amdgcn"]
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+    spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
+    instructions = Counter(re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", text, re.M))
+    return Resources(
+        label, architecture, int(registers[1]) if registers else 0, compiled.metadata.shared,
+        int(spills[1]) if spills else 0, dict(instructions),
+    )  # fmt: skip
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def survey(architecture: str, ranks: tuple[int, ...] = (768,), jobs: int = 1) -> Iterator[Resources]:
+    """The resources of every variant of an architecture, in a fixed order."""
+    variants = list(list_variants(architecture, DESCRIPTORS[architecture], ranks))
+    if jobs == 1:
+        yield from map(partial(read_resources, architecture=architecture), variants)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(partial(read_resources, architecture=architecture), variants, chunksize=4)

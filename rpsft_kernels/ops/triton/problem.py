@@ -1,0 +1,74 @@
+"""One weight as the kernels see it: shorter side first, pieces described by strides and alignment."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .variant import Form
+
+Strides = tuple[int, int]
+_NONE: Strides = (0, 0)
+
+
+class Lies(NamedTuple):
+    """How a matrix lies in memory, seen shorter side first.
+
+    ``pointer``: 16-byte vectors may be read along its contiguous dimension. ``descriptor``: a tensor descriptor may
+    describe it (whose extents need not be whole vectors).
+    """
+
+    strides: Strides
+    rows_contiguous: bool
+    pointer: bool
+    descriptor: bool
+
+
+def lies(matrix: Tensor, transposed: bool) -> Lies:
+    """How ``matrix`` lies; ``transposed`` where the kernels see its transpose."""
+    down, across = matrix.stride()
+    contiguous = 1 if across == 1 else 0
+    other = matrix.stride(1 - contiguous)
+    unit = 16 // matrix.element_size()
+    described = (
+        matrix.stride(contiguous) == 1
+        and other >= matrix.shape[contiguous]
+        and other % unit == 0
+        and matrix.data_ptr() % 16 == 0
+        and matrix.numel() > 0
+    )
+    vectors = described and matrix.shape[contiguous] % unit == 0
+    strides = (across, down) if transposed else (down, across)
+    return Lies(strides, (contiguous == 0) != transposed, vectors, described)
+
+
+class Problem(NamedTuple):
+    """The static description of one weight; hashable, equal for equal layouts. Pieces that a phase lacks have strides (0, 0)."""
+
+    rows: int
+    cols: int
+    rank: int
+    weight: Strides = _NONE
+    base: Strides = _NONE
+    left: Strides = _NONE
+    right: Strides = _NONE
+    grad: Strides = _NONE
+
+
+class Group(NamedTuple):
+    """What weights must share to be served by the same launches."""
+
+    form: Form
+    rank_class: int
+    transposed: bool
+    rows_contiguous: bool
+    aligned: bool
+    grad: torch.dtype | None = None
+    grad_aligned: bool = False
+
+
+def is_transposed(shape: torch.Size) -> bool:
+    """Whether the kernels see the transpose: the side contracted first is the longer one, which costs least."""
+    return shape[0] > shape[1]

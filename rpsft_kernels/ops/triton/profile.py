@@ -1,0 +1,110 @@
+"""What the launcher knows about a device, and the shipped table of tile shapes for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tile import INTERPRETED
+
+_TABLES = Path(__file__).with_name("tiles")
+PHASES = ("project", "drift", "pull", "gradient", "full")
+_RANK_CLASSES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An architecture's name (a table in ``tiles/``), its multiprocessors, and whether it reads through descriptors."""
+
+    architecture: str
+    multiprocessors: int
+    descriptors: bool
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile shape of one phase: ``block_m`` x ``block_n`` x ``block_k``, warps, pipeline stages, programs per multiprocessor."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    per_multiprocessor: int
+
+
+# Newest first: a device takes the table of the newest architecture that is not newer than itself.
+_CUDA_TABLES = ((120, "sm_120"), (100, "sm_100"), (90, "sm_90"), (86, "sm_86"), (80, "sm_80"))
+
+
+def cuda_architecture(capability: int) -> str:
+    """The table that serves a CUDA compute capability (``90`` for 9.0)."""
+    for number, name in _CUDA_TABLES:
+        if capability >= number:
+            return name
+    raise ValueError(f"compute capability {capability / 10:.1f}: the kernels need 8.0 (bfloat16 tensor cores) or newer")
+
+
+@lru_cache(maxsize=64)
+def device_profile(device: torch.device) -> Profile:
+    """The profile of a GPU, or the interpreter's for the CPU."""
+    if device.type == "cpu":
+        # Few programs, so that each walks several tiles and weights, as on a GPU.
+        return Profile("interpreter", 3, False)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Profile("gfx942", properties.multi_processor_count, False)
+    capability = properties.major * 10 + properties.minor
+    return Profile(cuda_architecture(capability), properties.multi_processor_count, capability >= 90)
+
+
+@lru_cache(maxsize=16)
+def tile_table(architecture: str) -> dict[str, Any]:
+    """The table of an architecture: phase -> operand class -> rows of (largest rank, tile config).
+
+    ``RPSFT_TILES`` names a JSON file of the same form (written by ``python -m rpsft_kernels tune``) whose phases
+    replace the shipped ones of its architecture.
+    """
+    table: dict[str, Any] = json.loads((_TABLES / f"{architecture}.json").read_text())
+    override = os.environ.get("RPSFT_TILES", "")
+    if override:
+        try:
+            loaded = json.loads(Path(override).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"environment variable RPSFT_TILES: cannot read {override!r} ({error}); expected a table written by "
+                "'python -m rpsft_kernels tune'"
+            ) from error
+        if loaded.get("architecture") == architecture:
+            table.update({phase: loaded[phase] for phase in PHASES if phase in loaded})
+    return table
+
+
+def rank_class(rank: int) -> int:
+    """The rank by which tile shapes are chosen: weights of one class may share a launch."""
+    return next((bound for bound in _RANK_CLASSES if rank <= bound), _RANK_CLASSES[-1] + 1)
+
+
+def tile_config(architecture: str, phase: str, rank: int, operands: str) -> TileConfig:
+    """The tile shape of a phase for weights of ``rank`` whose operands are of a class of the table:
+
+    ``"one part"`` (16-bit operands), ``"wide"`` (the same arithmetic, read from float32), ``"parts"`` (several bfloat16 parts)
+    or ``"strided"`` (nothing is aligned).
+    """
+    classes = tile_table(architecture)[phase]
+    rows = classes[operands] if operands in classes else classes["one part"]
+    row = next(row for row in rows if rank <= row["rank"])
+    return TileConfig(
+        row["block_m"], row["block_n"], row["block_k"], row["warps"], row["stages"], row["per_multiprocessor"]
+    )
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter (``TRITON_INTERPRET=1`` when triton was imported)."""
+    return bool(INTERPRETED.value)

@@ -1,0 +1,331 @@
+"""Kernel variants: what is decided at compile time for one launch, as plain values that can be listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from .drift import drift_kernel, reduce_kernel, squares_kernel
+from .full import full_drift_kernel, full_gradient_kernel
+from .gradient import gradient_kernel
+from .profile import TileConfig, tile_config
+from .project import project_kernel
+from .pull import pull_kernel
+
+KERNELS = {
+    "project": project_kernel,
+    "drift": drift_kernel,
+    "reduce": reduce_kernel,
+    "squares": squares_kernel,
+    "pull": pull_kernel,
+    "gradient": gradient_kernel,
+    "full_drift": full_drift_kernel,
+    "full_gradient": full_gradient_kernel,
+}
+# The arguments that are not compile-time constants: int64 table, int32 schedule, float32 vectors.
+ARGUMENTS = {
+    "project": ("table", "starts", "runs", "order"),
+    "drift": ("table", "starts", "runs", "order", "squares"),
+    "reduce": ("table", "starts", "runs", "order", "squares"),
+    "squares": ("table", "squares", "totals"),
+    "pull": ("table", "starts", "runs", "order", "scales"),
+    "gradient": ("table", "starts", "runs", "order"),
+    "full_drift": ("table", "starts", "runs", "order", "squares"),
+    "full_gradient": ("table", "starts", "runs", "order", "scales"),
+}
+ARGUMENT_TYPES = {
+    "table": "*i64",
+    "starts": "*i32",
+    "runs": "*i32",
+    "order": "*i32",
+    "squares": "*fp32",
+    "totals": "*fp32",
+    "scales": "*fp32",
+}
+TYPES: dict[torch.dtype, tl.dtype] = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel: its name in ``KERNELS``, its constants, warps and pipeline stages, and how many of its
+    programs share a multiprocessor.
+    """
+
+    kernel: str
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+    stages: int
+    residents: int = 1
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """The tile shape; 0 for a dimension that the kernel has not."""
+        constants = dict(self.constants)
+        return (constants.get("BLOCK_M", 0), constants.get("BLOCK_N", 0), constants.get("BLOCK_K", 0))
+
+    def label(self) -> str:
+        """A short name for reports: the kernel and the constants that differ from 0, False and None."""
+        shown = [f"{k.lower()}={v}" for k, v in self.constants if v is not None and v is not False]
+        return f"{self.kernel}({', '.join(shown)}, warps={self.warps}, stages={self.stages})"
+
+
+def _variant(kernel: str, config: TileConfig, **constants: Any) -> Variant:
+    return Variant(kernel, tuple(constants.items()), config.warps, config.stages, config.per_multiprocessor)
+
+
+def _basis_parts(basis: torch.dtype) -> int:
+    return 1 if basis == torch.bfloat16 else 3
+
+
+def _basis_operands(basis: torch.dtype) -> str:
+    return "one part" if basis == torch.bfloat16 else "parts"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What decides the arithmetic of a bucket: the dtypes of W, W0 (None: no base) and of the bases."""
+
+    weight: torch.dtype
+    base: torch.dtype | None
+    basis: torch.dtype
+
+    @property
+    def basis_parts(self) -> int:
+        return _basis_parts(self.basis)
+
+    @property
+    def basis_operands(self) -> str:
+        """The table's class for the product of a basis with T."""
+        return "parts" if self.planes > 1 else _basis_operands(self.basis)
+
+    @property
+    def weight_parts(self) -> int:
+        """bfloat16 parts of the first product's left operand: the drift's, or W's to its last bit."""
+        if self.base is not None:
+            return self.basis_parts
+        return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[self.weight]
+
+    @property
+    def planes(self) -> int:
+        """bfloat16 parts in which T is stored: one where it is as small as the drift, else float32's three."""
+        return self.basis_parts if self.base is not None else 3
+
+    @property
+    def operands(self) -> str:
+        """The table's class for the first product."""
+        if max(self.basis_parts, self.weight_parts, self.planes) > 1:
+            return "parts"
+        return "wide" if torch.float32 in (self.weight, self.base) else "one part"
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a launch may read: see ``tile.read_tile``. ``even`` belongs to the kernel it was computed for."""
+
+    aligned: bool
+    descriptor: bool
+    even: bool
+
+
+def _operands(operands: str, access: Access) -> str:
+    return operands if access.aligned else "strided"
+
+
+def project_variant(architecture: str, form: Form, rank: int, rows_contiguous: bool, access: Access) -> Variant:
+    config = tile_config(architecture, "project", rank, _operands(form.operands, access))
+    return _variant(
+        "project",
+        config,
+        WEIGHT_TYPE=TYPES[form.weight],
+        BASE_TYPE=None if form.base is None else TYPES[form.base],
+        BASIS_TYPE=TYPES[form.basis],
+        ROWS_CONTIGUOUS=rows_contiguous,
+        ALIGNED=access.aligned,
+        DESCRIPTOR=access.descriptor,
+        EVEN=access.even,
+        WEIGHT_PARTS=form.weight_parts,
+        BASIS_PARTS=form.basis_parts,
+        PLANES=form.planes,
+        # The fifth-generation tensor core takes the computed operand from shared memory.
+        SWAPPED=architecture == "sm_100" and rows_contiguous,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+
+
+def drift_variant(
+    architecture: str, form: Form, rank: int, transposed: bool, access: Access, drift_aligned: bool, has_block: bool
+) -> Variant:
+    config = tile_config(architecture, "drift", rank, _operands(form.basis_operands, access))
+    return _variant(
+        "drift",
+        config,
+        BASIS_TYPE=TYPES[form.basis],
+        TRANSPOSED=transposed,
+        ALIGNED=access.aligned,
+        DESCRIPTOR=access.descriptor,
+        EVEN=access.even,
+        DRIFT_ALIGNED=drift_aligned,
+        HAS_BLOCK=has_block,
+        BASIS_PARTS=form.basis_parts,
+        PLANES=form.planes,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+
+
+def reduce_variant(drift: Variant) -> Variant:
+    """The second pass that belongs to a drift variant."""
+    constants = dict(drift.constants)
+    kept = ("TRANSPOSED", "EVEN", "DRIFT_ALIGNED", "HAS_BLOCK", "BLOCK_M", "BLOCK_N")
+    # Twice the warps: a whole tile in float32 is held beside its addresses.
+    return Variant("reduce", tuple((name, constants[name]) for name in kept), 2 * drift.warps, 1, drift.residents)
+
+
+def squares_variant() -> Variant:
+    return Variant("squares", (("BLOCK", 1024),), 4, 1)
+
+
+def pull_variant(
+    architecture: str, basis: torch.dtype, rank: int, transposed: bool, access: Access, drift_aligned: bool
+) -> Variant:
+    config = tile_config(architecture, "pull", rank, _operands(_basis_operands(basis), access))
+    return _variant(
+        "pull",
+        config,
+        BASIS_TYPE=TYPES[basis],
+        TRANSPOSED=transposed,
+        ALIGNED=access.aligned,
+        DESCRIPTOR=access.descriptor,
+        EVEN=access.even,
+        DRIFT_ALIGNED=drift_aligned,
+        BASIS_PARTS=_basis_parts(basis),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+
+
+def gradient_variant(
+    architecture: str,
+    basis: torch.dtype,
+    grad: torch.dtype,
+    rank: int,
+    rows_contiguous: bool,
+    access: Access,
+    grad_aligned: bool,
+    accumulate: bool,
+) -> Variant:
+    config = tile_config(architecture, "gradient", rank, _operands(_basis_operands(basis), access))
+    return _variant(
+        "gradient",
+        config,
+        GRAD_TYPE=TYPES[grad],
+        BASIS_TYPE=TYPES[basis],
+        ROWS_CONTIGUOUS=rows_contiguous,
+        ALIGNED=access.aligned,
+        DESCRIPTOR=access.descriptor,
+        EVEN=access.even,
+        GRAD_ALIGNED=grad_aligned,
+        ACCUMULATE=accumulate,
+        BASIS_PARTS=_basis_parts(basis),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+
+
+def full_drift_variant(architecture: str, weight: torch.dtype, base: torch.dtype, aligned: bool) -> Variant:
+    config = tile_config(architecture, "full", 0, "one part")
+    return _variant(
+        "full_drift",
+        config,
+        WEIGHT_TYPE=TYPES[weight],
+        BASE_TYPE=TYPES[base],
+        ALIGNED=aligned,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+    )
+
+
+def full_gradient_variant(
+    architecture: str, weight: torch.dtype, base: torch.dtype, grad: torch.dtype, aligned: bool, accumulate: bool
+) -> Variant:
+    config = tile_config(architecture, "full", 0, "one part")
+    return _variant(
+        "full_gradient",
+        config,
+        WEIGHT_TYPE=TYPES[weight],
+        BASE_TYPE=TYPES[base],
+        GRAD_TYPE=TYPES[grad],
+        ALIGNED=aligned,
+        ACCUMULATE=accumulate,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+    )
+
+
+# W, W0: what training loops hold. W0 is bfloat16 where that is exact, else of the weight's dtype.
+WEIGHT_AND_BASE: tuple[tuple[torch.dtype, torch.dtype | None], ...] = (
+    (torch.bfloat16, None),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, None),
+    (torch.float16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, None),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float32),
+)
+_GRADS = (torch.bfloat16, torch.float16, torch.float32)
+_BOTH = (False, True)
+
+
+def accesses(descriptors: bool) -> tuple[Access, ...]:
+    """The ways to read that an architecture has: the strided one for any operand, and those for aligned ones."""
+    strided = Access(aligned=False, descriptor=False, even=False)
+    if descriptors:
+        return (strided, Access(True, True, False))
+    return (strided, Access(True, False, False), Access(True, False, True))
+
+
+def list_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...] = (768,)) -> Iterator[Variant]:
+    """Every variant that anchors with bases in bfloat16 or float32 can ask for on an architecture, each once."""
+    seen: set[Variant] = set()
+    for variant in _all_variants(architecture, descriptors, ranks):
+        if variant not in seen:
+            seen.add(variant)
+            yield variant
+
+
+def _all_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...]) -> Iterator[Variant]:
+    yield squares_variant()
+    for rank, basis, access, flipped in product(
+        ranks, (torch.bfloat16, torch.float32), accesses(descriptors), _BOTH
+    ):
+        for weight, base in WEIGHT_AND_BASE:
+            form = Form(weight, base, basis)
+            yield project_variant(architecture, form, rank, flipped, access)
+            drift = drift_variant(architecture, form, rank, flipped, access, access.aligned, has_block=base is None)
+            yield drift
+            yield reduce_variant(drift)
+        yield pull_variant(architecture, basis, rank, flipped, access, access.aligned)
+        for grad, accumulate in product(_GRADS, _BOTH):
+            yield gradient_variant(
+                architecture, basis, grad, rank, flipped, access, access.aligned, accumulate
+            )
+    for (weight, base), aligned in product(WEIGHT_AND_BASE, _BOTH):
+        if base is not None:
+            yield full_drift_variant(architecture, weight, base, aligned)
+            for accumulate in _BOTH:
+                yield full_gradient_variant(architecture, weight, base, weight, aligned, accumulate)

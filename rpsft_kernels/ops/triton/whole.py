@@ -1,0 +1,105 @@
+"""Full anchors on the kernels: ``||W - W0||_F^2`` and its gradient, grouped like the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .forward import addresses, static_columns
+from .launch import launch
+from .problem import Problem, lies
+from .profile import device_profile
+from .schedule import Grid, Schedule, build_schedule
+from .table import upload_fields, upload_schedule
+from .variant import Variant, full_drift_variant, full_gradient_variant, squares_variant
+
+
+class WholeGroup(NamedTuple):
+    """What full anchors must share to be served by one launch. ``flipped``: seen transposed, so that W's rows are contiguous."""
+
+    weight: torch.dtype
+    base: torch.dtype
+    grad: torch.dtype | None
+    flipped: bool
+    aligned: bool
+
+
+def _describe(weight: Tensor, base: Tensor, grad: Tensor | None) -> tuple[WholeGroup, Problem]:
+    flipped = lies(weight, False).rows_contiguous
+    pieces = [lies(piece, flipped) for piece in (weight, base) + (() if grad is None else (grad,))]
+    rows, cols = (weight.shape[1], weight.shape[0]) if flipped else (weight.shape[0], weight.shape[1])
+    aligned = cols % 8 == 0 and all(p.pointer and not p.rows_contiguous for p in pieces)
+    group = WholeGroup(weight.dtype, base.dtype, None if grad is None else grad.dtype, flipped, aligned)
+    grad_strides = (0, 0) if grad is None else pieces[2].strides
+    return group, Problem(rows, cols, 0, pieces[0].strides, pieces[1].strides, grad=grad_strides)
+
+
+@lru_cache(maxsize=1024)
+def plan_whole(variant: Variant, problems: tuple[Problem, ...], multiprocessors: int) -> Schedule:
+    """The schedule of an elementwise launch."""
+    m, n, _ = variant.blocks
+    grids = tuple(Grid(-(-p.rows // m), -(-p.cols // n), 1, m * n) for p in problems)
+    return build_schedule(grids, multiprocessors * variant.residents, False)
+
+
+def _groups(
+    weights: Sequence[Tensor], bases: Sequence[Tensor], grads: Sequence[Tensor] | None
+) -> dict[WholeGroup, list[tuple[int, Problem]]]:
+    groups: dict[WholeGroup, list[tuple[int, Problem]]] = {}
+    for i, (weight, base) in enumerate(zip(weights, bases, strict=True)):
+        group, problem = _describe(weight, base, None if grads is None else grads[i])
+        groups.setdefault(group, []).append((i, problem))
+    return groups
+
+
+def run_whole_forward(weights: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Empty drifts and the squares ``||W - W0||_F^2`` of full anchors."""
+    device = weights[0].device
+    profile = device_profile(device)
+    squares = weights[0].new_empty((len(weights),), dtype=torch.float32)
+    for group, entries in _groups(weights, bases, None).items():
+        members, problems = [i for i, _ in entries], tuple(p for _, p in entries)
+        variant = full_drift_variant(profile.architecture, group.weight, group.base, group.aligned)
+        schedule = plan_whole(variant, problems, profile.multiprocessors)
+        m, n, _ = variant.blocks
+        tiles = [-(-p.rows // m) * -(-p.cols // n) for p in problems]
+        slots = torch.empty(sum(tiles), dtype=torch.float32, device=device)
+        columns = static_columns(problems) | {
+            "NUMBER": members,
+            "WEIGHT": addresses([weights[i] for i in members]),
+            "BASE": addresses([bases[i] for i in members]),
+            "SQUARES": [sum(tiles[:i]) for i in range(len(tiles))],
+            "SLOTS": tiles,
+        }
+        table = upload_fields(columns, len(members), device)
+        launch(variant, schedule.programs_with_work, device, table, *upload_schedule(schedule, device), slots)
+        launch(squares_variant(), len(members), device, table, slots, squares)
+    return [w.new_empty((0, 0), dtype=torch.float32) for w in weights], squares
+
+
+def run_whole_backward(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], bases: Sequence[Tensor], scales: Tensor, accumulate: bool
+) -> None:
+    """``grads = scale * (W - W0)``, or ``+=``."""
+    device = scales.device
+    profile = device_profile(device)
+    scales = scales.to(torch.float32).contiguous()
+    for group, entries in _groups(weights, bases, grads).items():
+        members, problems = [i for i, _ in entries], tuple(p for _, p in entries)
+        assert group.grad is not None
+        variant = full_gradient_variant(
+            profile.architecture, group.weight, group.base, group.grad, group.aligned, accumulate
+        )
+        schedule = plan_whole(variant, problems, profile.multiprocessors)
+        columns = static_columns(problems) | {
+            "NUMBER": members,
+            "WEIGHT": addresses([weights[i] for i in members]),
+            "BASE": addresses([bases[i] for i in members]),
+            "GRAD": addresses([grads[i] for i in members]),
+        }
+        table = upload_fields(columns, len(members), device)
+        launch(variant, schedule.programs_with_work, device, table, *upload_schedule(schedule, device), scales)

@@ -1,0 +1,77 @@
+"""The tensors that an anchor is made of: what they must be, and how they are laid out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .fingerprint import dtype_name
+
+# Rows of a basis start 16-byte aligned in every dtype: GPU loads and tensor descriptors need it.
+_ROW_MULTIPLE = 16
+# Elements compared at once when the base is tried in bfloat16.
+_TRIAL_ELEMENTS = 1 << 22
+
+
+def check_rank(rank: object) -> None:
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"rank: got {rank!r}, expected an int of at least 1 (the paper takes 768)")
+
+
+def check_basis_dtype(dtype: torch.dtype, weight_dtype: torch.dtype, name: str) -> None:
+    if dtype == torch.float16:
+        raise ValueError(
+            f"{name}: got float16, expected bfloat16 or float32: a drift of the first fine-tuning steps "
+            "underflows in float16 products"
+        )
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name}: got {dtype}, expected torch.bfloat16, torch.float32 or torch.float64")
+    if dtype == torch.float64 and weight_dtype != torch.float64:
+        raise ValueError(
+            f"{name}: got float64 for {dtype_name(weight_dtype)} weights, expected bfloat16 or float32: sums "
+            "over such weights are float32"
+        )
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    # aminmax hands NaN on, and needs no mask as large as the tensor.
+    low, high = (float(bound) for bound in torch.aminmax(tensor))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(
+            f"{name}: got NaN or infinity, expected finite values only; check where it was loaded from"
+        )
+
+
+def padded(basis: Tensor) -> Tensor:
+    """``basis`` (rows, k) as the first k columns of a zero-padded buffer with aligned rows."""
+    rows, rank = basis.shape
+    stride = -(-rank // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    # Of a view with padding already, nothing tells that the padding is zero.
+    if rank == stride and basis.stride() == (stride, 1) and basis.data_ptr() % 16 == 0:
+        return basis
+    buffer = basis.new_zeros((rows, stride))
+    buffer[:, :rank] = basis
+    return buffer[:, :rank]
+
+
+def base_copy(weight: Tensor) -> Tensor:
+    """A contiguous copy of ``weight``: in bfloat16 if that loses nothing, else in its own dtype."""
+    if weight.dtype == torch.bfloat16:
+        return weight.clone(memory_format=torch.contiguous_format)
+    rows = max(1, _TRIAL_ELEMENTS // weight.shape[1])
+    small = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+    for source, target in zip(torch.split(weight, rows), torch.split(small, rows), strict=True):
+        target.copy_(source)
+        if not torch.equal(target.to(weight.dtype), source):
+            return weight.clone(memory_format=torch.contiguous_format)
+    return small
+
+
+def computed_block(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, str]:
+    """B = U^T W0 V by the operation that will compute U^T W V, so that they cancel to the last bit."""
+    backend = ops.resolve_backend(weight.device, weight.dtype)
+    blocks, _ = ops.project_drift([weight], [left], [right], [], [], backend)
+    return blocks[0], ops.arithmetic_id(backend, weight.device, weight.dtype)
