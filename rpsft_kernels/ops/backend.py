@@ -48,15 +48,15 @@ class Backend(Protocol):
     ) -> None: ...
 
 
-def load(name: str) -> Backend:
-    """The backend's module, imported on first use so that importing the package stays light."""
-    return cast(Backend, importlib.import_module(f"rpsft_kernels.ops.{_MODULES[name]}"))
-
-
 def _checked(name: str, source: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(map(repr, NAMES))}")
     return name
+
+
+def load(name: str) -> Backend:
+    """The backend's module, imported on first use so that importing the package stays light."""
+    return cast(Backend, importlib.import_module(f"rpsft_kernels.ops.{_MODULES[_checked(name, 'backend')]}"))
 
 
 @contextmanager
@@ -82,8 +82,6 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-# Dynamo cannot trace a ContextVar; the answer is a constant of the compiled function (documented above).
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def requested_backend() -> str | None:
     """The backend asked for by ``use_backend`` or ``RPSFT_BACKEND``, or None when the choice is free."""
     override = _override.get()
@@ -118,6 +116,11 @@ def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | N
     if preferred is not None and load(preferred).unavailable(device, dtype) is None:
         return preferred
     return "torch"
+
+
+# Dynamo traces neither a ContextVar nor an import; the answer is a constant of the compiled function (documented at
+# use_backend). This is what torch.compiler.assume_constant_result does, but for importing Dynamo and with it triton.
+resolve_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def arithmetic_id(backend: str, device: torch.device, dtype: torch.dtype) -> str:

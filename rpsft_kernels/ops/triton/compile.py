@@ -65,8 +65,7 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     # torch allocates every argument at a multiple of 16 bytes at least.
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(names))}
     source = ASTSource(KERNELS[variant.kernel], signature, constexprs=dict(variant.constants), attrs=attributes)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": False}
-    return triton.compile(source, target=TARGETS[architecture], options=options)
+    return triton.compile(source, target=TARGETS[architecture], options=variant.options())
 
 
 def read_resources(variant: Variant, architecture: str) -> Resources:

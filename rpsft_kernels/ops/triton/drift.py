@@ -17,10 +17,8 @@ from .tile import address, dot_parts, extent, inlined, open_tile, read_tile, str
 def finish_tile(
     acc,
     fields,
-    squares,
     row,
     col,
-    slot,
     rank,
     TRANSPOSED: tl.constexpr,
     HAS_BLOCK: tl.constexpr,
@@ -29,7 +27,7 @@ def finish_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Subtract the tile of B, store the tile of C and its sum of squares; C and B lie untransposed in memory."""
+    """Subtract the tile of B, store the tile of C, return its sum of squares; C and B lie untransposed in memory."""
     drift = address(fields + f.DRIFT, tl.float32, DRIFT_ALIGNED)
     if TRANSPOSED:
         acc = tl.trans(acc)
@@ -51,7 +49,7 @@ def finish_tile(
         tl.store(drift + offsets, acc)
     else:
         tl.store(drift + offsets, acc, mask=mask)
-    tl.store(squares + tl.load(fields + f.SQUARES) + slot, tl.sum(acc * acc))
+    return tl.sum(acc * acc)
 
 
 @triton.jit
@@ -116,10 +114,11 @@ def drift_kernel(
                     )  # fmt: skip
                     acc = dot_parts(u, t, acc, BASIS_PARTS if BASIS_PARTS < back + 1 else back + 1, 1)
             if splits == 1:
-                finish_tile(
-                    acc, fields, squares, row, col, slot, square,
+                total = finish_tile(
+                    acc, fields, row, col, square,
                     TRANSPOSED, HAS_BLOCK, EVEN, DRIFT_ALIGNED, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
+                tl.store(squares + tl.load(fields + f.SQUARES) + slot, total)
             else:
                 partial = address(fields + f.PARTIAL, tl.float32, True)
                 partial += (split * tiles + slot) * (BLOCK_M * BLOCK_N)
@@ -139,6 +138,7 @@ def reduce_kernel(
     EVEN: tl.constexpr,
     DRIFT_ALIGNED: tl.constexpr,
     HAS_BLOCK: tl.constexpr,
+    SLAB: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -155,16 +155,20 @@ def reduce_kernel(
             slot = tl.load(order + at)
             row = (slot // tiles_n).to(tl.int64) * BLOCK_M
             col = (slot % tiles_n).to(tl.int64) * BLOCK_N
-            r = tl.arange(0, BLOCK_M)
+            r = tl.arange(0, SLAB)
             c = tl.arange(0, BLOCK_N)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for split in range(0, splits):
-                tile = partial + (split * tiles + slot) * (BLOCK_M * BLOCK_N)
-                acc += tl.load(tile + r[:, None] * BLOCK_N + c[None, :])
-            finish_tile(
-                acc, fields, squares, row, col, slot, rank,
-                TRANSPOSED, HAS_BLOCK, EVEN, DRIFT_ALIGNED, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+            total = 0.0
+            # Slab by slab: a whole tile in float32 and its addresses would not fit the registers.
+            for top in range(0, BLOCK_M, SLAB):
+                acc = tl.zeros((SLAB, BLOCK_N), tl.float32)
+                for split in range(0, splits):
+                    tile = partial + (split * tiles + slot) * (BLOCK_M * BLOCK_N) + top * BLOCK_N
+                    acc += tl.load(tile + r[:, None] * BLOCK_N + c[None, :])
+                total += finish_tile(
+                    acc, fields, row + top, col, rank,
+                    TRANSPOSED, HAS_BLOCK, EVEN, DRIFT_ALIGNED, SLAB, BLOCK_N,
+                )  # fmt: skip
+            tl.store(squares + tl.load(fields + f.SQUARES) + slot, total)
 
 
 @triton.jit

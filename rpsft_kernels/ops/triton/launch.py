@@ -19,10 +19,7 @@ def _scratch(device: torch.device) -> Any:
 
 
 def launch(variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
-    """Run ``programs`` programs of a variant on the current stream of ``device``; nothing to do for none.
-
-    fp fusion is off so that sums and products round the same way under every Triton version.
-    """
+    """Run ``programs`` programs of a variant on the current stream of ``device``; nothing to do for none."""
     if programs == 0:
         return
     if device.type == "cuda":
@@ -38,7 +35,5 @@ def _start(variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> No
     KERNELS[variant.kernel][(programs,)](
         *arguments,
         **dict(variant.constants),
-        num_warps=variant.warps,
-        num_stages=variant.stages,
-        enable_fp_fusion=False,
+        **variant.options(),
     )

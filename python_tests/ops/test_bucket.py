@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from rpsft_kernels.ops import BucketLimits, WeightSpec, plan_buckets
+
+WIDE = BucketLimits(weights=1000, elements=1 << 60, workspace_bytes=1 << 60)
+
+
+def _random_specs(seed: int) -> list[WeightSpec]:
+    chosen = random.Random(seed)
+    return [
+        WeightSpec(chosen.choice((1, 8, 30, 64)), chosen.choice((1, 8, 30, 64)), chosen.choice((0, 1, 8)), chosen.choice("ab"))
+        for _ in range(60)
+    ]
+
+
+def test_nothing_to_plan() -> None:
+    assert plan_buckets([]) == []
+
+
+def test_one_class_fills_buckets_in_order() -> None:
+    specs = [WeightSpec(16, 32, 4)] * 20
+    assert plan_buckets(specs) == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
+    assert plan_buckets(specs, BucketLimits(weights=20)) == [list(range(20))]
+    assert plan_buckets(specs, BucketLimits(weights=1)) == [[i] for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (BucketLimits(elements=3 * 512), [[0, 1, 2], [3, 4, 5], [6]]),
+        (BucketLimits(elements=3 * 512 - 1), [[0, 1], [2, 3], [4, 5], [6]]),
+        # 2 bytes x shorter side 16 x rank 4.
+        (BucketLimits(workspace_bytes=4 * 128), [[0, 1, 2, 3], [4, 5, 6]]),
+        (BucketLimits(workspace_bytes=4 * 128 - 1), [[0, 1, 2], [3, 4, 5], [6]]),
+        (BucketLimits(weights=3, elements=2 * 512, workspace_bytes=5 * 128), [[0, 1], [2, 3], [4, 5], [6]]),
+    ],
+)
+def test_limits_are_reached_and_not_passed(limits: BucketLimits, expected: list[list[int]]) -> None:
+    assert plan_buckets([WeightSpec(16, 32, 4)] * 7, limits) == expected
+
+
+def test_a_weight_beyond_the_limits_goes_alone() -> None:
+    small, large = WeightSpec(16, 32, 4), WeightSpec(1600, 3200, 400)
+    for limits in (BucketLimits(elements=4 * 512), BucketLimits(workspace_bytes=4 * 128)):
+        assert plan_buckets([large], limits) == [[0]]
+        assert plan_buckets([small, small, large, small, small], limits) == [[0, 1], [2], [3, 4]]
+        assert plan_buckets([large, large], limits) == [[0], [1]]
+
+
+def test_the_workspace_lies_along_the_shorter_side() -> None:
+    assert WeightSpec(16, 3200, 4).workspace_bytes == WeightSpec(3200, 16, 4).workspace_bytes == 2 * 16 * 4
+    # A full anchor has none: only its elements count.
+    assert WeightSpec(1600, 3200, 0).workspace_bytes == 0
+    assert plan_buckets([WeightSpec(1600, 3200, 0)] * 3, BucketLimits(workspace_bytes=1)) == [[0, 1, 2]]
+
+
+def test_orientation_form_and_key_part_buckets() -> None:
+    wide, tall, square = WeightSpec(16, 32, 4, "a"), WeightSpec(32, 16, 4, "a"), WeightSpec(16, 16, 4, "a")
+    full, other = WeightSpec(16, 32, 0, "a"), WeightSpec(16, 32, 4, "b")
+    # A square weight is contracted like a wide one.
+    specs = [wide, tall, square, full, other, tall, wide, other, full]
+    assert plan_buckets(specs, WIDE) == [[0, 2, 6], [1, 5], [3, 8], [4, 7]]
+
+
+def test_ranks_share_a_bucket() -> None:
+    assert plan_buckets([WeightSpec(16, 32, rank) for rank in (4, 7, 16)]) == [[0, 1, 2]]
+
+
+def test_buckets_come_in_the_order_of_their_first_weights() -> None:
+    specs = [WeightSpec(32, 16, 4), WeightSpec(16, 32, 4), WeightSpec(16, 32, 4), WeightSpec(32, 16, 4), WeightSpec(16, 32, 4)]
+    assert plan_buckets(specs, BucketLimits(weights=2)) == [[0, 3], [1, 2], [4]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_plan(seed: int) -> None:
+    specs = _random_specs(seed)
+    limits = BucketLimits(weights=5, elements=6000, workspace_bytes=1500)
+    plan = plan_buckets(specs, limits)
+    assert plan == plan_buckets(list(specs), BucketLimits(5, 6000, 1500))
+    assert sorted(i for bucket in plan for i in bucket) == list(range(len(specs)))
+    assert [bucket[0] for bucket in plan] == sorted(bucket[0] for bucket in plan)
+    for bucket in plan:
+        members = [specs[i] for i in bucket]
+        assert bucket == sorted(bucket)
+        assert len({(s.key, s.rank == 0, s.rows <= s.cols) for s in members}) == 1
+        assert len(bucket) <= limits.weights
+        if len(bucket) > 1:
+            assert sum(s.elements for s in members) <= limits.elements
+            assert sum(s.workspace_bytes for s in members) <= limits.workspace_bytes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_two_neighbouring_buckets_of_a_class_fit_into_one(seed: int) -> None:
+    specs = _random_specs(seed)
+    limits = BucketLimits(weights=5, elements=6000, workspace_bytes=1500)
+    classes: dict[object, list[list[WeightSpec]]] = {}
+    for bucket in plan_buckets(specs, limits):
+        members = [specs[i] for i in bucket]
+        first = members[0]
+        classes.setdefault((first.key, first.rank == 0, first.rows <= first.cols), []).append(members)
+    for buckets in classes.values():
+        for one, following in zip(buckets, buckets[1:], strict=False):
+            members = [*one, following[0]]
+            assert (
+                len(members) > limits.weights
+                or sum(s.elements for s in members) > limits.elements
+                or sum(s.workspace_bytes for s in members) > limits.workspace_bytes
+            )

@@ -1,0 +1,81 @@
+"""``python -m rpsft_kernels``: the kernels' schedule, their compilation for GPUs that are not there, and tuning."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+
+from .models import MODELS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rpsft_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    schedule = commands.add_parser("schedule", help="buckets, launches, workspace and filled multiprocessor time")
+    schedule.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
+    schedule.add_argument("--rank", type=int, default=768)
+    schedule.add_argument("--multiprocessors", type=int, default=132)
+    schedule.add_argument("--arch", default="sm_90", help="tile table (default: sm_90)")
+    schedule.add_argument("--block-form", action="store_true", help="anchors without the base")
+
+    build = commands.add_parser("compile", help="compile every kernel variant, print what each uses as JSON lines")
+    build.add_argument("--arch", default="sm_90", help="sm_80, sm_86, sm_90, sm_100, sm_120 or gfx942")
+    build.add_argument("--rank", type=int, action="append", help="rank to choose tiles for (default: 768); repeatable")
+    build.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+
+    tune = commands.add_parser("tune", help="time tile shapes on this GPU and write a table for RPSFT_TILES")
+    tune.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
+    tune.add_argument("--rank", type=int, default=768)
+    tune.add_argument("--output", required=True, help="the table's file (JSON)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    return {"schedule": _schedule, "compile": _compile, "tune": _tune}[options.command](options)
+
+
+def _schedule(options: argparse.Namespace) -> int:
+    from .ops.triton.report import schedule_report
+
+    shapes = MODELS[options.model].weights()
+    projected = [shape for shape in shapes if min(shape) > options.rank]
+    report = schedule_report(
+        projected, options.rank, options.multiprocessors, options.arch, keep_base=not options.block_form
+    )
+    print(f"{options.model} at rank {options.rank}: {len(projected)} projected weights, {len(shapes) - len(projected)} full")
+    print(f"buckets               {report.buckets}")
+    print(f"launches per step     {report.launches}")
+    print(f"workspace             {report.workspace_bytes / 2**20:.1f} MiB")
+    print(f"filled                {report.filled:.1%} of {options.multiprocessors} multiprocessors' time (static schedule)")
+    for phase, filled in report.filled_by_phase.items():
+        print(f"  {phase:<20}{filled:.1%}")
+    return 0
+
+
+def _compile(options: argparse.Namespace) -> int:
+    # The interpreter replaces the compiler where this is set; it is read when the kernels are imported.
+    os.environ.pop("TRITON_INTERPRET", None)
+    from .ops.triton.compile import TARGETS, survey
+
+    if options.arch not in TARGETS:
+        raise SystemExit(f"--arch: got {options.arch!r}, expected one of {', '.join(TARGETS)}")
+    for resources in survey(options.arch, tuple(options.rank or (768,)), options.jobs):
+        print(json.dumps(dataclasses.asdict(resources)), flush=True)
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    import torch
+
+    from .ops.triton.tune import tune, write_table
+
+    if not torch.cuda.is_available():
+        raise SystemExit("tune: found no GPU; tile shapes can be timed only where the kernels run")
+    write_table(tune(MODELS[options.model].layer(), options.rank, torch.device("cuda")), options.output)
+    return 0

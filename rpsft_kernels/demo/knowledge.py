@@ -1,0 +1,149 @@
+"""What the model knew before and the task says nothing about: general facts, and plain English."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .batch import Example, answer_logits, collate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A sentence without its end, and four ways to end it; the first is the true one."""
+
+    prompt: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EncodedFact:
+    """Token ids of a :class:`Fact`."""
+
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.choices))
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Everything that is scored, as token ids."""
+
+    facts: tuple[EncodedFact, ...]
+    prose: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class KnowledgeScore:
+    """What a model still knows.
+
+    Attributes:
+        facts: Share of facts whose true end is more likely than each of the other three.
+        fact_loss: Mean negative log-likelihood of the true ends, in nats per end.
+        perplexity: exp of the mean cross-entropy, in nats, of the prose's tokens.
+    """
+
+    facts: float
+    fact_loss: float
+    perplexity: float
+
+
+def read_facts() -> list[Fact]:
+    """The facts that are shipped with the package."""
+    lines = _read("facts.tsv").splitlines()[1:]
+    rows = [line.split("\t") for line in lines]
+    return [Fact(row[0], tuple(row[1:])) for row in rows]
+
+
+def read_prose() -> list[str]:
+    """The paragraphs of English that are shipped with the package."""
+    return [paragraph.strip() for paragraph in _read("prose.txt").split("\n\n")]
+
+
+def _read(name: str) -> str:
+    return (resources.files(__package__) / "data" / name).read_text(encoding="utf-8")
+
+
+def encode_knowledge(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], prose: Sequence[str]) -> Knowledge:
+    """Facts and paragraphs as token ids; of a paragraph all tokens but the first are scored."""
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    encoded = tuple(EncodedFact(ids(f.prompt), tuple(ids(f" {c}") for c in f.choices)) for f in facts)
+    paragraphs = tuple(Example(tokens[:1], tokens[1:]) for tokens in map(ids, prose))
+    return Knowledge(encoded, paragraphs)
+
+
+@torch.no_grad()
+def score_knowledge(model: PreTrainedModel, knowledge: Knowledge, chunk: int = 50) -> KnowledgeScore:
+    """Score ``model`` on facts and prose, ``chunk`` facts at a time."""
+    device = next(model.parameters()).device
+    # Neighbours of about one length leave little padding.
+    facts = sorted(knowledge.facts, key=len)
+    parts = [choice_scores(model, facts[i : i + chunk]) for i in range(0, len(facts), chunk)]
+    scores = torch.cat(parts)
+    batch = collate(knowledge.prose, device)
+    loss = cross_entropy(answer_logits(model, batch), batch.target).item()
+    known = scores[:, 0] > scores[:, 1:].amax(1)
+    return KnowledgeScore(known.float().mean().item(), -scores[:, 0].mean().item(), math.exp(loss))
+
+
+def choice_scores(model: PreTrainedModel, facts: Sequence[EncodedFact]) -> Tensor:
+    """Log-likelihood, in nats, of each choice of each fact after its prompt: shape (facts, choices), float32, CPU.
+
+    A prompt and all its choices are one sequence, in which no choice sees another: each stands, by
+    its position and by its mask, directly behind the prompt, which is so computed only once.
+    """
+    device = next(model.parameters()).device
+    rows, length = len(facts), max(map(len, facts))
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    places = torch.zeros(rows, length, dtype=torch.int64)
+    # A padded position sees itself, so that its softmax is not one over nothing.
+    seen = torch.eye(length, dtype=torch.bool).repeat(rows, 1, 1)
+    row: list[int] = []
+    position: list[int] = []
+    target: list[int] = []
+    choice: list[int] = []
+    for i, fact in enumerate(facts):
+        end = len(fact.prompt)
+        ids[i, :end] = torch.tensor(fact.prompt)
+        places[i, :end] = torch.arange(end)
+        seen[i, :end, :end] = torch.ones(end, end).tril().bool()
+        start = end
+        for c, tokens in enumerate(fact.choices):
+            stop = start + len(tokens)
+            ids[i, start:stop] = torch.tensor(tokens)
+            places[i, start:stop] = torch.arange(end, end + len(tokens))
+            seen[i, start:stop, :end] = True
+            seen[i, start:stop, start:stop] = torch.ones(len(tokens), len(tokens)).tril().bool()
+            row += [i] * len(tokens)
+            position += [end - 1, *range(start, stop - 1)]
+            target += tokens
+            choice += [c] * len(tokens)
+            start = stop
+
+    dtype = next(model.parameters()).dtype
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    hidden = model.get_decoder()(
+        input_ids=ids.to(device),
+        position_ids=places.to(device),
+        attention_mask=mask[:, None].to(device),
+        use_cache=False,
+    ).last_hidden_state
+    logits = model.get_output_embeddings()(hidden[row, position]).float()
+    likelihood = -cross_entropy(logits, torch.tensor(target, device=device), reduction="none")
+    scores = torch.zeros(rows, len(facts[0].choices))
+    return scores.index_put_((torch.tensor(row), torch.tensor(choice)), likelihood.cpu(), accumulate=True)

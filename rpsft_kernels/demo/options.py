@@ -1,0 +1,156 @@
+"""The demo's command line, checked before anything slow begins."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import ops
+
+# For a few minutes on two CPU cores, not for a real fine-tuning: the paper's is thousands of steps at 1e-6,
+# with rank 768 and coefficient 1.
+_DEFAULTS = {
+    "steps": 48,
+    "rank": 64,
+    "coeff": 0.3,
+    "lr": 3e-4,
+    "batch": 16,
+    "device": "auto",
+    "backend": None,
+    "seed": 0,
+    "output": Path("output/demo.png"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one demo does.
+
+    Attributes:
+        steps: Optimizer steps of each run.
+        rank: k, singular directions kept of each weight.
+        coeff: The paper's lambda.
+        lr: Peak learning rate of AdamW.
+        batch: Sums per optimizer step.
+        device: ``cpu`` or a CUDA device.
+        backend: Of the package's operations; None leaves the choice to it.
+        seed: Of the training data and their order.
+        output: The PNG of the curves.
+    """
+
+    steps: int
+    rank: int
+    coeff: float
+    lr: float
+    batch: int
+    device: torch.device
+    backend: str | None
+    seed: int
+    output: Path
+
+
+def parse_options(arguments: list[str] | None = None) -> Options:
+    """Options from the command line; one that cannot work ends the process with status 2 and says why."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rpsft_kernels.demo",
+        description="Fine-tune SmolLM2-135M-Instruct on sums twice, without and with the rotation penalty of "
+        "RPSFT, and measure what each run learned and what it forgot.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run")
+    parser.add_argument("--rank", type=int, help="singular directions kept of each weight")
+    parser.add_argument("--coeff", type=float, help="coefficient of the penalty, the paper's lambda")
+    parser.add_argument("--lr", type=float, help="peak learning rate of AdamW")
+    parser.add_argument("--batch", type=int, help="sums per optimizer step")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; auto is cuda where there is one, else cpu")
+    parser.add_argument("--backend", help="torch, triton or native; None leaves the choice to the package")
+    parser.add_argument("--seed", type=int, help="seed of the training data and their order")
+    parser.add_argument("--output", type=Path, help="PNG of the curves")
+    parser.set_defaults(**_DEFAULTS)
+    given = parser.parse_args(arguments)
+    try:
+        return checked_options(**vars(given))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def checked_options(
+    *,
+    steps: int,
+    rank: int,
+    coeff: float,
+    lr: float,
+    batch: int,
+    device: str,
+    backend: str | None,
+    seed: int,
+    output: Path,
+) -> Options:
+    """Options that can work; creates the folder of ``output``.
+
+    Raises:
+        ValueError: an option is out of its range, there is no such device or backend here, or ``output`` cannot
+            be written.
+    """
+    for name, value in (("steps", steps), ("rank", rank), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"--{name}: got {value}, expected a whole number of at least 1")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"--lr: got {lr}, expected a positive number such as 3e-4")
+    if not (math.isfinite(coeff) and coeff >= 0):
+        raise ValueError(f"--coeff: got {coeff}, expected a number of at least 0; 0 only measures the penalty")
+    where = find_device(device)
+    _check_backend(backend, where)
+    _check_output(output)
+    return Options(steps, rank, coeff, lr, batch, where, backend, seed, output)
+
+
+def find_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda", 0) if count else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: got {name!r}, expected auto, cpu, cuda or cuda:<number>")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    index = device.index or 0
+    if index >= count:
+        raise ValueError(
+            f"--device: got {name!r}, but PyTorch {torch.__version__} sees {count} CUDA devices here; "
+            "use --device cpu, or install a PyTorch built for CUDA on a machine with a GPU"
+        )
+    return torch.device("cuda", index)
+
+
+def _check_backend(backend: str | None, device: torch.device) -> None:
+    if backend is not None and backend not in ops.backend.NAMES:
+        raise ValueError(f"--backend: got {backend!r}, expected one of {', '.join(ops.backend.NAMES)}")
+    try:
+        ops.resolve_backend(device, torch.float32, backend)
+    except ValueError as error:
+        raise ValueError(f"--backend: {error}") from error
+
+
+def _check_output(output: Path) -> None:
+    if output.suffix != ".png":
+        raise ValueError(f"--output: got '{output}', expected a file name that ends in .png")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: cannot make the folder of '{output}': {error}") from error
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise ValueError(f"--output: cannot write '{output}'; name a file in a folder that you may write to")
