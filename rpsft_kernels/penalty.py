@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from .names import named_weights
 from .weights import check_weight
 
 # Anchors whose foreign block has been reported: once per anchor, not once per step.
-_reported: set[int] = set()
+_reported: weakref.WeakSet[Anchor] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def _paired_by_name(model: nn.Module, anchors: object) -> list[_Pair]:
             "(Anchors.from_model(model, rank) makes them)"
         )
     parameters = named_weights(model)
+    for name, anchor in anchors.items():
+        if not isinstance(anchor, Anchor):
+            raise ValueError(f"anchors[{name!r}]: got {type(anchor).__name__}, expected an Anchor")
     gone = [name for name in anchors if name not in parameters]
     if gone:
         shown = ", ".join(map(repr, gone[:5])) + (", ..." if len(gone) > 5 else "")
@@ -92,6 +96,12 @@ def _check_pair(pair: _Pair) -> None:
         raise ValueError(
             f"{pair.name}: got shape {tuple(weight.shape)}, expected {tuple(anchor.shape)}: the weight has changed "
             "its shape since it was anchored; anchor it again"
+        )
+    if anchor.weight_dtype == torch.float64 != weight.dtype:
+        # Its pieces are in float64, which no kernel reads.
+        raise ValueError(
+            f"{pair.name}: got {str(weight.dtype).removeprefix('torch.')}, expected float64 like the weight that was "
+            "anchored; anchor it again in the dtype that is trained"
         )
     if weight.device != anchor.device:
         raise ValueError(
@@ -133,7 +143,15 @@ class _Bucket:
         )
 
 
-def _specification(pair: _Pair) -> ops.WeightSpec:
+def _gradient_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the gradient that a leaf has, or is to get."""
+    if weight.grad is not None:
+        return weight.grad.dtype
+    dtype: torch.dtype | None = getattr(weight, "grad_dtype", None)
+    return weight.dtype if dtype is None else dtype
+
+
+def _specification(pair: _Pair, into_gradients: bool) -> ops.WeightSpec:
     anchor, weight = pair.anchor, pair.weight
     full = anchor.left is None
     key = (
@@ -142,14 +160,14 @@ def _specification(pair: _Pair) -> ops.WeightSpec:
         None if anchor.base is None else anchor.base.dtype,
         None if anchor.left is None else anchor.left.dtype,
         anchor.block is not None,
-        None if weight.grad is None else weight.grad.dtype,
+        _gradient_dtype(weight) if into_gradients and weight.requires_grad else None,
     )
     return ops.WeightSpec(weight.shape[0], weight.shape[1], 0 if full else anchor.rank, key)
 
 
-def _buckets(pairs: list[_Pair]) -> list[_Bucket]:
+def _buckets(pairs: list[_Pair], into_gradients: bool = False) -> list[_Bucket]:
     buckets = []
-    for indices in ops.plan_buckets([_specification(pair) for pair in pairs]):
+    for indices in ops.plan_buckets([_specification(pair, into_gradients) for pair in pairs]):
         members = [pairs[i] for i in indices]
         weight = members[0].weight
         backend = ops.resolve_backend(weight.device, weight.dtype)
@@ -162,9 +180,9 @@ def _buckets(pairs: list[_Pair]) -> list[_Bucket]:
 def _report_foreign_blocks(pairs: list[_Pair], arithmetic: str) -> None:
     for pair in pairs:
         block = pair.anchor.block
-        if block is None or pair.anchor.arithmetic == arithmetic or id(pair.anchor) in _reported:
+        if block is None or pair.anchor.arithmetic == arithmetic or pair.anchor in _reported:
             continue
-        _reported.add(id(pair.anchor))
+        _reported.add(pair.anchor)
         residual = (torch.finfo(torch.float32).eps * block.norm().item()) ** 2
         warnings.warn(
             f"{pair.name}: the anchor's block was computed by {pair.anchor.arithmetic!r} and is used by {arithmetic!r}, "
@@ -172,7 +190,7 @@ def _report_foreign_blocks(pairs: list[_Pair], arithmetic: str) -> None:
             f"{residual:.1e}. Rebuild it from the pretrained weight: Anchors.load(path, model) or "
             "Anchor.rebuilt_block(weight); or keep the base",
             UserWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -237,7 +255,7 @@ def accumulate_rotation_grad_(
     large as a weight is allocated, except a ``.grad`` that did not exist yet. Frozen weights of a module
     count towards R and get no gradient.
     """
-    if isinstance(coeff, bool) or not isinstance(coeff, (int, float)) or not math.isfinite(coeff):
+    if isinstance(coeff, bool) or not isinstance(coeff, (int, float)) or not abs(coeff) <= sys.float_info.max:
         raise ValueError(f"coeff: got {coeff!r}, expected a finite Python number (the paper's lambda)")
     pairs = _paired(weights, anchors)
     if not pairs:
@@ -245,7 +263,190 @@ def accumulate_rotation_grad_(
     _check_gradients(pairs, whole_module=isinstance(weights, nn.Module))
     with torch.no_grad():
         squares = []
-        for bucket in _buckets(pairs):
+        for bucket in _buckets(pairs, into_gradients=True):
+            drifts, square = bucket.project()
+            _accumulate(bucket, drifts, float(coeff))
+            squares.append(square)
+        return _total(squares, pairs[0].weight.device)
+
+
+def _check_gradients(pairs: list[_Pair], whole_module: bool) -> None:
+    for pair in pairs:
+        weight = pair.weight
+        if not whole_module and not (weight.requires_grad and weight.is_leaf):
+            raise ValueError(
+                f"{pair.name}: got a tensor that is no leaf requiring grad, expected one that holds .grad; "
+                "call weight.requires_grad_(), or use rotation_penalty"
+            )
+        if weight.grad is not None and weight.grad.layout != torch.strided:
+            raise ValueError(
+                f"{pair.name}.grad: got layout {weight.grad.layout}, expected a dense gradient "
+                "(torch.nn.Embedding(sparse=False)); or leave this weight out of the anchors"
+            )
+    if not any(pair.weight.requires_grad for pair in pairs):
+        raise ValueError(
+            "model: every anchored parameter is frozen, expected at least one that requires grad; "
+            "use rotation_penalty to evaluate the penalty alone"
+        )
+
+
+def _accumulate(bucket: _Bucket, drifts: list[Tensor], coeff: float) -> None:
+    """Pull a bucket's drifts back into the gradients: added where one exists, written where it is new."""
+    left = [i for i, pair in enumerate(bucket.pairs) if pair.weight.requires_grad]
+    while left:
+        # A weight that is listed twice has one gradient, which no launch may write twice.
+        first = {id(bucket.pairs[i].weight): i for i in reversed(left)}
+        members = [i for i in left if first[id(bucket.pairs[i].weight)] == i]
+        left = [i for i in left if i not in members]
+        new = [i for i in members if bucket.pairs[i].weight.grad is None]
+        old = [i for i in members if bucket.pairs[i].weight.grad is not None]
+        _pull(bucket, new, drifts, coeff, accumulate=False)
+        _pull(bucket, old, drifts, coeff, accumulate=True)
+
+
+def _pull(bucket: _Bucket, members: list[int], drifts: list[Tensor], coeff: float, accumulate: bool) -> None:
+    if not members:
+        return
+    part = _Bucket([bucket.pairs[i] for i in members], bucket.backend)
+    grads = []
+    for weight in part.weights:
+        if weight.grad is None:
+            weight.grad = torch.empty_like(weight, dtype=_gradient_dtype(weight))
+        grads.append(weight.grad)
+    chosen = [drifts[i] for i in members]
+    scales = chosen[0].new_full((len(members),), 2.0 * coeff)
+    full = not part.lefts
+    weights, bases = (part.weights, part.bases) if full else ([], [])
+    ops.pull_back_(grads, weights, part.lefts, part.rights, bases, chosen, scales, accumulate, part.backend)
+
+
+def project(self) -> tuple[list[Tensor], Tensor]:
+        return ops.project_drift(
+            self.weights, self.lefts, self.rights, self.bases, self.blocks, self.backend
+        )
+
+
+def _gradient_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the gradient that a leaf has, or is to get."""
+    if weight.grad is not None:
+        return weight.grad.dtype
+    dtype: torch.dtype | None = getattr(weight, "grad_dtype", None)
+    return weight.dtype if dtype is None else dtype
+
+
+def _specification(pair: _Pair, into_gradients: bool) -> ops.WeightSpec:
+    anchor, weight = pair.anchor, pair.weight
+    full = anchor.left is None
+    key = (
+        weight.device,
+        weight.dtype,
+        None if anchor.base is None else anchor.base.dtype,
+        None if anchor.left is None else anchor.left.dtype,
+        anchor.block is not None,
+        _gradient_dtype(weight) if into_gradients and weight.requires_grad else None,
+    )
+    return ops.WeightSpec(weight.shape[0], weight.shape[1], 0 if full else anchor.rank, key)
+
+
+def _buckets(pairs: list[_Pair], into_gradients: bool = False) -> list[_Bucket]:
+    buckets = []
+    for indices in ops.plan_buckets([_specification(pair, into_gradients) for pair in pairs]):
+        members = [pairs[i] for i in indices]
+        weight = members[0].weight
+        backend = ops.resolve_backend(weight.device, weight.dtype)
+        if members[0].anchor.block is not None and not torch.compiler.is_compiling():
+            _report_foreign_blocks(members, ops.arithmetic_id(backend, weight.device, weight.dtype))
+        buckets.append(_Bucket(members, backend))
+    return buckets
+
+
+def _report_foreign_blocks(pairs: list[_Pair], arithmetic: str) -> None:
+    for pair in pairs:
+        block = pair.anchor.block
+        if block is None or pair.anchor.arithmetic == arithmetic or pair.anchor in _reported:
+            continue
+        _reported.add(pair.anchor)
+        residual = (torch.finfo(torch.float32).eps * block.norm().item()) ** 2
+        warnings.warn(
+            f"{pair.name}: the anchor's block was computed by {pair.anchor.arithmetic!r} and is used by {arithmetic!r}, "
+            f"which rounds differently: at the pretrained weight its penalty is not exactly 0 but of the order of "
+            f"{residual:.1e}. Rebuild it from the pretrained weight: Anchors.load(path, model) or "
+            "Anchor.rebuilt_block(weight); or keep the base",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def rotation_penalty(
+    weights: Tensor | Sequence[Tensor] | nn.Module, anchors: Anchor | Sequence[Anchor] | Mapping[str, Anchor]
+) -> Tensor:
+    """The rotation penalty ``R = sum ||U^T (W - W0) V||_F^2`` of arXiv 2605.10973, differentiable in W.
+
+    Args:
+        weights: one weight (m, n), a list of weights, or a module whose parameters are found by the anchors'
+            names. bfloat16, float16, float32 or float64; any strides.
+        anchors: one :class:`Anchor`, a list of as many, or :class:`Anchors`, each on its weight's device.
+
+    Returns:
+        A scalar in float32 (float64 where a weight is float64), on the first weight's device. Full
+        anchors contribute ``||W - W0||_F^2``. Frozen weights count towards R; they get no gradient. A sum over
+        an empty list is 0.0, on the CPU.
+
+    Raises:
+        ValueError: a weight is no dense 2-D floating tensor, has another shape or device than its anchor,
+            an anchored parameter is gone from the module, there is no anchor at all for a module, or
+            the requested backend cannot serve the device or dtype.
+
+    The gradient ``2 U C V^T`` (full: ``2 (W - W0)``) is computed in ``backward`` one bucket of weights at a
+    time: no more than one bucket's gradients exist beside the ``.grad`` they are added to. Multiply R by the
+    paper's lambda: ``(task_loss + coeff * R).backward()``.
+    """
+    pairs = _paired(weights, anchors)
+    if not pairs:
+        return torch.zeros(())
+    return _total([bucket.project()[1] for bucket in _buckets(pairs)], pairs[0].weight.device)
+
+
+def _total(squares: list[Tensor], device: torch.device) -> Tensor:
+    # One concatenation and one sum, in the buckets' fixed order.
+    return torch.cat([s.to(device) for s in squares]).sum()
+
+
+def accumulate_rotation_grad_(
+    weights: Tensor | Sequence[Tensor] | nn.Module,
+    anchors: Anchor | Sequence[Anchor] | Mapping[str, Anchor],
+    coeff: float,
+) -> Tensor:
+    """Add ``coeff * dR/dW`` to every weight's ``.grad`` without autograd; returns R (not multiplied by coeff).
+
+    Call it once per optimizer step, after the last ``backward`` of its micro-batches (and after ``GradScaler.unscale_``,
+    where a scaler is used) and before gradient clipping and ``optimizer.step()``.
+
+    Args:
+        weights: as for :func:`rotation_penalty`; tensors must be leaves that require grad.
+        anchors: as for :func:`rotation_penalty`.
+        coeff: the paper's lambda, a finite number.
+
+    Returns:
+        R as :func:`rotation_penalty` gives it, detached.
+
+    Raises:
+        ValueError: as :func:`rotation_penalty`; also where coeff is not finite, a tensor is not a leaf
+            that requires grad, every anchored weight of a module is frozen, or a gradient is sparse. No gradient has changed then.
+
+    The product is added inside the kernel, summed in float32 and rounded once to the gradient's own dtype; no tensor as
+    large as a weight is allocated, except a ``.grad`` that did not exist yet. Frozen weights of a module
+    count towards R and get no gradient.
+    """
+    if isinstance(coeff, bool) or not isinstance(coeff, (int, float)) or not abs(coeff) <= sys.float_info.max:
+        raise ValueError(f"coeff: got {coeff!r}, expected a finite Python number (the paper's lambda)")
+    pairs = _paired(weights, anchors)
+    if not pairs:
+        return torch.zeros(())
+    _check_gradients(pairs, whole_module=isinstance(weights, nn.Module))
+    with torch.no_grad():
+        squares = []
+        for bucket in _buckets(pairs, into_gradients=True):
             drifts, square = bucket.project()
             _accumulate(bucket, drifts, float(coeff))
             squares.append(square)

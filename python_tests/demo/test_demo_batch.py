@@ -19,7 +19,5 @@ def test_collate_scores_each_answer_token_where_it_is_predicted() -> None:
 def test_answer_logits_are_those_of_each_example_alone(tiny: PreTrainedModel) -> None:
     logits = answer_logits(tiny, collate(EXAMPLES, torch.device("cpu")))
     exact = tiny.double()
-    alone = [
-        exact(torch.tensor([e.prompt + e.answer])).logits[0, len(e.prompt) - 1 : -1] for e in EXAMPLES
-    ]
+    alone = [exact(torch.tensor([e.prompt + e.answer])).logits[0, len(e.prompt) - 1 : -1] for e in EXAMPLES]
     torch.testing.assert_close(logits.double(), torch.cat(alone), rtol=1e-4, atol=1e-5)

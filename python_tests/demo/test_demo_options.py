@@ -22,9 +22,8 @@ def test_defaults_make_the_folder_of_the_output(tmp_path: Path) -> None:
 
 
 def test_every_option_is_taken(tmp_path: Path) -> None:
-    options = parse_options(
-        "--steps 3 --rank 5 --coeff 0 --lr 1e-5 --batch 2 --device cpu --backend torch --seed 7 --output a/b.png".split()
-    )
+    numbers = ["--steps", "3", "--rank", "5", "--coeff", "0", "--lr", "1e-5", "--batch", "2", "--seed", "7"]
+    options = parse_options([*numbers, "--device", "cpu", "--backend", "torch", "--output", "a/b.png"])
     assert (options.steps, options.rank, options.coeff, options.lr, options.batch) == (3, 5, 0.0, 1e-5, 2)
     assert (options.device, options.backend, options.seed) == (torch.device("cpu"), "torch", 7)
     assert options.output == Path("a/b.png")
@@ -50,9 +49,7 @@ def test_every_option_is_taken(tmp_path: Path) -> None:
         ("--output folder.png", "--output: cannot write 'folder.png'"),
     ],
 )
-def test_says_what_is_wrong(
-    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_says_what_is_wrong(arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(SystemExit) as exit_:

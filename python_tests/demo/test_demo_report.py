@@ -13,7 +13,8 @@ from rpsft_kernels.demo.train import Run
 
 
 def state(step: int, accuracy: float, facts: float, fact_loss: float, perplexity: float) -> State:
-    return State(step, TaskScore(1 - accuracy, accuracy), KnowledgeScore(facts, fact_loss, perplexity), 0.5 * step, 1e-3 * step)
+    task, knowledge = TaskScore(1 - accuracy, accuracy), KnowledgeScore(facts, fact_loss, perplexity)
+    return State(step, task, knowledge, penalty=0.5 * step, drift=1e-3 * step)
 
 
 BEFORE = state(0, 0.0, 0.9, 2.0, 20.0)

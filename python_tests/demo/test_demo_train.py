@@ -44,7 +44,7 @@ def test_without_penalty_it_is_the_plain_loop(tiny: PreTrainedModel, anchors: rk
         optimizer.step()
         losses.append(loss.item())
     assert run.losses == pytest.approx(losses, rel=1e-4)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     for name, parameter in tiny.named_parameters():
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=1e-4)
 

@@ -65,7 +65,10 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     # torch allocates every argument at a multiple of 16 bytes at least.
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(names))}
     source = ASTSource(KERNELS[variant.kernel], signature, constexprs=dict(variant.constants), attrs=attributes)
-    return triton.compile(source, target=TARGETS[architecture], options=variant.options())
+    options = variant.options()
+    if architecture.startswith("sm_"):
+        options["maxnreg"] = variant.registers
+    return triton.compile(source, target=TARGETS[architecture], options=options)
 
 
 def read_resources(variant: Variant, architecture: str) -> Resources:

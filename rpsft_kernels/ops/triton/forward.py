@@ -204,7 +204,7 @@ def run_forward(
         if plan.reduce_schedule is not None:
             schedule = plan.reduce_schedule
             launch(
-                reduce_variant(profile.architecture, plan.drift), schedule.programs_with_work, device, table,
+                reduce_variant(plan.drift), schedule.programs_with_work, device, table,
                 *upload_schedule(schedule, device), slots,
             )  # fmt: skip
         launch(squares_variant(), len(members), device, table, slots, squares)

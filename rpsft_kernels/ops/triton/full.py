@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import fields as f
-from .tile import address, extent, inlined, read_tile, strides
+from .tile import address, extent, inlined, narrow, read_tile, strides
 
 
 @inlined
@@ -29,7 +29,7 @@ def moved_tile(
     base_row, base_col = strides(fields + f.BASE_ROW, BASE_TYPE, False, ALIGNED)
     w = read_tile(weight, row, col, rows, cols, weight_row, weight_col, BLOCK_M, BLOCK_N, False, False, False)
     w0 = read_tile(base, row, col, rows, cols, base_row, base_col, BLOCK_M, BLOCK_N, False, False, False)
-    return w.to(tl.float32) - w0.to(WEIGHT_TYPE).to(tl.float32)
+    return w.to(tl.float32) - narrow(w0, WEIGHT_TYPE).to(tl.float32)
 
 
 @triton.jit
@@ -98,4 +98,4 @@ def full_gradient_kernel(
             value = scale * moved
             if ACCUMULATE:
                 value += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-            tl.store(target, value.to(GRAD_TYPE), mask=mask)
+            tl.store(target, narrow(value, GRAD_TYPE), mask=mask)

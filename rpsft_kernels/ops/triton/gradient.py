@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import fields as f
-from .tile import address, dot_parts, extent, open_tile, read_tile, strides
+from .tile import address, dot_parts, extent, narrow, open_tile, read_tile, strides
 
 
 @triton.jit
@@ -95,9 +95,9 @@ def gradient_kernel(
             if EVEN:
                 if ACCUMULATE:
                     acc += tl.load(target).to(tl.float32)
-                tl.store(target, acc.to(GRAD_TYPE))
+                tl.store(target, narrow(acc, GRAD_TYPE))
             else:
                 mask = (r[:, None] < height) & (c[None, :] < width)
                 if ACCUMULATE:
                     acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-                tl.store(target, acc.to(GRAD_TYPE), mask=mask)
+                tl.store(target, narrow(acc, GRAD_TYPE), mask=mask)

@@ -26,14 +26,13 @@ def launch(variant: Variant, programs: int, device: torch.device, *arguments: Te
         # Descriptors made inside a kernel live in scratch memory that Triton asks of its caller.
         triton.set_allocator(_scratch(device))
         with torch.cuda.device(device):
-            _start(variant, programs, arguments)
+            options = variant.options()
+            if torch.version.hip is None:
+                options["maxnreg"] = variant.registers
+            _start(variant, programs, arguments, options)
     else:
-        _start(variant, programs, arguments)
+        _start(variant, programs, arguments, variant.options())
 
 
-def _start(variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None:
-    KERNELS[variant.kernel][(programs,)](
-        *arguments,
-        **dict(variant.constants),
-        **variant.options(),
-    )
+def _start(variant: Variant, programs: int, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+    KERNELS[variant.kernel][(programs,)](*arguments, **dict(variant.constants), **options)

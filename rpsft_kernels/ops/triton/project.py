@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import fields as f
-from .tile import address, dot_parts, extent, open_tile, part, read_tile, strides
+from .tile import address, dot_parts, extent, narrow, open_tile, part, read_tile, strides
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def project_kernel(
                         BLOCK_M, BLOCK_K, ROWS_CONTIGUOUS, DESCRIPTOR, EVEN,
                     )  # fmt: skip
                     # The base as a weight of this dtype holds it: equal to W, bit for bit, at the anchor.
-                    w = w.to(tl.float32) - w0.to(WEIGHT_TYPE).to(tl.float32)
+                    w = w.to(tl.float32) - narrow(w0, WEIGHT_TYPE).to(tl.float32)
                 v = read_tile(
                     right_tiles, k, col, cols, rank, right_row, right_col,
                     BLOCK_K, BLOCK_N, False, DESCRIPTOR, EVEN,

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# The interpreter computes bfloat16 dot products wrongly (triton#11584); there the operands are upcast.
+# The interpreter computes bfloat16 dot products wrongly (triton#11584) and truncates float32 to bfloat16 where GPUs round to
+# nearest; ``dot`` and ``narrow`` do there what the compiled code does.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
@@ -67,11 +68,11 @@ def open_tile(
         return pointer
     elif ROWS_CONTIGUOUS:
         return tl.make_tensor_descriptor(
-            pointer, [cols.to(tl.int32), rows.to(tl.int32)], [col_stride, 1], [BLOCK_COLS, BLOCK_ROWS]
+            pointer, [tl.cast(cols, tl.int32), tl.cast(rows, tl.int32)], [col_stride, 1], [BLOCK_COLS, BLOCK_ROWS]
         )
     else:
         return tl.make_tensor_descriptor(
-            pointer, [rows.to(tl.int32), cols.to(tl.int32)], [row_stride, 1], [BLOCK_ROWS, BLOCK_COLS]
+            pointer, [tl.cast(rows, tl.int32), tl.cast(cols, tl.int32)], [row_stride, 1], [BLOCK_ROWS, BLOCK_COLS]
         )
 
 
@@ -104,9 +105,21 @@ def read_tile(
         else:
             return tl.load(pointers, mask=(r[:, None] < rows) & (c[None, :] < cols), other=0.0)
     elif ROWS_CONTIGUOUS:
-        return tl.trans(source.load([col.to(tl.int32), row.to(tl.int32)]))
+        return tl.trans(source.load([tl.cast(col, tl.int32), tl.cast(row, tl.int32)]))
     else:
-        return source.load([row.to(tl.int32), col.to(tl.int32)])
+        return source.load([tl.cast(row, tl.int32), tl.cast(col, tl.int32)])
+
+
+@inlined
+def narrow(x, TYPE: tl.constexpr):
+    """x in another type, rounded to the nearest (ties to even)."""
+    if INTERPRETED and TYPE == tl.bfloat16 and x.dtype != tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        # Adding to a NaN's bits could make an infinity of it.
+        return tl.where(x != x, tl.full(x.shape, 0x7FC0, tl.uint16), rounded).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(TYPE)
 
 
 @inlined
@@ -118,8 +131,8 @@ def part(x, PART: tl.constexpr):
     else:
         rest = x.to(tl.float32)
         for _ in tl.static_range(PART):
-            rest = rest - rest.to(tl.bfloat16).to(tl.float32)
-        return rest.to(tl.bfloat16)
+            rest = rest - narrow(rest, tl.bfloat16).to(tl.float32)
+        return narrow(rest, tl.bfloat16)
 
 
 @inlined

@@ -56,8 +56,8 @@ TYPES: dict[torch.dtype, tl.dtype] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel: its name in ``KERNELS``, its constants, warps and pipeline stages, how many of its programs
-    share a multiprocessor, and a cap on registers where the assembler's own choice is poor.
+    """One compiled kernel: its name in ``KERNELS``, its constants, warps and pipeline stages, and how many of its
+    programs share a multiprocessor.
     """
 
     kernel: str
@@ -65,16 +65,18 @@ class Variant:
     warps: int
     stages: int
     residents: int = 1
-    registers: int | None = None
 
     def options(self) -> dict[str, Any]:
         """The compiler's options. fp fusion is off so that every Triton version rounds the same way."""
-        chosen: dict[str, Any] = {
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            "enable_fp_fusion": False,
-        }
-        return chosen if self.registers is None else chosen | {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+
+    @property
+    def registers(self) -> int:
+        """Registers that a thread of an NVIDIA GPU may have so that all residents fit (64 Ki a multiprocessor).
+
+        Said explicitly because ptxas, left alone, aims at more residents than there are, and spills.
+        """
+        return min(255, (64 << 10) // (32 * self.warps * self.residents))
 
     @property
     def blocks(self) -> tuple[int, int, int]:
@@ -195,14 +197,12 @@ def drift_variant(
     )
 
 
-def reduce_variant(architecture: str, drift: Variant) -> Variant:
+def reduce_variant(drift: Variant) -> Variant:
     """The second pass that belongs to a drift variant."""
     kept = ("TRANSPOSED", "EVEN", "DRIFT_ALIGNED", "HAS_BLOCK", "BLOCK_M", "BLOCK_N")
     constants = {name: value for name, value in drift.constants if name in kept}
     constants["SLAB"] = min(32, constants["BLOCK_M"])
-    # Left alone, ptxas aims at more residents than there are tiles for, and spills.
-    registers = 128 if architecture.startswith("sm_") else None
-    return Variant("reduce", tuple(constants.items()), drift.warps, 1, drift.residents, registers)
+    return Variant("reduce", tuple(constants.items()), drift.warps, 1, drift.residents)
 
 
 def squares_variant() -> Variant:
@@ -330,7 +330,7 @@ def _all_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...]) 
             yield project_variant(architecture, form, rank, flipped, access)
             drift = drift_variant(architecture, form, rank, flipped, access, access.aligned, has_block=base is None)
             yield drift
-            yield reduce_variant(architecture, drift)
+            yield reduce_variant(drift)
         yield pull_variant(architecture, basis, rank, flipped, access, access.aligned)
         for grad, accumulate in product(_GRADS, _BOTH):
             yield gradient_variant(

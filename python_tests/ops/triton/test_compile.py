@@ -1,0 +1,58 @@
+"""Every variant, compiled for every target without a GPU; what the machine code shows is checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from rpsft_kernels.ops.triton.compile import DESCRIPTORS, SHARED_LIMIT
+from rpsft_kernels.ops.triton.variant import list_variants
+
+# The matrix instructions of each generation.
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "sm_120": "HMMA", "gfx942": "v_mfma"}
+PRODUCTS = ("project", "drift", "pull", "gradient")
+
+
+def surveyed(architecture: str) -> Iterator[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "rpsft_kernels", "compile", "--arch", architecture, "--jobs", "1"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    yield from map(json.loads, result.stdout.splitlines())
+
+
+def count(instructions: dict[str, int], *prefixes: str) -> int:
+    return sum(n for name, n in instructions.items() if name.startswith(prefixes))
+
+
+def vector_loads(instructions: dict[str, int]) -> int:
+    """128-bit loads from global memory, asynchronous copies and bulk tensor copies."""
+    wide = sum(n for name, n in instructions.items() if name.startswith(("LDG", "LDGSTS")) and ".128" in name)
+    return wide + count(instructions, "UTMALDG", "global_load_dwordx4", "buffer_load_dwordx4")
+
+
+@pytest.mark.parametrize("architecture", list(MATRIX))
+def test_every_variant_compiles_well(architecture: str) -> None:
+    expected = [v.label() for v in list_variants(architecture, DESCRIPTORS[architecture])]
+    seen = list(surveyed(architecture))
+    assert [entry["variant"] for entry in seen] == expected
+    for entry in seen:
+        name, instructions = entry["variant"], entry["instructions"]
+        assert entry["spilled"] == 0, name
+        assert 0 < entry["registers"] <= (512 if architecture == "gfx942" else 255), name
+        assert entry["shared"] <= SHARED_LIMIT[architecture], name
+        if name.startswith(PRODUCTS):
+            assert count(instructions, MATRIX[architecture]) > 0, name
+            if architecture in ("sm_90", "sm_100"):
+                assert count(instructions, "HMMA") == 0, name
+        if "aligned=True" in name:
+            assert vector_loads(instructions) > 0, name
+            assert count(instructions, "LDG.E.U16", "LDG.E.U8", "global_load_ushort", "buffer_load_ushort") == 0, name
+        if "descriptor=True" in name:
+            assert count(instructions, "UTMALDG") > 0, name

@@ -1,0 +1,273 @@
+"""Every kernel against float64: interpreted on the CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from support import (
+    LAYOUTS,
+    Form,
+    Layout,
+    Problem,
+    exact_drift,
+    exact_moved,
+    exact_pull,
+    laid_out,
+    lists,
+    make_problem,
+    random_matrix,
+    relative_error,
+)
+from torch import Tensor
+
+from rpsft_kernels import ops
+from rpsft_kernels.ops.triton import backward, forward, whole
+from rpsft_kernels.ops.triton.profile import Profile
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Ten weights of different shapes and ranks in one launch: nothing divides a tile, both orientations, every tile class.
+TEN = (
+    (1, 1, 1), (5, 3, 1), (5, 3, 3), (33, 257, 1), (33, 257, 17),
+    (200, 64, 3), (200, 64, 48), (576, 49, 17), (576, 49, 48), (140, 150, 130),
+)  # fmt: skip
+FEW = ((33, 257, 17), (200, 64, 48), (64, 96, 32), (5, 3, 2))
+
+
+def problems_of(
+    shapes: Sequence[tuple[int, int, int]],
+    form: Form,
+    dtype: torch.dtype,
+    device: torch.device,
+    basis: torch.dtype = torch.bfloat16,
+    layout: Layout = "contiguous",
+    drift: float = 0.05,
+) -> list[Problem]:
+    return [
+        make_problem(form, (m, n), k, dtype, basis_dtype=basis, layout=layout, drift=drift, seed=i, device=device)
+        for i, (m, n, k) in enumerate(shapes)
+    ]
+
+
+def project(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor]:
+    return ops.project_drift(*lists(problems), "triton")
+
+
+def plain_error(problem: Problem) -> float:
+    """The error of the same formula in plain PyTorch with bfloat16 operands (float32 ones where the kernels promise them)."""
+    assert problem.left is not None and problem.right is not None
+    exact = exact_drift(problem.weight, problem)
+    rounded = problem.base is not None and problem.left.dtype == torch.bfloat16
+    moved = problem.weight.float() - (0 if problem.base is None else problem.base.to(problem.weight.dtype).float())
+    if rounded:
+        t = (moved.bfloat16() @ problem.right).float()
+        drift = problem.left.T.float() @ t.bfloat16().float()
+    else:
+        drift = problem.left.float().T @ (moved @ problem.right.float())
+    if problem.block is not None:
+        drift -= problem.block
+    return relative_error(drift, exact)
+
+
+def check_drifts(problems: Sequence[Problem], drifts: Sequence[Tensor], squares: Tensor) -> None:
+    for problem, drift, square in zip(problems, drifts, squares, strict=True):
+        exact = exact_drift(problem.weight, problem)
+        # Twice plain PyTorch's error; the floor bounds the roundings of one lucky small matrix: two of bfloat16 (of the
+        # drift and of T) where the base form promises no more, else a few of float32, relative to what is summed.
+        moved = exact_moved(problem.weight, problem.base)
+        once = problem.base is not None and problem.left is not None and problem.left.dtype == torch.bfloat16
+        floor = float((2.0**-8 if once else 1e-6) * moved.norm() / exact.norm()) if exact.norm() else 0.0
+        assert relative_error(drift, exact) <= 2 * plain_error(problem) + floor
+        torch.testing.assert_close(square.double(), drift.double().square().sum(), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("form", ["base", "block", "bare"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_drifts_of_ten_weights_in_one_launch(form: Form, dtype: torch.dtype, device: torch.device) -> None:
+    problems = problems_of(TEN, form, dtype, device)
+    check_drifts(problems, *project(problems))
+
+
+@pytest.mark.parametrize("form", ["base", "block"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_drifts_with_float32_bases(form: Form, dtype: torch.dtype, device: torch.device) -> None:
+    problems = problems_of(FEW, form, dtype, device, basis=torch.float32)
+    check_drifts(problems, *project(problems))
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_drifts_of_strided_weights(layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+    problems = problems_of(FEW, "base", dtype, device, layout=layout)
+    check_drifts(problems, *project(problems))
+
+
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_base_of_another_dtype_is_what_the_weight_holds_of_it(
+    dtype: torch.dtype, base_dtype: torch.dtype, device: torch.device
+) -> None:
+    moved = [make_problem("base", (33, 40), 5, dtype, base_dtype=base_dtype, device=device)]
+    check_drifts(moved, *project(moved))
+    still = [make_problem("base", (33, 40), 5, dtype, base_dtype=base_dtype, drift=0.0, device=device)]
+    drifts, squares = project(still)
+    assert not drifts[0].any()
+    assert not squares.any()
+
+
+@pytest.mark.parametrize("basis", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("form", ["base", "block"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exactly_zero_at_the_anchor(form: Form, dtype: torch.dtype, basis: torch.dtype, device: torch.device) -> None:
+    problems = problems_of(FEW, "bare" if form == "block" else "base", dtype, device, basis=basis, drift=0.0)
+    if form == "block":
+        blocks, _ = project(problems)
+        weights, lefts, rights, _, _ = lists(problems)
+        drifts, squares = ops.project_drift(weights, lefts, rights, [], blocks, "triton")
+    else:
+        drifts, squares = project(problems)
+    _, lefts, rights, _, _ = lists(problems)
+    assert not squares.any()
+    assert not any(drift.any() for drift in drifts)
+    grads = ops.pull_back([], lefts, rights, [], drifts, 2 * torch.ones_like(squares), dtype, "triton")
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_ten_weights_in_one_launch(dtype: torch.dtype, accumulate: bool, device: torch.device) -> None:
+    check_gradients(TEN, dtype, torch.bfloat16, accumulate, "contiguous", device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_with_float32_bases(dtype: torch.dtype, device: torch.device) -> None:
+    check_gradients(FEW, dtype, torch.float32, True, "contiguous", device)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_into_strided_tensors(layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+    check_gradients(FEW, dtype, torch.bfloat16, True, layout, device)
+
+
+def check_gradients(
+    shapes: Sequence[tuple[int, int, int]],
+    dtype: torch.dtype,
+    basis: torch.dtype,
+    accumulate: bool,
+    layout: Layout,
+    device: torch.device,
+) -> None:
+    _, lefts, rights, _, _ = lists(problems_of(shapes, "bare", torch.float32, device, basis=basis))
+    drifts = [random_matrix(k, k, seed=i, device=device) for i, (_, _, k) in enumerate(shapes)]
+    before = [random_matrix(m, n, dtype, seed=7 + i, device=device) for i, (m, n, _) in enumerate(shapes)]
+    grads = [laid_out(grad, layout) for grad in before]
+    scales = torch.linspace(-2, 3, len(shapes), device=device)
+    ops.pull_back_(grads, [], lefts, rights, [], drifts, scales, accumulate, "triton")
+    for i, grad in enumerate(grads):
+        exact = exact_pull(drifts[i], lefts[i], rights[i], float(scales[i]))
+        pulled = exact.norm()
+        if accumulate:
+            exact = exact + before[i].double()
+        # bfloat16 bases: C and P are rounded once each, 2^-9 of the pulled gradient; then one rounding of the result.
+        allowed = (2.0**-8 if basis == torch.bfloat16 else 2e-6) * float(pulled)
+        allowed += torch.finfo(dtype).eps * float(exact.norm())
+        assert float((grad.double() - exact).norm()) <= allowed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_full_anchors(dtype: torch.dtype, layout: Layout, device: torch.device) -> None:
+    shapes = ((1, 1, 0), (5, 3, 0), (33, 257, 0), (64, 96, 0))
+    problems = problems_of(shapes, "full", dtype, device, layout=layout)
+    weights, _, _, bases, _ = lists(problems)
+    drifts, squares = project(problems)
+    scales = torch.linspace(0.5, 2.0, len(shapes), device=device)
+    before = [random_matrix(m, n, dtype, seed=i, device=device) for i, (m, n, _) in enumerate(shapes)]
+    grads = [laid_out(grad, layout) for grad in before]
+    ops.pull_back_(grads, weights, [], [], bases, drifts, scales, True, "triton")
+    for i, problem in enumerate(problems):
+        moved = exact_drift(problem.weight, problem)
+        assert drifts[i].shape == (0, 0)
+        torch.testing.assert_close(squares[i].double(), moved.square().sum(), rtol=1e-5, atol=0.0)
+        exact = float(scales[i]) * moved + before[i].double()
+        assert relative_error(grads[i], exact) <= torch.finfo(dtype).eps
+    still = problems_of(shapes, "full", dtype, device, layout=layout, drift=0.0)
+    assert not project(still)[1].any()
+
+
+def test_gradients_of_another_dtype_than_the_drift(device: torch.device) -> None:
+    weights, _, _, bases, _ = lists(problems_of(((33, 40, 0),), "full", torch.bfloat16, device))
+    grads = [torch.zeros(33, 40, device=device)]
+    ops.pull_back_(grads, weights, [], [], bases, [torch.empty(0, 0)], torch.ones(1, device=device), True, "triton")
+    assert relative_error(grads[0], weights[0].double() - bases[0].double()) <= 1e-6
+
+
+@pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
+def aligned_profile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> bool:
+    """On the CPU: an architecture that reads aligned operands by pointers, or by tensor descriptors."""
+    if device.type == "cpu":
+        for module in (forward, backward, whole):
+            monkeypatch.setattr(module, "device_profile", lambda _: Profile("interpreter", 3, request.param))
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("form", ["base", "block"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "padded"])
+@pytest.mark.usefixtures("aligned_profile")
+def test_aligned_operands_take_the_vector_and_descriptor_paths(
+    form: Form, layout: Layout, device: torch.device
+) -> None:
+    even = ((64, 128, 64), (128, 64, 64), (64, 64, 64))
+    ragged = ((72, 136, 40), (136, 72, 40), (40, 24, 8))
+    for shapes in (even, ragged):
+        problems = problems_of(shapes, form, torch.bfloat16, device, layout=layout)
+        check_drifts(problems, *project(problems))
+        check_gradients(shapes, torch.bfloat16, torch.bfloat16, True, layout, device)
+
+
+def test_split_sums(device: torch.device) -> None:
+    shapes = ((520, 600, 16), (600, 530, 5), (64, 530, 16))
+    for form in ("base", "block"):
+        problems = problems_of(shapes, form, torch.bfloat16, device)
+        check_drifts(problems, *project(problems))
+
+
+def test_empty_weights_and_groups(device: torch.device) -> None:
+    problems = problems_of(((5, 3, 2), (4, 6, 3)), "base", torch.float32, device)
+    weights, lefts, rights, bases, _ = lists(problems)
+    for lost in ((0, 3, 2), (5, 0, 2)):
+        m, n, k = lost
+        empty = [torch.empty(m, n, device=device), *weights]
+        us = [torch.ones(m, k, dtype=torch.bfloat16, device=device), *lefts]
+        vs = [torch.ones(n, k, dtype=torch.bfloat16, device=device), *rights]
+        drifts, squares = ops.project_drift(empty, us, vs, [empty[0], *bases], [], "triton")
+        assert not drifts[0].any()
+        assert squares[0] == 0
+        check_drifts(problems, drifts[1:], squares[1:])
+        grads = ops.pull_back([], us, vs, [], drifts, torch.ones_like(squares), torch.float32, "triton")
+        assert grads[0].shape == (m, n)
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_the_same_bits_again_alone_and_in_any_company(device: torch.device) -> None:
+    problems = problems_of(FEW + ((520, 600, 16),), "base", torch.bfloat16, device)
+    together, squares = project(problems)
+    again, squares_again = project(problems)
+    backwards, _ = project(problems[::-1])
+    assert torch.equal(squares, squares_again)
+    for i, problem in enumerate(problems):
+        alone, _ = project([problem])
+        for other in (again[i], backwards[-1 - i], alone[0]):
+            assert torch.equal(together[i], other)
+
+
+def test_inputs_are_not_written(device: torch.device) -> None:
+    problems = problems_of(FEW, "block", torch.float32, device)
+    pieces = lists(problems)
+    copies = [[piece.clone() for piece in kind] for kind in pieces]
+    project(problems)
+    for kind, copy in zip(pieces, copies, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(kind, copy, strict=True))
