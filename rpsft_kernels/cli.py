@@ -48,11 +48,12 @@ def _schedule(options: argparse.Namespace) -> int:
     report = schedule_report(
         projected, options.rank, options.multiprocessors, options.arch, keep_base=not options.block_form
     )
-    print(f"{options.model} at rank {options.rank}: {len(projected)} projected weights, {len(shapes) - len(projected)} full")
+    full = len(shapes) - len(projected)
+    print(f"{options.model} at rank {options.rank}: {len(projected)} projected weights, {full} full")
     print(f"buckets               {report.buckets}")
     print(f"launches per step     {report.launches}")
     print(f"workspace             {report.workspace_bytes / 2**20:.1f} MiB")
-    print(f"filled                {report.filled:.1%} of {options.multiprocessors} multiprocessors' time (static schedule)")
+    print(f"filled                {report.filled:.1%} of {options.multiprocessors} multiprocessors' time")
     for phase, filled in report.filled_by_phase.items():
         print(f"  {phase:<20}{filled:.1%}")
     return 0

@@ -43,15 +43,11 @@ def _paired(weights: object, anchors: object) -> list[_Pair]:
                 f"anchors: got {type(anchors).__name__}, expected a list of as many Anchors as there are weights"
             )
         if len(weights) != len(anchors):
-            raise ValueError(
-                f"anchors: got {len(anchors)} for {len(weights)} weights, expected one Anchor per weight"
-            )
+            raise ValueError(f"anchors: got {len(anchors)} for {len(weights)} weights, expected one Anchor per weight")
         for i, anchor in enumerate(anchors):
             if not isinstance(anchor, Anchor):
                 raise ValueError(f"anchors[{i}]: got {type(anchor).__name__}, expected an Anchor")
-        pairs = [
-            _Pair(f"weights[{i}]", w, a) for i, (w, a) in enumerate(zip(weights, anchors, strict=True))
-        ]
+        pairs = [_Pair(f"weights[{i}]", w, a) for i, (w, a) in enumerate(zip(weights, anchors, strict=True))]
     else:
         raise ValueError(
             f"weights: got {type(weights).__name__}, expected a tensor, a list of tensors or a torch.nn.Module"
@@ -138,9 +134,7 @@ class _Bucket:
         return [p.anchor.block for p in self.pairs if p.anchor.block is not None]
 
     def project(self) -> tuple[list[Tensor], Tensor]:
-        return ops.project_drift(
-            self.weights, self.lefts, self.rights, self.bases, self.blocks, self.backend
-        )
+        return ops.project_drift(self.weights, self.lefts, self.rights, self.bases, self.blocks, self.backend)
 
 
 def _gradient_dtype(weight: Tensor) -> torch.dtype:
@@ -153,16 +147,19 @@ def _gradient_dtype(weight: Tensor) -> torch.dtype:
 
 def _specification(pair: _Pair, into_gradients: bool) -> ops.WeightSpec:
     anchor, weight = pair.anchor, pair.weight
-    full = anchor.left is None
+    left = anchor.left
     key = (
         weight.device,
         weight.dtype,
         None if anchor.base is None else anchor.base.dtype,
-        None if anchor.left is None else anchor.left.dtype,
+        None if left is None else left.dtype,
         anchor.block is not None,
         _gradient_dtype(weight) if into_gradients and weight.requires_grad else None,
     )
-    return ops.WeightSpec(weight.shape[0], weight.shape[1], 0 if full else anchor.rank, key)
+    if left is None:
+        return ops.WeightSpec(weight.shape[0], weight.shape[1], 0, key)
+    parts = 1 if anchor.block is None and left.dtype == torch.bfloat16 else 3
+    return ops.WeightSpec(weight.shape[0], weight.shape[1], anchor.rank, key, parts)
 
 
 def _buckets(pairs: list[_Pair], into_gradients: bool = False) -> list[_Bucket]:
@@ -210,13 +207,16 @@ def rotation_penalty(
         an empty list is 0.0, on the CPU.
 
     Raises:
-        ValueError: a weight is no dense 2-D floating tensor, has another shape or device than its anchor,
-            an anchored parameter is gone from the module, there is no anchor at all for a module, or
+        ValueError: a weight is no dense 2-D floating tensor, has another shape or device than its anchor, was
+            anchored in float64 and is not float64 now, an anchored parameter is gone from the module, there is no anchor at all for a module, or
             the requested backend cannot serve the device or dtype.
 
-    The gradient ``2 U C V^T`` (full: ``2 (W - W0)``) is computed in ``backward`` one bucket of weights at a
-    time: no more than one bucket's gradients exist beside the ``.grad`` they are added to. Multiply R by the
-    paper's lambda: ``(task_loss + coeff * R).backward()``.
+    Multiply R by the paper's lambda: ``(task_loss + coeff * R).backward()``. The gradient ``2 U C V^T`` (full:
+    ``2 (W - W0)``) is computed in ``backward`` one bucket of weights at a time: where R has a backward pass of its
+    own (``(coeff * R).backward()``), no more than one bucket's gradients exist beside the ``.grad`` they are added to.
+    In one pass with the task loss, autograd sums the two before it touches ``.grad``: gradients that exist already
+    (of earlier micro-batches) then have a second set beside them, as large as the anchored weights.
+    :func:`accumulate_rotation_grad_` needs neither.
     """
     pairs = _paired(weights, anchors)
     if not pairs:
@@ -318,180 +318,6 @@ def _pull(bucket: _Bucket, members: list[int], drifts: list[Tensor], coeff: floa
     full = not part.lefts
     weights, bases = (part.weights, part.bases) if full else ([], [])
     ops.pull_back_(grads, weights, part.lefts, part.rights, bases, chosen, scales, accumulate, part.backend)
-
-
-def project(self) -> tuple[list[Tensor], Tensor]:
-        return ops.project_drift(
-            self.weights, self.lefts, self.rights, self.bases, self.blocks, self.backend
-        )
-
-
-def _gradient_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of the gradient that a leaf has, or is to get."""
-    if weight.grad is not None:
-        return weight.grad.dtype
-    dtype: torch.dtype | None = getattr(weight, "grad_dtype", None)
-    return weight.dtype if dtype is None else dtype
-
-
-def _specification(pair: _Pair, into_gradients: bool) -> ops.WeightSpec:
-    anchor, weight = pair.anchor, pair.weight
-    full = anchor.left is None
-    key = (
-        weight.device,
-        weight.dtype,
-        None if anchor.base is None else anchor.base.dtype,
-        None if anchor.left is None else anchor.left.dtype,
-        anchor.block is not None,
-        _gradient_dtype(weight) if into_gradients and weight.requires_grad else None,
-    )
-    return ops.WeightSpec(weight.shape[0], weight.shape[1], 0 if full else anchor.rank, key)
-
-
-def _buckets(pairs: list[_Pair], into_gradients: bool = False) -> list[_Bucket]:
-    buckets = []
-    for indices in ops.plan_buckets([_specification(pair, into_gradients) for pair in pairs]):
-        members = [pairs[i] for i in indices]
-        weight = members[0].weight
-        backend = ops.resolve_backend(weight.device, weight.dtype)
-        if members[0].anchor.block is not None and not torch.compiler.is_compiling():
-            _report_foreign_blocks(members, ops.arithmetic_id(backend, weight.device, weight.dtype))
-        buckets.append(_Bucket(members, backend))
-    return buckets
-
-
-def _report_foreign_blocks(pairs: list[_Pair], arithmetic: str) -> None:
-    for pair in pairs:
-        block = pair.anchor.block
-        if block is None or pair.anchor.arithmetic == arithmetic or pair.anchor in _reported:
-            continue
-        _reported.add(pair.anchor)
-        residual = (torch.finfo(torch.float32).eps * block.norm().item()) ** 2
-        warnings.warn(
-            f"{pair.name}: the anchor's block was computed by {pair.anchor.arithmetic!r} and is used by {arithmetic!r}, "
-            f"which rounds differently: at the pretrained weight its penalty is not exactly 0 but of the order of "
-            f"{residual:.1e}. Rebuild it from the pretrained weight: Anchors.load(path, model) or "
-            "Anchor.rebuilt_block(weight); or keep the base",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
-def rotation_penalty(
-    weights: Tensor | Sequence[Tensor] | nn.Module, anchors: Anchor | Sequence[Anchor] | Mapping[str, Anchor]
-) -> Tensor:
-    """The rotation penalty ``R = sum ||U^T (W - W0) V||_F^2`` of arXiv 2605.10973, differentiable in W.
-
-    Args:
-        weights: one weight (m, n), a list of weights, or a module whose parameters are found by the anchors'
-            names. bfloat16, float16, float32 or float64; any strides.
-        anchors: one :class:`Anchor`, a list of as many, or :class:`Anchors`, each on its weight's device.
-
-    Returns:
-        A scalar in float32 (float64 where a weight is float64), on the first weight's device. Full
-        anchors contribute ``||W - W0||_F^2``. Frozen weights count towards R; they get no gradient. A sum over
-        an empty list is 0.0, on the CPU.
-
-    Raises:
-        ValueError: a weight is no dense 2-D floating tensor, has another shape or device than its anchor,
-            an anchored parameter is gone from the module, there is no anchor at all for a module, or
-            the requested backend cannot serve the device or dtype.
-
-    The gradient ``2 U C V^T`` (full: ``2 (W - W0)``) is computed in ``backward`` one bucket of weights at a
-    time: no more than one bucket's gradients exist beside the ``.grad`` they are added to. Multiply R by the
-    paper's lambda: ``(task_loss + coeff * R).backward()``.
-    """
-    pairs = _paired(weights, anchors)
-    if not pairs:
-        return torch.zeros(())
-    return _total([bucket.project()[1] for bucket in _buckets(pairs)], pairs[0].weight.device)
-
-
-def _total(squares: list[Tensor], device: torch.device) -> Tensor:
-    # One concatenation and one sum, in the buckets' fixed order.
-    return torch.cat([s.to(device) for s in squares]).sum()
-
-
-def accumulate_rotation_grad_(
-    weights: Tensor | Sequence[Tensor] | nn.Module,
-    anchors: Anchor | Sequence[Anchor] | Mapping[str, Anchor],
-    coeff: float,
-) -> Tensor:
-    """Add ``coeff * dR/dW`` to every weight's ``.grad`` without autograd; returns R (not multiplied by coeff).
-
-    Call it once per optimizer step, after the last ``backward`` of its micro-batches (and after ``GradScaler.unscale_``,
-    where a scaler is used) and before gradient clipping and ``optimizer.step()``.
-
-    Args:
-        weights: as for :func:`rotation_penalty`; tensors must be leaves that require grad.
-        anchors: as for :func:`rotation_penalty`.
-        coeff: the paper's lambda, a finite number.
-
-    Returns:
-        R as :func:`rotation_penalty` gives it, detached.
-
-    Raises:
-        ValueError: as :func:`rotation_penalty`; also where coeff is not finite, a tensor is not a leaf
-            that requires grad, every anchored weight of a module is frozen, or a gradient is sparse. No gradient has changed then.
-
-    The product is added inside the kernel, summed in float32 and rounded once to the gradient's own dtype; no tensor as
-    large as a weight is allocated, except a ``.grad`` that did not exist yet. Frozen weights of a module
-    count towards R and get no gradient.
-    """
-    if isinstance(coeff, bool) or not isinstance(coeff, (int, float)) or not abs(coeff) <= sys.float_info.max:
-        raise ValueError(f"coeff: got {coeff!r}, expected a finite Python number (the paper's lambda)")
-    pairs = _paired(weights, anchors)
-    if not pairs:
-        return torch.zeros(())
-    _check_gradients(pairs, whole_module=isinstance(weights, nn.Module))
-    with torch.no_grad():
-        squares = []
-        for bucket in _buckets(pairs, into_gradients=True):
-            drifts, square = bucket.project()
-            _accumulate(bucket, drifts, float(coeff))
-            squares.append(square)
-        return _total(squares, pairs[0].weight.device)
-
-
-def _check_gradients(pairs: list[_Pair], whole_module: bool) -> None:
-    for pair in pairs:
-        weight = pair.weight
-        if not whole_module and not (weight.requires_grad and weight.is_leaf):
-            raise ValueError(
-                f"{pair.name}: got a tensor that is no leaf requiring grad, expected one that holds .grad; "
-                "call weight.requires_grad_(), or use rotation_penalty"
-            )
-        if weight.grad is not None and weight.grad.layout != torch.strided:
-            raise ValueError(
-                f"{pair.name}.grad: got layout {weight.grad.layout}, expected a dense gradient "
-                "(torch.nn.Embedding(sparse=False)); or leave this weight out of the anchors"
-            )
-    if not any(pair.weight.requires_grad for pair in pairs):
-        raise ValueError(
-            "model: every anchored parameter is frozen, expected at least one that requires grad; "
-            "use rotation_penalty to evaluate the penalty alone"
-        )
-
-
-def _accumulate(bucket: _Bucket, drifts: list[Tensor], coeff: float) -> None:
-    """Pull a bucket's drifts back into the gradients: added where one exists, written where it is new."""
-    trained = [i for i, pair in enumerate(bucket.pairs) if pair.weight.requires_grad]
-    new = [i for i in trained if bucket.pairs[i].weight.grad is None]
-    old = [i for i in trained if bucket.pairs[i].weight.grad is not None]
-    for members, exists in ((new, False), (old, True)):
-        if not members:
-            continue
-        part = _Bucket([bucket.pairs[i] for i in members], bucket.backend)
-        grads = []
-        for weight in part.weights:
-            if weight.grad is None:
-                weight.grad = torch.empty_like(weight)
-            grads.append(weight.grad)
-        chosen = [drifts[i] for i in members]
-        scales = chosen[0].new_full((len(members),), 2.0 * coeff)
-        full = not part.lefts
-        weights, bases = (part.weights, part.bases) if full else ([], [])
-        ops.pull_back_(grads, weights, part.lefts, part.rights, bases, chosen, scales, exists, part.backend)
 
 
 def project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:

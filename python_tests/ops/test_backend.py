@@ -85,7 +85,10 @@ def test_the_environment_chooses_where_nothing_outranks_it(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ["cuda", "Torch", "", None, 3])
 def test_unknown_names(name: Any) -> None:
-    with pytest.raises(ValueError, match=r"use_backend\(name\): got .*, expected one of 'torch', 'triton', 'native'"), rk.use_backend(name):
+    with (
+        pytest.raises(ValueError, match=r"use_backend\(name\): got .*, expected one of 'torch', 'triton', 'native'"),
+        rk.use_backend(name),
+    ):
         pytest.fail("the block must not run")
     assert ops.requested_backend() is None
 
@@ -113,13 +116,19 @@ def test_unknown_name_for_an_operation() -> None:
 
 
 def test_a_backend_that_cannot_serve_says_why(device: torch.device) -> None:
-    with rk.use_backend("native"), pytest.raises(
-        ValueError,
-        match=r"backend 'native' cannot serve float32 weights on cpu: .*; choose another with use_backend\(\.\.\.\)",
+    with (
+        rk.use_backend("native"),
+        pytest.raises(
+            ValueError,
+            match=r"backend 'native' cannot serve float32 weights on cpu: .*; choose another with use_backend",
+        ),
     ):
         ops.resolve_backend(CPU, torch.float32)
-    with rk.use_backend("triton"), pytest.raises(
-        ValueError, match="backend 'triton' cannot serve float64 weights on .*: its kernels take bfloat16, float16"
+    with (
+        rk.use_backend("triton"),
+        pytest.raises(
+            ValueError, match="backend 'triton' cannot serve float64 weights on .*: its kernels take bfloat16, float16"
+        ),
     ):
         ops.resolve_backend(device, torch.float64)
     with rk.use_backend("torch"), pytest.raises(ValueError, match="backend 'torch' cannot serve int8 weights"):
@@ -141,7 +150,9 @@ def test_public_functions_refuse_a_backend_that_cannot_serve(
             lambda: rk.project(weight, left, right),
             lambda: rk.Anchor.from_weight(weight, 2, keep_base=False),
         ):
-            with pytest.raises(ValueError, match=f"backend '{name}' cannot serve {str(dtype)[6:]} weights on {device.type}"):
+            with pytest.raises(
+                ValueError, match=f"backend '{name}' cannot serve {str(dtype)[6:]} weights on {device.type}"
+            ):
                 call()
     assert weight.grad is None
 
@@ -257,9 +268,7 @@ def test_double_backward_stays_there_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(calls) >= 4 and all(call.endswith("on native") for call in calls)
 
 
-def test_a_penalty_keeps_its_backend_through_backward(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
+def test_a_penalty_keeps_its_backend_through_backward(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     used: list[str] = []
     real = backends.load
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -12,7 +13,9 @@ WIDE = BucketLimits(weights=1000, elements=1 << 60, workspace_bytes=1 << 60)
 def _random_specs(seed: int) -> list[WeightSpec]:
     chosen = random.Random(seed)
     return [
-        WeightSpec(chosen.choice((1, 8, 30, 64)), chosen.choice((1, 8, 30, 64)), chosen.choice((0, 1, 8)), chosen.choice("ab"))
+        WeightSpec(
+            chosen.choice((1, 8, 30, 64)), chosen.choice((1, 8, 30, 64)), chosen.choice((0, 1, 8)), chosen.choice("ab")
+        )
         for _ in range(60)
     ]
 
@@ -71,7 +74,13 @@ def test_ranks_share_a_bucket() -> None:
 
 
 def test_buckets_come_in_the_order_of_their_first_weights() -> None:
-    specs = [WeightSpec(32, 16, 4), WeightSpec(16, 32, 4), WeightSpec(16, 32, 4), WeightSpec(32, 16, 4), WeightSpec(16, 32, 4)]
+    specs = [
+        WeightSpec(32, 16, 4),
+        WeightSpec(16, 32, 4),
+        WeightSpec(16, 32, 4),
+        WeightSpec(32, 16, 4),
+        WeightSpec(16, 32, 4),
+    ]
     assert plan_buckets(specs, BucketLimits(weights=2)) == [[0, 3], [1, 2], [4]]
 
 
@@ -103,7 +112,7 @@ def test_no_two_neighbouring_buckets_of_a_class_fit_into_one(seed: int) -> None:
         first = members[0]
         classes.setdefault((first.key, first.rank == 0, first.rows <= first.cols), []).append(members)
     for buckets in classes.values():
-        for one, following in zip(buckets, buckets[1:], strict=False):
+        for one, following in itertools.pairwise(buckets):
             members = [*one, following[0]]
             assert (
                 len(members) > limits.weights

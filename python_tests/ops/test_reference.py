@@ -115,9 +115,7 @@ def test_gradient(m: int, n: int, rank: int, form: Form, dtype: torch.dtype, dev
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("m", "n", "rank"), [(33, 257, 17), (200, 64, 3), (576, 49, 48)])
-def test_drift_of_strided_weights(
-    m: int, n: int, rank: int, form: Form, layout: Layout, device: torch.device
-) -> None:
+def test_drift_of_strided_weights(m: int, n: int, rank: int, form: Form, layout: Layout, device: torch.device) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         plain = make_problem(form, (m, n), rank, dtype, device=device)
         strided = make_problem(form, (m, n), rank, dtype, layout=layout, device=device)
@@ -194,9 +192,7 @@ def test_exactly_zero_at_the_base(
 ) -> None:
     # A base wider or narrower than the weight included: the weight is what a model of its dtype holds of it.
     for base_dtype in DTYPES:
-        problem = make_problem(
-            form, shape, 3, dtype, base_dtype=base_dtype, drift=0.0, layout=layout, device=device
-        )
+        problem = make_problem(form, shape, 3, dtype, base_dtype=base_dtype, drift=0.0, layout=layout, device=device)
         assert bool(problem.weight.any())
         drifts, squares = ops.project_drift(*lists([problem]), "torch")
         assert not drifts[0].any() and not squares.any()
@@ -221,9 +217,7 @@ def test_exactly_zero_with_a_block_of_the_same_arithmetic(
 @pytest.mark.parametrize("form", ["base", "full"])
 def test_a_base_of_another_dtype_is_read_as_the_weight_holds_it(form: Form, device: torch.device) -> None:
     # float32 base, bfloat16 weight, after a step: C of the step, not of the cast.
-    problem = make_problem(
-        form, (40, 24), 4, torch.bfloat16, base_dtype=torch.float32, drift=1e-2, device=device
-    )
+    problem = make_problem(form, (40, 24), 4, torch.bfloat16, base_dtype=torch.float32, drift=1e-2, device=device)
     assert problem.base is not None and problem.base.dtype == torch.float32
     _, squares = ops.project_drift(*lists([problem]), "torch")
     exact = float(exact_drift(problem.weight, problem).square().sum())
@@ -243,7 +237,9 @@ def test_degenerate_shapes(shape: tuple[int, int], device: torch.device) -> None
     assert abs(float(drifts[0]) - total) <= 1e-5 * float(weight.abs().sum())
     assert abs(float(squares[0]) - total**2) <= 2e-5 * max(total**2, float(weight.abs().sum()) * abs(total))
     scales = torch.ones(1, device=device)
-    grads = ops.pull_back([], [left], [right], [], [torch.full((1, 1), 2.0, device=device)], scales, torch.float32, "torch")
+    grads = ops.pull_back(
+        [], [left], [right], [], [torch.full((1, 1), 2.0, device=device)], scales, torch.float32, "torch"
+    )
     assert torch.equal(grads[0], torch.full(shape, 2.0, device=device))
 
 

@@ -283,9 +283,7 @@ def _anchored(keep_base: bool) -> tuple[list[Tensor], list[rk.Anchor]]:
     return [_moved(weight, 10 + i) for i, weight in enumerate(pretrained)], anchors
 
 
-def _same_as_eager(
-    function: Callable[[], Tensor], weights: list[Tensor], compiler: str = "aot_eager"
-) -> None:
+def _same_as_eager(function: Callable[[], Tensor], weights: list[Tensor], compiler: str = "aot_eager") -> None:
     def run(run_function: Callable[[], Tensor]) -> list[Tensor]:
         for weight in weights:
             weight.grad = None
@@ -317,7 +315,9 @@ def test_compiled_penalty_of_a_list(keep_base: bool) -> None:
 
 
 def _model() -> nn.Module:
-    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8, bias=False), nn.Linear(8, 9))
+    model = nn.Sequential(
+        nn.Embedding(9, 8), nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8, bias=False), nn.Linear(8, 9)
+    )
     model[4].weight = model[0].weight
     return model
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 class WeightSpec:
     """One weight as the planner sees it: ``rows`` x ``cols`` at ``rank`` (0 for a full anchor).
 
-    ``key`` names what must be equal for weights to share a launch (form, dtypes, device).
+    ``key`` names what must be equal for weights to share a launch (form, dtypes, device). ``parts`` is how many
+    bfloat16 numbers make up one of an intermediate's: 1 in the base form with bfloat16 bases, else 3.
     """
 
     rows: int
     cols: int
     rank: int
     key: Hashable = None
+    parts: int = 1
 
     @property
     def elements(self) -> int:
@@ -24,8 +26,8 @@ class WeightSpec:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of the intermediate (shorter side, k) in bfloat16: the base form's."""
-        return 2 * min(self.rows, self.cols) * self.rank
+        """Bytes of the intermediate (shorter side, k) in ``parts`` times bfloat16, before it is padded to whole tiles."""
+        return 2 * self.parts * min(self.rows, self.cols) * self.rank
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,13 @@ class BucketLimits:
     """What one bucket may hold; a single weight beyond a limit still gets a bucket of its own.
 
     ``weights`` bounds the share of a model whose gradients the backward pass holds at once, ``elements``
-    their size (768 MiB in bfloat16), ``workspace_bytes`` the intermediates' (a GPU's second-level cache).
+    their size (768 MiB in bfloat16), ``workspace_bytes`` the intermediates' (beside them split sums of C may take
+    4 MiB a weight).
     """
 
     weights: int = 8
     elements: int = 384 << 20
-    workspace_bytes: int = 64 << 20
+    workspace_bytes: int = 192 << 20
 
 
 def plan_buckets(specs: Sequence[WeightSpec], limits: BucketLimits | None = None) -> list[list[int]]:

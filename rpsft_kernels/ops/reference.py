@@ -1,6 +1,7 @@
 """The operations in plain PyTorch, for any floating dtype up to float64 and any device: the reference.
 
-Arithmetic is float32 (float64 for float64 weights). Weights are read in blocks of rows, so that no temporary is as large
+Arithmetic is float32 (float64 for float64 weights). Weights are read in blocks of rows, so that no temporary is as
+large
 as a weight.
 """
 

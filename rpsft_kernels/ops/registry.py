@@ -70,9 +70,7 @@ def _pull_back(
 ) -> list[Tensor]:
     grads = _empty_grads(weights, lefts, rights, scales, dtype)
     with _without_autocast(scales.device):
-        load(backend).pull_back_into(
-            grads, weights, lefts, rights, bases, drifts, scales, accumulate=False
-        )
+        load(backend).pull_back_into(grads, weights, lefts, rights, bases, drifts, scales, accumulate=False)
     return grads
 
 
@@ -117,9 +115,7 @@ def _pull_back_(
     backend: str,
 ) -> None:
     with _without_autocast(scales.device):
-        load(backend).pull_back_into(
-            grads, weights, lefts, rights, bases, drifts, scales, accumulate=accumulate
-        )
+        load(backend).pull_back_into(grads, weights, lefts, rights, bases, drifts, scales, accumulate=accumulate)
 
 
 @_pull_back_.register_fake
@@ -184,9 +180,7 @@ def _backward_of_projection(
     chosen, factors = pick(drifts), scales if len(wanted) == n else scales[wanted]
     if lefts:
         chosen, factors = _drift_gradient(chosen, pick(list(grad_drifts)), factors)
-    pulled = _pull_back(
-        pick(weights), pick(lefts), pick(rights), pick(bases), chosen, factors, ctx.dtype, ctx.backend
-    )
+    pulled = _pull_back(pick(weights), pick(lefts), pick(rights), pick(bases), chosen, factors, ctx.dtype, ctx.backend)
     grads: list[Tensor | None] = [None] * n
     for i, grad in zip(wanted, pulled, strict=True):
         grads[i] = grad
@@ -251,9 +245,7 @@ def project_drift(
         The N drifts (k, k), float32 (float64 for float64 weights), (0, 0) for full anchors; and (N,) their
         squared Frobenius norms, ``||W - W0||_F^2`` for full anchors.
     """
-    drifts, squares = _project_drift(
-        list(weights), list(lefts), list(rights), list(bases), list(blocks), backend
-    )
+    drifts, squares = _project_drift(list(weights), list(lefts), list(rights), list(bases), list(blocks), backend)
     return list(drifts), squares
 
 
@@ -282,11 +274,7 @@ def pull_back(
     Returns:
         N new tensors (m, n) of ``dtype``.
     """
-    return list(
-        _pull_back(
-            list(weights), list(lefts), list(rights), list(bases), list(drifts), scales, dtype, backend
-        )
-    )
+    return list(_pull_back(list(weights), list(lefts), list(rights), list(bases), list(drifts), scales, dtype, backend))
 
 
 def pull_back_(

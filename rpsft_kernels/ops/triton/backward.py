@@ -54,9 +54,7 @@ def plan_backward(
 
     def gradient_of(even: bool) -> Variant:
         access = access_of(profile, group, even)
-        return gradient_variant(
-            arch, basis, grad, rank, group.rows_contiguous, access, group.grad_aligned, accumulate
-        )
+        return gradient_variant(arch, basis, grad, rank, group.rows_contiguous, access, group.grad_aligned, accumulate)
 
     pm, pn, pk = pull_of(False).blocks
     gm, gn, gk = gradient_of(False).blocks
@@ -64,9 +62,7 @@ def plan_backward(
     def extents(p: Problem) -> tuple[int, int]:
         return (p.cols, p.rows) if group.rows_contiguous else (p.rows, p.cols)
 
-    pull = pull_of(
-        drift_aligned and all(p.rows % pm == 0 and p.rank % pk == 0 and p.rank % pn == 0 for p in problems)
-    )
+    pull = pull_of(drift_aligned and all(p.rows % pm == 0 and p.rank % pk == 0 and p.rank % pn == 0 for p in problems))
     whole = all(high % gm == 0 and wide % gn == 0 for high, wide in map(extents, problems))
     gradient = gradient_of(whole and group.grad_aligned and all(p.rank % gk == 0 for p in problems))
     parts = group.form.basis_parts

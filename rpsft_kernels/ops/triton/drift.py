@@ -1,7 +1,8 @@
 """Phase 2: ``C = U^T T`` or ``C = U^T T - B`` with ``||C||_F^2`` per tile, in float32.
 
-Tiles too few to fill a GPU are split along the rows of T: the stretches' sums go to a workspace and ``reduce_kernel`` adds them
-in a fixed order. How often a weight is split depends on its shape alone, so that its bits do not depend on its neighbours.
+Tiles too few to fill a GPU are split along the rows of T: the stretches' sums go to a workspace, and
+``reduce_kernel`` adds them in a fixed order. How often a weight is split depends on its shape alone, so that
+its bits do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -109,10 +110,10 @@ def drift_kernel(
                         left_tiles, row, k, rank, rows, left_col, left_row, BLOCK_M, BLOCK_K, True, DESCRIPTOR, EVEN
                     )
                     t = read_tile(
-                        planes_tiles, (PLANES - 1 - back) * planes_rows + k, col, planes_rows, planes_row, planes_row, 1,
-                        BLOCK_K, BLOCK_N, False, DESCRIPTOR, True,
+                        planes_tiles, (PLANES - 1 - back) * planes_rows + k, col,
+                        planes_rows, planes_row, planes_row, 1, BLOCK_K, BLOCK_N, False, DESCRIPTOR, True,
                     )  # fmt: skip
-                    acc = dot_parts(u, t, acc, BASIS_PARTS if BASIS_PARTS < back + 1 else back + 1, 1)
+                    acc = dot_parts(u, t, acc, back + 1 if back + 1 < BASIS_PARTS else BASIS_PARTS, 1)
             if splits == 1:
                 total = finish_tile(
                     acc, fields, row, col, square,

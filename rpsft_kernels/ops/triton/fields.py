@@ -1,7 +1,8 @@
 """The columns of the int64 table through which a grouped kernel finds one weight: pointers, extents, strides.
 
-The kernels see every problem with its shorter side first: ``rows = min(m, n)``, ``cols = max(m, n)``, and ``left`` (rows, k) is
-the basis of the shorter side. A weight that is taller than wide enters transposed, by its strides.
+The kernels see every problem with its shorter side first: ``rows = min(m, n)``, ``cols = max(m, n)``, and
+``left`` (rows, k) is the basis of the shorter side. A weight that is taller than wide enters transposed, by
+its strides.
 """
 
 from __future__ import annotations

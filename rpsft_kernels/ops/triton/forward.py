@@ -135,7 +135,9 @@ def static_columns(problems: Sequence[Problem]) -> dict[str, list[int]]:
     return columns
 
 
-def describe(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None, profile: Profile) -> tuple[Group, Problem]:
+def describe(
+    weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None, profile: Profile
+) -> tuple[Group, Problem]:
     """The group that a projected weight belongs to, and its static description."""
     transposed = is_transposed(weight.shape)
     if transposed:

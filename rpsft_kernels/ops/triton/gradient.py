@@ -75,14 +75,14 @@ def gradient_kernel(
                             BLOCK_M, BLOCK_K, False, DESCRIPTOR, EVEN,
                         )  # fmt: skip
                         p = read_tile(
-                            planes_tiles, k, (BASIS_PARTS - 1 - back) * planes_rows + col, planes_row, planes_rows, 1, planes_row,
-                            BLOCK_K, BLOCK_N, True, DESCRIPTOR, True,
+                            planes_tiles, k, (BASIS_PARTS - 1 - back) * planes_rows + col,
+                            planes_row, planes_rows, 1, planes_row, BLOCK_K, BLOCK_N, True, DESCRIPTOR, True,
                         )  # fmt: skip
                         acc = dot_parts(v, p, acc, back + 1, 1)
                     else:
                         p = read_tile(
-                            planes_tiles, (BASIS_PARTS - 1 - back) * planes_rows + row, k, planes_rows, planes_row, planes_row, 1,
-                            BLOCK_M, BLOCK_K, False, DESCRIPTOR, True,
+                            planes_tiles, (BASIS_PARTS - 1 - back) * planes_rows + row, k,
+                            planes_rows, planes_row, planes_row, 1, BLOCK_M, BLOCK_K, False, DESCRIPTOR, True,
                         )  # fmt: skip
                         v = read_tile(
                             right_tiles, k, col, rank, width, right_col, right_row,

@@ -45,7 +45,7 @@ def lies(matrix: Tensor, transposed: bool) -> Lies:
 
 
 class Problem(NamedTuple):
-    """The static description of one weight; hashable, equal for equal layouts. Pieces that a phase lacks have strides (0, 0)."""
+    """The static description of one weight, equal for equal layouts. Pieces that a phase lacks have strides (0, 0)."""
 
     rows: int
     cols: int

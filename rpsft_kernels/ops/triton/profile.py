@@ -29,7 +29,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile shape of one phase: ``block_m`` x ``block_n`` x ``block_k``, warps, pipeline stages, programs per multiprocessor."""
+    """One phase's tile shape, warps, pipeline stages and programs per multiprocessor."""
 
     block_m: int
     block_n: int
@@ -94,8 +94,8 @@ def rank_class(rank: int) -> int:
 def tile_config(architecture: str, phase: str, rank: int, operands: str) -> TileConfig:
     """The tile shape of a phase for weights of ``rank`` whose operands are of a class of the table:
 
-    ``"one part"`` (16-bit operands), ``"wide"`` (the same arithmetic, read from float32), ``"parts"`` (several bfloat16 parts)
-    or ``"strided"`` (nothing is aligned).
+    ``"one part"`` (16-bit operands), ``"wide"`` (the same arithmetic on float32 weights or gradients), ``"parts"`` (several
+    bfloat16 parts) or ``"strided"`` (nothing is aligned).
     """
     classes = tile_table(architecture)[phase]
     rows = classes[operands] if operands in classes else classes["one part"]

@@ -56,9 +56,7 @@ def project_kernel(
         if BASE_TYPE is not None:
             base = address(fields + f.BASE, BASE_TYPE, ALIGNED)
             base_row, base_col = strides(fields + f.BASE_ROW, BASE_TYPE, ROWS_CONTIGUOUS, ALIGNED)
-            base_tiles = open_tile(
-                base, rows, cols, base_row, base_col, BLOCK_M, BLOCK_K, ROWS_CONTIGUOUS, DESCRIPTOR
-            )
+            base_tiles = open_tile(base, rows, cols, base_row, base_col, BLOCK_M, BLOCK_K, ROWS_CONTIGUOUS, DESCRIPTOR)
         planes = address(fields + f.PLANES, tl.bfloat16, True)
         planes_row = extent(fields + f.PLANES_ROW, tl.bfloat16, True)
         planes_part = planes_row * tl.load(fields + f.PLANES_ROWS)

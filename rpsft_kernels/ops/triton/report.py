@@ -48,7 +48,7 @@ def schedule_report(
     """The static schedule for aligned, contiguous weights of the given shapes; needs no GPU.
 
     Args:
-        shapes: (m, n) of every anchored weight; all need min(m, n) > rank (full anchors are elementwise and need no tiles).
+        shapes: (m, n) of every anchored weight, each with min(m, n) > rank (full anchors need no tiles).
         rank: k.
         multiprocessors: of the GPU (132 on an H100 or H200).
         architecture: a shipped tile table, such as ``"sm_90"``.
@@ -66,7 +66,7 @@ def schedule_report(
                 "which this report leaves out"
             )
     profile = Profile(architecture, multiprocessors, architecture in ("sm_90", "sm_100", "sm_120"))
-    buckets = plan_buckets([WeightSpec(m, n, rank) for m, n in shapes], limits)
+    buckets = plan_buckets([WeightSpec(m, n, rank, parts=1 if keep_base else 3) for m, n in shapes], limits)
     form = Form(weight_dtype, torch.bfloat16 if keep_base else None, torch.bfloat16)
     busy: dict[str, float] = {}
     spent: dict[str, float] = {}

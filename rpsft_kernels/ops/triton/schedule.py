@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# Tiles along the height that are walked together, so that what concurrent programs read stays in the second-level cache.
+# Tile rows that are walked together, so that what concurrent programs read stays in the second-level cache.
 _BAND = 8
 
 
@@ -83,7 +83,9 @@ def build_schedule(grids: tuple[Grid, ...], programs: int, banded: bool) -> Sche
             mine.setdefault(program, []).append(tile)
         for program, tiles in mine.items():
             lists[program].append((weight, tiles))
-    starts, runs, order = [0], [], []
+    starts = [0]
+    runs: list[tuple[int, int, int]] = []
+    order: list[int] = []
     for todo in lists:
         for weight, tiles in todo:
             runs.append((weight, len(order), len(order) + len(tiles)))
@@ -99,10 +101,9 @@ def build_schedule(grids: tuple[Grid, ...], programs: int, banded: bool) -> Sche
 
 
 def splits_of(rows: int, rank: int, block_m: int, block_n: int) -> int:
-    """Into how many stretches of rows a weight's ``U^T T`` is cut: enough for about 32 tiles, none shorter than 256 rows.
+    """Into how many stretches of rows ``U^T T`` is cut: enough for about 32 tiles, none under 256 rows.
 
     A function of the shape alone: the bits of C must not depend on which weights share the launch.
     """
     tiles = -(-rank // block_m) * -(-rank // block_n)
     return max(1, min(-(-32 // tiles), rows // 256))
-

@@ -9,15 +9,16 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# The interpreter computes bfloat16 dot products wrongly (triton#11584) and truncates float32 to bfloat16 where GPUs round to
-# nearest; ``dot`` and ``narrow`` do there what the compiled code does.
+# The interpreter computes bfloat16 dot products wrongly (triton#11584) and truncates float32 to bfloat16 where
+# GPUs round to nearest; ``dot`` and ``narrow`` do there what the compiled code does.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """``triton.jit`` for functions that kernels call.
 
-    The interpreter patches the whole language anew at every call of a jitted function; inside a kernel that is done already.
+    The interpreter patches the whole language anew at every call of a jitted function; inside a kernel that has
+    been done.
     """
     return function if INTERPRETED.value else triton.jit(function)
 
@@ -93,8 +94,8 @@ def read_tile(
 ):
     """The (BLOCK_ROWS, BLOCK_COLS) tile at (row, col), zero beyond the extents.
 
-    EVEN promises that no tile reaches beyond them. ROWS_CONTIGUOUS says which dimension is contiguous in memory; pointers
-    need not be told (their strides say it), a descriptor's tile is transposed on chip.
+    EVEN promises that no tile reaches beyond them. ROWS_CONTIGUOUS says which dimension is contiguous in memory:
+    pointers need not be told (their strides say it), a descriptor's tile is transposed on chip.
     """
     if not DESCRIPTOR:
         r = row + tl.arange(0, BLOCK_ROWS)

@@ -239,7 +239,8 @@ def gradient_variant(
     grad_aligned: bool,
     accumulate: bool,
 ) -> Variant:
-    config = tile_config(architecture, "gradient", rank, _operands(_basis_operands(basis), access))
+    operands = "wide" if grad == torch.float32 and basis == torch.bfloat16 else _basis_operands(basis)
+    config = tile_config(architecture, "gradient", rank, _operands(operands, access))
     return _variant(
         "gradient",
         config,
@@ -322,9 +323,7 @@ def list_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...] =
 
 def _all_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...]) -> Iterator[Variant]:
     yield squares_variant()
-    for rank, basis, access, flipped in product(
-        ranks, (torch.bfloat16, torch.float32), accesses(descriptors), _BOTH
-    ):
+    for rank, basis, access, flipped in product(ranks, (torch.bfloat16, torch.float32), accesses(descriptors), _BOTH):
         for weight, base in WEIGHT_AND_BASE:
             form = Form(weight, base, basis)
             yield project_variant(architecture, form, rank, flipped, access)
@@ -333,9 +332,7 @@ def _all_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...]) 
             yield reduce_variant(drift)
         yield pull_variant(architecture, basis, rank, flipped, access, access.aligned)
         for grad, accumulate in product(_GRADS, _BOTH):
-            yield gradient_variant(
-                architecture, basis, grad, rank, flipped, access, access.aligned, accumulate
-            )
+            yield gradient_variant(architecture, basis, grad, rank, flipped, access, access.aligned, accumulate)
     for (weight, base), aligned in product(WEIGHT_AND_BASE, _BOTH):
         if base is not None:
             yield full_drift_variant(architecture, weight, base, aligned)

@@ -19,7 +19,7 @@ from .variant import Variant, full_drift_variant, full_gradient_variant, squares
 
 
 class WholeGroup(NamedTuple):
-    """What full anchors must share to be served by one launch. ``flipped``: seen transposed, so that W's rows are contiguous."""
+    """What full anchors must share for one launch; ``flipped``: seen transposed, so that rows are contiguous."""
 
     weight: torch.dtype
     base: torch.dtype
