@@ -47,9 +47,7 @@ def test_base_form(dtype: torch.dtype, shape: tuple[int, int], device: str) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [1, 10, 16])
 @pytest.mark.parametrize("shape", [(48, 36), (36, 48)])
-def test_block_form_cancels_to_the_last_bit(
-    dtype: torch.dtype, rank: int, shape: tuple[int, int], device: str
-) -> None:
+def test_block_form_cancels_to_the_last_bit(dtype: torch.dtype, rank: int, shape: tuple[int, int], device: str) -> None:
     weight = _weight(*shape, dtype, device)
     anchor = Anchor.from_weight(weight, rank, keep_base=False)
     assert anchor.form == "block" and anchor.base is None
@@ -59,9 +57,7 @@ def test_block_form_cancels_to_the_last_bit(
     assert (anchor.block.double() - exact).norm() <= bound * exact.norm()
     assert anchor.block.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert anchor.arithmetic == ops.arithmetic_id(_backend(weight), weight.device, dtype)
-    drifts, squares = ops.project_drift(
-        [weight], [anchor.left], [anchor.right], [], [anchor.block], _backend(weight)
-    )
+    drifts, squares = ops.project_drift([weight], [anchor.left], [anchor.right], [], [anchor.block], _backend(weight))
     assert not drifts[0].any() and not squares.any()
     moved = anchor.to("cpu").to(device)
     assert moved.left is not None and moved.right is not None and moved.block is not None
@@ -269,18 +265,14 @@ def _base_arguments(**changes: Any) -> dict[str, Any]:
 
 
 def _block_arguments(**changes: Any) -> dict[str, Any]:
-    return _base_arguments(
-        **{"base": None, "block": torch.ones(2, 2), "arithmetic": "torch:cpu:float32", **changes}
-    )
+    return _base_arguments(**{"base": None, "block": torch.ones(2, 2), "arithmetic": "torch:cpu:float32", **changes})
 
 
 def test_direct_construction_lays_the_pieces_out() -> None:
     left, right, base = torch.randn(2, 6).T, torch.randn(4, 32)[:, :2], torch.randn(4, 6).T
     anchor = Anchor(**_base_arguments(left=left, right=right, base=base, shape=[6, 4]))
     assert anchor.left is not None and anchor.right is not None and anchor.base is not None
-    assert (
-        torch.equal(anchor.left, left) and torch.equal(anchor.right, right) and torch.equal(anchor.base, base)
-    )
+    assert torch.equal(anchor.left, left) and torch.equal(anchor.right, right) and torch.equal(anchor.base, base)
     assert anchor.left.stride() == anchor.right.stride() == (16, 1) and anchor.base.is_contiguous()
     assert anchor.shape == (6, 4) and isinstance(anchor.shape, tuple)
     assert anchor.nbytes == (6 + 4) * 16 * 4 + 6 * 4 * 4

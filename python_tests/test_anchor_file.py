@@ -23,9 +23,7 @@ def _contents() -> Contents:
         name: torch.randn(shape, generator=torch.Generator().manual_seed(0))
         for name, shape in (("a.weight", (12, 9)), ("b:weight", (9, 12)), ("c", (4, 3)))
     }
-    anchors = {
-        name: Anchor.from_weight(weight, 3, keep_base=name == "a.weight") for name, weight in weights.items()
-    }
+    anchors = {name: Anchor.from_weight(weight, 3, keep_base=name == "a.weight") for name, weight in weights.items()}
     fingerprints = {name: Fingerprint.of(name, weight) for name, weight in weights.items() if name != "c"}
     return Contents(anchors, fingerprints, {"a.bias": "1-D"})
 
@@ -91,9 +89,7 @@ def test_shared_tensors_can_be_saved(tmp_path: Path) -> None:
     write_anchors(tmp_path / "f", Contents({"a": anchor, "b": anchor}, {}, {}))
     read = read_anchors(tmp_path / "f", "cpu").anchors
     for name in ("a", "b"):
-        assert all(
-            torch.equal(read[name].pieces()[piece], tensor) for piece, tensor in anchor.pieces().items()
-        )
+        assert all(torch.equal(read[name].pieces()[piece], tensor) for piece, tensor in anchor.pieces().items())
 
 
 def test_writing_replaces_a_file_and_leaves_nothing_else(path: Path) -> None:
@@ -133,9 +129,7 @@ def test_other_files(path: Path) -> None:
             read_anchors(path, "cpu")
     for metadata in (None, {"format": "pt"}):
         save_file({"w": torch.ones(2)}, path, metadata=metadata)
-        with pytest.raises(
-            ValueError, match=r"anchors.safetensors: got a safetensors file without 'rpsft_kernels"
-        ):
+        with pytest.raises(ValueError, match=r"anchors.safetensors: got a safetensors file without 'rpsft_kernels"):
             read_anchors(path, "cpu")
     save_file({"w": torch.ones(2)}, path, metadata={FORMAT: "{"})
     with pytest.raises(ValueError, match=r"anchors.safetensors: got a damaged description"):

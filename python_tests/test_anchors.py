@@ -214,9 +214,7 @@ def test_verify_lists_every_difference() -> None:
     with pytest.raises(ValueError) as caught:
         anchors.verify(model)
     lines = str(caught.value).split("\n  ")
-    assert lines[0].startswith(
-        "model: 3 of 3 weights are not those that were anchored, expected the pretrained"
-    )
+    assert lines[0].startswith("model: 3 of 3 weights are not those that were anchored, expected the pretrained")
     assert lines[1] == "embed.weight: the model has no parameter of this name"
     assert lines[2].startswith("query.weight: got other values (checksum ")
     assert lines[3] == "key.weight: got shape (5, 24), anchored with (4, 24)"
@@ -272,9 +270,7 @@ def test_blocks_of_another_arithmetic_are_rebuilt(device: str, tmp_path: Path) -
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("keep_base", [True, False])
 @pytest.mark.parametrize("rank", [5, 16])
-def test_saved_anchors_come_back_bit_for_bit(
-    dtype: torch.dtype, keep_base: bool, rank: int, tmp_path: Path
-) -> None:
+def test_saved_anchors_come_back_bit_for_bit(dtype: torch.dtype, keep_base: bool, rank: int, tmp_path: Path) -> None:
     model = _Model(dtype)
     anchors = _anchors(model, rank, keep_base=keep_base)
     anchors.save(tmp_path / "anchors.safetensors")

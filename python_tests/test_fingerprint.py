@@ -130,9 +130,7 @@ def test_temporaries_stay_small() -> None:
     tensor = _weight(2048, 2048, dtype=torch.bfloat16)
     content_sum(tensor[:1])
     for strided in (tensor, tensor.T):
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             content_sum(strided)
         assert max(event.self_cpu_memory_usage for event in profile.events()) <= 4 << 20
 

@@ -79,9 +79,7 @@ def test_tied_parameters_keep_every_name() -> None:
 def test_one_canonical_name_for_two_parameters() -> None:
     model = nn.Linear(2, 2, bias=False)
     model.add_module("_orig_mod", nn.Linear(2, 2, bias=False))
-    with pytest.raises(
-        ValueError, match="two different parameters named 'weight' once wrappers are left out"
-    ):
+    with pytest.raises(ValueError, match="two different parameters named 'weight' once wrappers are left out"):
         named_weights(model)
 
 

@@ -37,9 +37,7 @@ def test_padded_copies_only_what_is_laid_out_otherwise() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("trial", [1, 1 << 22])
-def test_base_in_bfloat16_only_where_exact(
-    dtype: torch.dtype, trial: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_base_in_bfloat16_only_where_exact(dtype: torch.dtype, trial: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "_TRIAL_ELEMENTS", trial)
     exact = torch.randn(9, 6, generator=torch.Generator().manual_seed(0)).bfloat16().half().to(dtype)
     exact = exact.bfloat16().to(dtype)
@@ -52,9 +50,7 @@ def test_base_in_bfloat16_only_where_exact(
     assert kept.dtype == dtype and torch.equal(kept, exact)
 
 
-@pytest.mark.parametrize(
-    ("value", "dtype"), [(3.4e38, torch.float32), (1e-300, torch.float64), (1e300, torch.float64)]
-)
+@pytest.mark.parametrize(("value", "dtype"), [(3.4e38, torch.float32), (1e-300, torch.float64), (1e300, torch.float64)])
 def test_base_beyond_bfloat16s_range_keeps_its_dtype(value: float, dtype: torch.dtype) -> None:
     weight = torch.full((3, 3), value, dtype=dtype)
     assert base_copy(weight).dtype == dtype and torch.equal(base_copy(weight), weight)
@@ -65,7 +61,5 @@ def test_base_is_a_contiguous_copy(dtype: torch.dtype) -> None:
     weight = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     for source in (weight, weight.T, weight[::2, 1:4]):
         copy = base_copy(source)
-        assert (
-            copy.is_contiguous() and copy.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
-        )
+        assert copy.is_contiguous() and copy.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
         assert torch.equal(copy.to(dtype), source)

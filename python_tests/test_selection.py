@@ -54,9 +54,7 @@ def test_every_floating_matrix_once() -> None:
         "head.weight": "tied to embed.weight",
         **{f"layers.{i}.{name}": "1-D" for i in (0, 1) for name in ("up.bias", "norm.weight", "norm.bias")},
     }
-    assert {*selection.chosen, *selection.skipped} == set(
-        dict(model.named_parameters(remove_duplicate=False))
-    )
+    assert {*selection.chosen, *selection.skipped} == set(dict(model.named_parameters(remove_duplicate=False)))
 
 
 def test_globs() -> None:

@@ -108,9 +108,7 @@ def test_chunks_do_not_change_the_result(shape: tuple[int, int], monkeypatch: py
 def test_no_float64_copy_of_the_weight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subspace, "_CHUNK_ELEMENTS", 1 << 16)
     weight = torch.randn(8192, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         top_subspaces(weight, 2)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     float64_copy = weight.numel() * 8
@@ -146,13 +144,9 @@ def test_rank_out_of_range(rank: object) -> None:
         top_subspaces(torch.ones(6, 4), rank)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "weight", [torch.ones(4), torch.ones(2, 2, 2), torch.ones(0, 4), torch.ones(2, 2).int()]
-)
+@pytest.mark.parametrize("weight", [torch.ones(4), torch.ones(2, 2, 2), torch.ones(0, 4), torch.ones(2, 2).int()])
 def test_not_a_matrix(weight: Tensor) -> None:
-    with pytest.raises(
-        ValueError, match="weight: got shape .* expected a non-empty 2-D floating point tensor"
-    ):
+    with pytest.raises(ValueError, match="weight: got shape .* expected a non-empty 2-D floating point tensor"):
         top_subspaces(weight, 1)
 
 

@@ -87,9 +87,7 @@ class Anchor:
         """
         check_weight(weight, "weight")
         if weight.numel() == 0:
-            raise ValueError(
-                f"weight: got shape {tuple(weight.shape)}, expected at least one element; leave it out"
-            )
+            raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected at least one element; leave it out")
         check_rank(rank)
         check_basis_dtype(basis_dtype, weight.dtype, "basis_dtype")
         weight = weight.detach()
@@ -137,9 +135,7 @@ class Anchor:
     @property
     def nbytes(self) -> int:
         """Bytes of all pieces, the bases' padding included."""
-        bases = sum(
-            p.shape[0] * p.stride(0) * p.element_size() for p in (self.left, self.right) if p is not None
-        )
+        bases = sum(p.shape[0] * p.stride(0) * p.element_size() for p in (self.left, self.right) if p is not None)
         return bases + sum(p.nbytes for p in (self.base, self.block) if p is not None)
 
     def pieces(self) -> dict[str, Tensor]:
@@ -167,15 +163,9 @@ class Anchor:
             ValueError: the anchor has no block, or ``weight`` is not of its shape, dtype and device.
         """
         if self.left is None or self.right is None or self.block is None:
-            raise ValueError(
-                f"anchor: got the {self.form} form, expected the block form: there is no block to rebuild"
-            )
+            raise ValueError(f"anchor: got the {self.form} form, expected the block form: there is no block to rebuild")
         check_weight(weight, "weight")
-        if (
-            tuple(weight.shape) != self.shape
-            or weight.dtype != self.weight_dtype
-            or weight.device != self.device
-        ):
+        if tuple(weight.shape) != self.shape or weight.dtype != self.weight_dtype or weight.device != self.device:
             raise ValueError(
                 f"weight: got shape {tuple(weight.shape)}, {dtype_name(weight.dtype)} on {weight.device}, "
                 f"expected {self.shape}, {dtype_name(self.weight_dtype)} on {self.device}: pass the weight "
@@ -228,8 +218,7 @@ class Anchor:
             )
         if self.arithmetic is not None and self.block is None:
             raise ValueError(
-                f"arithmetic: got {self.arithmetic!r} without a block, expected None: it names what computed "
-                "the block"
+                f"arithmetic: got {self.arithmetic!r} without a block, expected None: it names what computed the block"
             )
 
     def _check_pieces(self) -> None:
@@ -248,9 +237,7 @@ class Anchor:
                     f"{self.shape} at rank {self.rank}"
                 )
             if piece.device != self.device:
-                raise ValueError(
-                    f"{name}: got a tensor on {piece.device}, expected {self.device} like the others"
-                )
+                raise ValueError(f"{name}: got a tensor on {piece.device}, expected {self.device} like the others")
             if piece.requires_grad:
                 raise ValueError(
                     f"{name}: got a tensor that requires grad, expected a constant that nothing trains; "
@@ -263,9 +250,7 @@ class Anchor:
         if name in ("left", "right"):
             check_basis_dtype(dtype, self.weight_dtype, name)
             if self.left is not None and dtype != self.left.dtype:
-                raise ValueError(
-                    f"right: got {dtype_name(dtype)}, expected {dtype_name(self.left.dtype)} like left"
-                )
+                raise ValueError(f"right: got {dtype_name(dtype)}, expected {dtype_name(self.left.dtype)} like left")
             return
         wide = torch.float64 if self.weight_dtype == torch.float64 else torch.float32
         expected = {torch.bfloat16, self.weight_dtype} if name == "base" else {wide}

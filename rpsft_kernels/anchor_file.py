@@ -49,16 +49,12 @@ def write_anchors(path: str | os.PathLike[str], contents: Contents) -> None:
     description = {
         "format": FORMAT,
         "version": VERSION,
-        "weights": [
-            _record(name, a, contents.fingerprints.get(name)) for name, a in contents.anchors.items()
-        ],
+        "weights": [_record(name, a, contents.fingerprints.get(name)) for name, a in contents.anchors.items()],
         "skipped": dict(contents.skipped),
     }
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file(
-            _tensors(contents.anchors), temporary, metadata={"format": "pt", FORMAT: json.dumps(description)}
-        )
+        save_file(_tensors(contents.anchors), temporary, metadata={"format": "pt", FORMAT: json.dumps(description)})
         # The name must not outlive the data in a crash.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -132,8 +128,7 @@ def _description(source: Path, metadata: Mapping[str, str] | None) -> dict[str, 
     text = (metadata or {}).get(FORMAT)
     if text is None:
         raise ValueError(
-            f"{source}: got a safetensors file without {FORMAT!r} in its metadata, expected one from "
-            "Anchors.save"
+            f"{source}: got a safetensors file without {FORMAT!r} in its metadata, expected one from Anchors.save"
         )
     try:
         description = json.loads(text)
@@ -177,9 +172,7 @@ def _check_tensors(source: Path, present: set[str], records: Mapping[str, Mappin
 
 def _anchor(name: str, record: Mapping[str, Any], file: Any, device: torch.device) -> Anchor:
     # copy=True: what safetensors hands out is a view of the mapped file, aligned to 8 bytes only.
-    pieces = {
-        piece: file.get_tensor(_key(name, piece)).to(device, copy=True) for piece in _PIECES[record["form"]]
-    }
+    pieces = {piece: file.get_tensor(_key(name, piece)).to(device, copy=True) for piece in _PIECES[record["form"]]}
     return Anchor(
         **pieces,
         shape=tuple(record["shape"]),

@@ -44,14 +44,11 @@ class Anchors(Mapping[str, Anchor]):
             raise ValueError(f"anchors: got {type(anchors).__name__}, expected a mapping of names to Anchor")
         if not anchors:
             raise ValueError(
-                "anchors: got an empty mapping, expected at least one Anchor: "
-                "anchors for nothing regularise nothing"
+                "anchors: got an empty mapping, expected at least one Anchor: anchors for nothing regularise nothing"
             )
         for name, anchor in anchors.items():
             if not isinstance(name, str) or not isinstance(anchor, Anchor):
-                raise ValueError(
-                    f"anchors[{name!r}]: got {type(anchor).__name__}, expected an Anchor under a str name"
-                )
+                raise ValueError(f"anchors[{name!r}]: got {type(anchor).__name__}, expected an Anchor under a str name")
         self._anchors = dict(anchors)
         self._fingerprints = dict(fingerprints or {})
         self._skipped = dict(skipped or {})
@@ -158,9 +155,7 @@ class Anchors(Mapping[str, Anchor]):
                 continue
             check_whole(name, weight)
             if fingerprint is None:
-                problems.append(
-                    f"{name}: no fingerprint was taken (anchors built by hand), nothing to verify by"
-                )
+                problems.append(f"{name}: no fingerprint was taken (anchors built by hand), nothing to verify by")
             elif weight.device.type == "meta":
                 problems.append(f"{name}: the parameter is on the meta device, without values")
             else:

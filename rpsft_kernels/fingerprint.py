@@ -64,9 +64,7 @@ class Fingerprint:
             raise ValueError(f"fingerprint: got {record!r}, expected a JSON object")
         name, shape, dtype, checksum = (record.get(key) for key in ("name", "shape", "dtype", "checksum"))
         if not (isinstance(name, str) and isinstance(dtype, str) and isinstance(checksum, str)):
-            raise ValueError(
-                f"fingerprint: got {dict(record)!r}, expected strings for name, dtype and checksum"
-            )
+            raise ValueError(f"fingerprint: got {dict(record)!r}, expected strings for name, dtype and checksum")
         if not isinstance(shape, list) or not all(type(size) is int for size in shape):
             raise ValueError(f"fingerprint: got shape {shape!r}, expected a list of ints")
         return cls(name, tuple(shape), dtype, checksum)

@@ -182,9 +182,9 @@ def _report_foreign_blocks(pairs: list[_Pair], arithmetic: str) -> None:
         _reported.add(pair.anchor)
         residual = (torch.finfo(torch.float32).eps * block.norm().item()) ** 2
         warnings.warn(
-            f"{pair.name}: the anchor's block was computed by {pair.anchor.arithmetic!r} and is used by {arithmetic!r}, "
-            f"which rounds differently: at the pretrained weight its penalty is not exactly 0 but of the order of "
-            f"{residual:.1e}. Rebuild it from the pretrained weight: Anchors.load(path, model) or "
+            f"{pair.name}: the anchor's block was computed by {pair.anchor.arithmetic!r} and is used by "
+            f"{arithmetic!r}, which rounds differently: at the pretrained weight its penalty is not exactly 0 but of "
+            f"the order of {residual:.1e}. Rebuild it from the pretrained weight: Anchors.load(path, model) or "
             "Anchor.rebuilt_block(weight); or keep the base",
             UserWarning,
             stacklevel=4,
@@ -208,8 +208,8 @@ def rotation_penalty(
 
     Raises:
         ValueError: a weight is no dense 2-D floating tensor, has another shape or device than its anchor, was
-            anchored in float64 and is not float64 now, an anchored parameter is gone from the module, there is no anchor at all for a module, or
-            the requested backend cannot serve the device or dtype.
+            anchored in float64 and is not float64 now, an anchored parameter is gone from the module, there is no
+            anchor at all for a module, or the requested backend cannot serve the device or dtype.
 
     Multiply R by the paper's lambda: ``(task_loss + coeff * R).backward()``. The gradient ``2 U C V^T`` (full:
     ``2 (W - W0)``) is computed in ``backward`` one bucket of weights at a time: where R has a backward pass of its
@@ -236,8 +236,8 @@ def accumulate_rotation_grad_(
 ) -> Tensor:
     """Add ``coeff * dR/dW`` to every weight's ``.grad`` without autograd; returns R (not multiplied by coeff).
 
-    Call it once per optimizer step, after the last ``backward`` of its micro-batches (and after ``GradScaler.unscale_``,
-    where a scaler is used) and before gradient clipping and ``optimizer.step()``.
+    Call it once per optimizer step, after the last ``backward`` of its micro-batches (and after
+    ``GradScaler.unscale_``, where a scaler is used) and before gradient clipping and ``optimizer.step()``.
 
     Args:
         weights: as for :func:`rotation_penalty`; tensors must be leaves that require grad.
@@ -249,7 +249,8 @@ def accumulate_rotation_grad_(
 
     Raises:
         ValueError: as :func:`rotation_penalty`; also where coeff is not finite, a tensor is not a leaf
-            that requires grad, every anchored weight of a module is frozen, or a gradient is sparse. No gradient has changed then.
+            that requires grad, every anchored weight of a module is frozen, or a gradient is sparse. No
+            gradient has changed then.
 
     The product is added inside the kernel, summed in float32 and rounded once to the gradient's own dtype; no tensor as
     large as a weight is allocated, except a ``.grad`` that did not exist yet. Frozen weights of a module

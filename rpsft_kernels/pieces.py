@@ -40,9 +40,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
     # aminmax hands NaN on, and needs no mask as large as the tensor.
     low, high = (float(bound) for bound in torch.aminmax(tensor))
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(
-            f"{name}: got NaN or infinity, expected finite values only; check where it was loaded from"
-        )
+        raise ValueError(f"{name}: got NaN or infinity, expected finite values only; check where it was loaded from")
 
 
 def padded(basis: Tensor) -> Tensor:

@@ -86,9 +86,7 @@ def _patterns(given: Patterns, argument: str, names: dict[str, nn.Parameter]) ->
         return None
     patterns = [given] if isinstance(given, str) else given
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(
-            f"{argument}: got {given!r}, expected a glob such as '*vision*', a sequence of globs, or None"
-        )
+        raise ValueError(f"{argument}: got {given!r}, expected a glob such as '*vision*', a sequence of globs, or None")
     if not patterns and argument == "include":
         raise ValueError("include: got no pattern, expected at least one; pass None to include everything")
     for pattern in patterns:

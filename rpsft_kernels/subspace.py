@@ -52,9 +52,7 @@ def top_subspaces(weight: Tensor, rank: int) -> Subspaces:
         )
     shorter = min(weight.shape)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= shorter:
-        raise ValueError(
-            f"rank: got {rank!r}, expected an int between 1 and min{tuple(weight.shape)} = {shorter}"
-        )
+        raise ValueError(f"rank: got {rank!r}, expected an int between 1 and min{tuple(weight.shape)} = {shorter}")
 
     with torch.no_grad():
         weight = weight.detach()
@@ -88,9 +86,7 @@ def _scale(weight: Tensor) -> float:
     low, high = torch.aminmax(weight)
     largest = max(abs(float(low)), abs(float(high)))
     if math.isnan(float(low)) or not math.isfinite(largest):
-        raise ValueError(
-            "weight: got NaN or infinity, expected finite values only; check where it was loaded from"
-        )
+        raise ValueError("weight: got NaN or infinity, expected finite values only; check where it was loaded from")
     exponent = math.frexp(largest)[1] if largest > 0 else 0
     return 2.0 ** -max(-1000, min(1000, exponent))
 

@@ -1,8 +1,7 @@
 """The operations in plain PyTorch, for any floating dtype up to float64 and any device: the reference.
 
-Arithmetic is float32 (float64 for float64 weights). Weights are read in blocks of rows, so that no temporary is as
-large
-as a weight.
+Arithmetic is float32; it is float64 for float64 weights, and for the small second product where there is no base.
+Weights are read in blocks of rows, so that no temporary is as large as a weight.
 """
 
 from __future__ import annotations
@@ -49,17 +48,21 @@ def _drift_rows(weight: Tensor, base: Tensor | None, rows: slice, dtype: torch.d
 
 def _project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None) -> Tensor:
     dtype = accumulation_dtype(weight.dtype)
+    # Without the base, what the second product sums is as large as the weight: float32 sums would lose the drift.
+    # (Apple's GPUs have no float64.)
+    wide = torch.float64 if base is None and weight.device.type != "mps" else dtype
     (rows, cols), rank = weight.shape, left.shape[1]
-    left, right = left.to(dtype), right.to(dtype)
     if rows <= cols:
-        drift = weight.new_zeros((rank, rank), dtype=dtype)
+        left, right = left.to(wide), right.to(dtype)
+        drift = weight.new_zeros((rank, rank), dtype=wide)
         for block in _row_blocks(rows, cols):
-            drift.addmm_(left[block].T, _drift_rows(weight, base, block, dtype) @ right)
-        return drift
+            drift.addmm_(left[block].T, (_drift_rows(weight, base, block, dtype) @ right).to(wide))
+        return drift.to(dtype)
+    left, right = left.to(dtype), right.to(wide)
     first = weight.new_zeros((rank, cols), dtype=dtype)
     for block in _row_blocks(rows, cols):
         first.addmm_(left[block].T, _drift_rows(weight, base, block, dtype))
-    return first @ right
+    return (first.to(wide) @ right).to(dtype)
 
 
 def project_drift(
