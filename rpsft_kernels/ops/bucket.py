@@ -26,7 +26,7 @@ class WeightSpec:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of the intermediate (shorter side, k) in ``parts`` times bfloat16, before it is padded to whole tiles."""
+        """Bytes of the intermediate (shorter side, k) before it is padded to whole tiles."""
         return 2 * self.parts * min(self.rows, self.cols) * self.rank
 
 

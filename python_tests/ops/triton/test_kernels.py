@@ -56,7 +56,7 @@ def project(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor]:
 
 
 def plain_error(problem: Problem) -> float:
-    """The error of the same formula in plain PyTorch with bfloat16 operands (float32 ones where the kernels promise them)."""
+    """The error of the same formula in plain PyTorch, rounded to bfloat16 where the kernels round."""
     assert problem.left is not None and problem.right is not None
     exact = exact_drift(problem.weight, problem)
     rounded = problem.base is not None and problem.left.dtype == torch.bfloat16

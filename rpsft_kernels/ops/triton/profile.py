@@ -94,8 +94,8 @@ def rank_class(rank: int) -> int:
 def tile_config(architecture: str, phase: str, rank: int, operands: str) -> TileConfig:
     """The tile shape of a phase for weights of ``rank`` whose operands are of a class of the table:
 
-    ``"one part"`` (16-bit operands), ``"wide"`` (the same arithmetic on float32 weights or gradients), ``"parts"`` (several
-    bfloat16 parts) or ``"strided"`` (nothing is aligned).
+    ``"one part"`` (16-bit operands), ``"wide"`` (the same arithmetic on float32 weights or gradients), ``"parts"``
+    (several bfloat16 parts) or ``"strided"`` (nothing is aligned).
     """
     classes = tile_table(architecture)[phase]
     rows = classes[operands] if operands in classes else classes["one part"]
