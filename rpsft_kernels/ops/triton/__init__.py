@@ -25,14 +25,20 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return "its kernels take bfloat16, float16 and float32"
     if device.type == "cuda":
+        if _interpreted():
+            return "TRITON_INTERPRET is set, and the interpreter cannot follow pointers into a GPU's memory; unset it"
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return "its kernels need compute capability 8.0 or newer"
         return None
     if device.type == "cpu":
-        from .profile import interpreted
-
-        return None if interpreted() else "on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1)"
+        return None if _interpreted() else "on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1)"
     return "its kernels run on CUDA and ROCm devices"
+
+
+def _interpreted() -> bool:
+    from .profile import interpreted
+
+    return interpreted()
 
 
 def arithmetic(device: torch.device) -> str:

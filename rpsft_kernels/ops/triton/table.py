@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -16,6 +17,7 @@ from . import fields
 from .schedule import Schedule
 
 _CACHE_ENTRIES = 2048
+_lock = threading.Lock()
 _uploaded: OrderedDict[tuple[torch.device, bytes], Tensor] = OrderedDict()
 
 
@@ -30,13 +32,14 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     In a training loop the pointers hardly ever change, so that steps after the first copy nothing.
     """
     key = (device, array.dtype.str.encode() + array.tobytes())
-    found = _uploaded.get(key)
-    if found is not None:
+    # Backward passes of several devices run in threads of their own.
+    with _lock:
+        copied = _uploaded.get(key)
+        if copied is None:
+            copied = _uploaded[key] = _copy(array, device)
         _uploaded.move_to_end(key)
-        return found
-    copied = _uploaded[key] = _copy(array, device)
-    while len(_uploaded) > _CACHE_ENTRIES:
-        _uploaded.popitem(last=False)
+        while len(_uploaded) > _CACHE_ENTRIES:
+            _uploaded.popitem(last=False)
     return copied
 
 
