@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .forward import access_of, addresses, static_columns, up
 from .launch import launch
-from .problem import Group, Problem, is_transposed, lies
+from .problem import Problem, PullGroup, is_transposed, lies
 from .profile import Profile, device_profile, rank_class
 from .schedule import Grid, Schedule, build_schedule
 from .table import upload_fields, upload_schedule
-from .variant import Form, Variant, gradient_variant, pull_variant
+from .variant import Variant, basis_parts, gradient_variant, pull_variant
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,20 +41,20 @@ class BackwardPlan:
 
 @lru_cache(maxsize=1024)
 def plan_backward(
-    profile: Profile, group: Group, problems: tuple[Problem, ...], drift_aligned: bool, accumulate: bool
+    profile: Profile, group: PullGroup, problems: tuple[Problem, ...], drift_aligned: bool, accumulate: bool
 ) -> BackwardPlan:
     """The launches for weights of one group (not full anchors)."""
-    arch, basis, rank = profile.architecture, group.form.basis, group.rank_class
-    assert group.grad is not None
-    grad = group.grad
+    arch, basis, rank = profile.architecture, group.basis, group.rank_class
 
     def pull_of(even: bool) -> Variant:
-        access = access_of(profile, group, even)
+        access = access_of(profile, group.aligned, even)
         return pull_variant(arch, basis, rank, group.transposed, access, drift_aligned)
 
     def gradient_of(even: bool) -> Variant:
-        access = access_of(profile, group, even)
-        return gradient_variant(arch, basis, grad, rank, group.rows_contiguous, access, group.grad_aligned, accumulate)
+        access = access_of(profile, group.aligned, even)
+        return gradient_variant(
+            arch, basis, group.grad, rank, group.rows_contiguous, access, group.grad_aligned, accumulate
+        )
 
     pm, pn, pk = pull_of(False).blocks
     gm, gn, gk = gradient_of(False).blocks
@@ -65,7 +65,7 @@ def plan_backward(
     pull = pull_of(drift_aligned and all(p.rows % pm == 0 and p.rank % pk == 0 and p.rank % pn == 0 for p in problems))
     whole = all(high % gm == 0 and wide % gn == 0 for high, wide in map(extents, problems))
     gradient = gradient_of(whole and group.grad_aligned and all(p.rank % gk == 0 for p in problems))
-    parts = group.form.basis_parts
+    parts = basis_parts(basis)
     pull_grids, gradient_grids, planes_offsets = [], [], []
     widths, heights = [], []
     planes_size = 0
@@ -89,7 +89,7 @@ def plan_backward(
     )
 
 
-def describe(left: Tensor, right: Tensor, grad: Tensor, profile: Profile) -> tuple[Group, Problem]:
+def describe(left: Tensor, right: Tensor, grad: Tensor, profile: Profile) -> tuple[PullGroup, Problem]:
     """The group that a gradient belongs to, and its static description."""
     transposed = is_transposed(grad.shape)
     if transposed:
@@ -98,9 +98,10 @@ def describe(left: Tensor, right: Tensor, grad: Tensor, profile: Profile) -> tup
     aligned = all((b.descriptor if profile.descriptors else b.pointer) and not b.rows_contiguous for b in bases)
     place = lies(grad, transposed)
     rank = left.shape[1]
-    form = Form(grad.dtype, None, left.dtype)
     rows, cols = sorted(grad.shape)
-    group = Group(form, rank_class(rank), transposed, place.rows_contiguous, aligned, grad.dtype, place.pointer)
+    group = PullGroup(
+        left.dtype, grad.dtype, rank_class(rank), transposed, place.rows_contiguous, aligned, place.pointer
+    )
     return group, Problem(rows, cols, rank, left=bases[0].strides, right=bases[1].strides, grad=place.strides)
 
 
@@ -117,7 +118,7 @@ def run_backward(
     profile = device_profile(device)
     drifts = [c.to(torch.float32).contiguous() for c in drifts]
     scales = scales.to(torch.float32).contiguous()
-    groups: dict[Group, list[tuple[int, Problem]]] = {}
+    groups: dict[PullGroup, list[tuple[int, Problem]]] = {}
     for i, grad in enumerate(grads):
         group, problem = describe(lefts[i], rights[i], grad, profile)
         groups.setdefault(group, []).append((i, problem))

@@ -55,9 +55,10 @@ def up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def access_of(profile: Profile, group: Group, even: bool) -> Access:
-    descriptor = group.aligned and profile.descriptors
-    return Access(group.aligned, descriptor, group.aligned and even and not descriptor)
+def access_of(profile: Profile, aligned: bool, even: bool) -> Access:
+    """How a launch reads: by descriptors where the architecture has them, else without masks where tiles divide."""
+    descriptor = aligned and profile.descriptors
+    return Access(aligned, descriptor, aligned and even and not descriptor)
 
 
 @lru_cache(maxsize=1024)
@@ -68,10 +69,10 @@ def plan_forward(
     arch, form, rank = profile.architecture, group.form, group.rank_class
 
     def project_of(even: bool) -> Variant:
-        return project_variant(arch, form, rank, group.rows_contiguous, access_of(profile, group, even))
+        return project_variant(arch, form, rank, group.rows_contiguous, access_of(profile, group.aligned, even))
 
     def drift_of(even: bool) -> Variant:
-        access = access_of(profile, group, even)
+        access = access_of(profile, group.aligned, even)
         return drift_variant(arch, form, rank, group.transposed, access, drift_aligned, has_block)
 
     pm, pn, pk = project_of(False).blocks

@@ -58,15 +58,25 @@ class Problem(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What weights must share to be served by the same launches."""
+    """What weights must share to be projected by the same launches."""
 
     form: Form
     rank_class: int
     transposed: bool
     rows_contiguous: bool
     aligned: bool
-    grad: torch.dtype | None = None
-    grad_aligned: bool = False
+
+
+class PullGroup(NamedTuple):
+    """What gradients must share to be computed by the same launches; ``rows_contiguous`` says how the gradients lie."""
+
+    basis: torch.dtype
+    grad: torch.dtype
+    rank_class: int
+    transposed: bool
+    rows_contiguous: bool
+    aligned: bool
+    grad_aligned: bool
 
 
 def is_transposed(shape: torch.Size) -> bool:

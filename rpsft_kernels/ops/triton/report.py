@@ -10,7 +10,7 @@ import torch
 from ..bucket import BucketLimits, WeightSpec, plan_buckets
 from .backward import plan_backward
 from .forward import plan_forward
-from .problem import Group, Problem
+from .problem import Group, Problem, PullGroup
 from .profile import Profile, rank_class
 from .schedule import Schedule
 from .variant import Form
@@ -73,10 +73,11 @@ def schedule_report(
     launches = workspace = 0
     for bucket in buckets:
         transposed = shapes[bucket[0]][0] > shapes[bucket[0]][1]
-        group = Group(form, rank_class(rank), transposed, transposed, True, weight_dtype, True)
+        group = Group(form, rank_class(rank), transposed, transposed, True)
+        pulled = PullGroup(form.basis, weight_dtype, rank_class(rank), transposed, transposed, True, True)
         problems = tuple(_contiguous(*shapes[i], rank) for i in bucket)
         forward = plan_forward(profile, group, problems, not keep_base, rank % 4 == 0)
-        backward = plan_backward(profile, group, problems, rank % 4 == 0, True)
+        backward = plan_backward(profile, pulled, problems, rank % 4 == 0, True)
         # Sums of squares are one launch more; a few hundred numbers.
         launches += len(forward.schedules) + 1 + len(backward.schedules)
         workspace = max(workspace, forward.workspace_bytes, backward.workspace_bytes)

@@ -94,7 +94,8 @@ def _variant(kernel: str, config: TileConfig, **constants: Any) -> Variant:
     return Variant(kernel, tuple(constants.items()), config.warps, config.stages, config.per_multiprocessor)
 
 
-def _basis_parts(basis: torch.dtype) -> int:
+def basis_parts(basis: torch.dtype) -> int:
+    """bfloat16 parts that carry a basis of this dtype."""
     return 1 if basis == torch.bfloat16 else 3
 
 
@@ -112,7 +113,7 @@ class Form:
 
     @property
     def basis_parts(self) -> int:
-        return _basis_parts(self.basis)
+        return basis_parts(self.basis)
 
     @property
     def basis_operands(self) -> str:
@@ -222,7 +223,7 @@ def pull_variant(
         DESCRIPTOR=access.descriptor,
         EVEN=access.even,
         DRIFT_ALIGNED=drift_aligned,
-        BASIS_PARTS=_basis_parts(basis),
+        BASIS_PARTS=basis_parts(basis),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -252,7 +253,7 @@ def gradient_variant(
         EVEN=access.even,
         GRAD_ALIGNED=grad_aligned,
         ACCUMULATE=accumulate,
-        BASIS_PARTS=_basis_parts(basis),
+        BASIS_PARTS=basis_parts(basis),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
