@@ -24,7 +24,9 @@ def _parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("compile", help="compile every kernel variant, print what each uses as JSON lines")
     build.add_argument("--arch", default="sm_90", help="sm_80, sm_86, sm_90, sm_100, sm_120 or gfx942")
-    build.add_argument("--rank", type=int, action="append", help="rank to choose tiles for (default: 768); repeatable")
+    build.add_argument(
+        "--rank", type=int, action="append", help="rank that chooses tile shapes (default: 768); repeatable"
+    )
     build.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
 
     tune = commands.add_parser("tune", help="time tile shapes on this GPU and write a table for RPSFT_TILES")

@@ -16,12 +16,15 @@ from rpsft_kernels.ops.triton.variant import list_variants
 
 # The matrix instructions of each generation.
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "sm_120": "HMMA", "gfx942": "v_mfma"}
+# One of each class by which tile shapes are chosen.
+RANKS = (32, 64, 128, 768)
 PRODUCTS = ("project", "drift", "pull", "gradient")
 
 
 def surveyed(architecture: str) -> Iterator[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "rpsft_kernels", "compile", "--arch", architecture, "--jobs", "1"]
+    command += [word for rank in RANKS for word in ("--rank", str(rank))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     yield from map(json.loads, result.stdout.splitlines())
@@ -39,7 +42,7 @@ def vector_loads(instructions: dict[str, int]) -> int:
 
 @pytest.mark.parametrize("architecture", list(MATRIX))
 def test_every_variant_compiles_well(architecture: str) -> None:
-    expected = [v.label() for v in list_variants(architecture, DESCRIPTORS[architecture])]
+    expected = [v.label() for v in list_variants(architecture, DESCRIPTORS[architecture], RANKS)]
     seen = list(surveyed(architecture))
     assert [entry["variant"] for entry in seen] == expected
     for entry in seen:
