@@ -16,8 +16,8 @@ from .. import ops
 # with rank 768 and coefficient 1.
 _DEFAULTS = {
     "steps": 48,
-    "rank": 64,
-    "coeff": 0.3,
+    "rank": 256,
+    "coeff": 0.05,
     "lr": 3e-4,
     "batch": 16,
     "device": "auto",
