@@ -32,7 +32,8 @@ def plot_comparison(comparison: Comparison, title: str, path: Path) -> None:
     for label, course in (("SFT", comparison.sft), ("RPSFT", comparison.rpsft)):
         _curve(task, label, course.run.losses, faint=True)
         _points(task, f"{label}, held-out sums", label, course, [s.task.loss for s in course.states])
-        _curve(penalty, label, course.run.penalties)
+        # The run recorded R before each update; what the last update left is in the final state.
+        _curve(penalty, label, [*course.run.penalties, course.end.penalty])
         _points(facts, label, label, course, [100 * s.knowledge.facts for s in course.states])
         _points(prose, label, label, course, [s.knowledge.perplexity for s in course.states])
 
