@@ -78,7 +78,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=_BETAS, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings.steps))
     run = Run()
-    bar = tqdm(range(settings.steps), label, unit="step", disable=None)
+    bar = tqdm(range(settings.steps), label, unit="step")
     for step in bar:
         batch = collate(examples[step * settings.batch : (step + 1) * settings.batch], device)
         if coeff is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from support import (
 from torch import Tensor
 
 from rpsft_kernels import ops
-from rpsft_kernels.ops.triton import backward, forward, whole
-from rpsft_kernels.ops.triton.profile import Profile
+from rpsft_kernels.ops.triton import backward, forward, variant, whole
+from rpsft_kernels.ops.triton.profile import Profile, TileConfig
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -226,6 +227,30 @@ def test_aligned_operands_take_the_vector_and_descriptor_paths(
         problems = problems_of(shapes, form, torch.bfloat16, device, layout=layout)
         check_drifts(problems, *project(problems))
         check_gradients(shapes, torch.bfloat16, torch.bfloat16, True, layout, device)
+
+
+@pytest.mark.parametrize("coarse", [("drift", "gradient"), ("project", "pull")])
+def test_phases_with_different_tiles_leave_no_gaps(
+    coarse: tuple[str, str], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """What one phase writes of T and P covers what the next one reads, whatever the tables say."""
+    shipped = variant.tile_config
+
+    def mixed(architecture: str, phase: str, rank: int, operands: str) -> TileConfig:
+        edge = 64 if phase in coarse else 32
+        return replace(shipped(architecture, phase, rank, operands), block_m=edge, block_n=edge, block_k=edge)
+
+    monkeypatch.setattr(variant, "tile_config", mixed)
+    for plan in (forward.plan_forward, backward.plan_backward):
+        plan.cache_clear()
+    shapes = ((20, 70, 16), (70, 20, 5), (40, 33, 32), (33, 130, 33))
+    for form in ("base", "block"):
+        problems = problems_of(shapes, form, torch.bfloat16, device)
+        check_drifts(problems, *project(problems))
+    check_gradients(shapes, torch.bfloat16, torch.bfloat16, True, "contiguous", device)
+    check_gradients(shapes, torch.float32, torch.bfloat16, False, "transposed", device)
+    for plan in (forward.plan_forward, backward.plan_backward):
+        plan.cache_clear()
 
 
 def test_split_sums(device: torch.device) -> None:

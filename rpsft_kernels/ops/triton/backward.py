@@ -62,17 +62,20 @@ def plan_backward(
     def extents(p: Problem) -> tuple[int, int]:
         return (p.cols, p.rows) if group.rows_contiguous else (p.rows, p.cols)
 
-    pull = pull_of(drift_aligned and all(p.rows % pm == 0 and p.rank % pk == 0 and p.rank % pn == 0 for p in problems))
+    # P is padded to whole tiles of both phases.
+    side = gn if group.rows_contiguous else gm
+    padded = [(up(p.rows, max(pm, side)), up(p.rank, max(pn, gk))) for p in problems]
+    filled = all((p.rows, p.rank) == size for p, size in zip(problems, padded, strict=True))
+    pull = pull_of(drift_aligned and filled and all(p.rank % pk == 0 for p in problems))
     whole = all(high % gm == 0 and wide % gn == 0 for high, wide in map(extents, problems))
     gradient = gradient_of(whole and group.grad_aligned and all(p.rank % gk == 0 for p in problems))
     parts = basis_parts(basis)
     pull_grids, gradient_grids, planes_offsets = [], [], []
     widths, heights = [], []
     planes_size = 0
-    for p in problems:
-        width, height = up(p.rank, max(pn, gk)), up(p.rows, max(pm, gn if group.rows_contiguous else gm))
+    for p, (height, width) in zip(problems, padded, strict=True):
         high, wide = extents(p)
-        pull_grids.append(Grid(-(-p.rows // pm), -(-p.rank // pn), 1, pm * pn * up(p.rank, pk)))
+        pull_grids.append(Grid(height // pm, width // pn, 1, pm * pn * up(p.rank, pk)))
         gradient_grids.append(Grid(-(-high // gm), -(-wide // gn), 1, gm * gn * up(p.rank, gk)))
         widths.append(width)
         heights.append(height)

@@ -77,7 +77,10 @@ def plan_forward(
 
     pm, pn, pk = project_of(False).blocks
     dm, dn, dk = drift_of(False).blocks
-    project = project_of(all(p.rows % pm == 0 and p.cols % pk == 0 and p.rank % pn == 0 for p in problems))
+    # T is padded to whole tiles of both phases.
+    padded = [(up(p.rows, max(pm, dk)), up(p.rank, max(pn, dn))) for p in problems]
+    whole = all((p.rows, p.rank) == size for p, size in zip(problems, padded, strict=True))
+    project = project_of(whole and all(p.cols % pk == 0 for p in problems))
     drift = drift_of(
         drift_aligned and all(p.rank % dm == 0 and p.rank % dn == 0 and p.rows % dk == 0 for p in problems)
     )
@@ -86,11 +89,10 @@ def plan_forward(
     project_grids, drift_grids, reduce_grids = [], [], []
     planes_offsets, partial_offsets = [], []
     planes_size = partial_size = slots = 0
-    for p in problems:
-        width, height = up(p.rank, max(pn, dn)), up(p.rows, max(pm, dk))
+    for p, (height, width) in zip(problems, padded, strict=True):
         high, wide = -(-p.rank // dm), -(-p.rank // dn)
         splits = splits_of(p.rows, p.rank, dm, dn)
-        project_grids.append(Grid(-(-p.rows // pm), -(-p.rank // pn), 1, pm * pn * up(p.cols, pk)))
+        project_grids.append(Grid(height // pm, width // pn, 1, pm * pn * up(p.cols, pk)))
         drift_grids.append(Grid(high, wide, splits, dm * dn * up(-(-p.rows // splits), dk) * planes))
         reduce_grids.append(Grid(high, wide, int(splits > 1), splits))
         for name, value in (

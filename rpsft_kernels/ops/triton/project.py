@@ -60,7 +60,8 @@ def project_kernel(
         planes = address(fields + f.PLANES, tl.bfloat16, True)
         planes_row = extent(fields + f.PLANES_ROW, tl.bfloat16, True)
         planes_part = planes_row * tl.load(fields + f.PLANES_ROWS)
-        tiles_n = tl.cdiv(rank, BLOCK_N).to(tl.int32)
+        # Every tile of the padded planes is written: what lies beyond the extents becomes zero, not garbage.
+        tiles_n = (planes_row // BLOCK_N).to(tl.int32)
 
         for at in range(tl.load(runs + 3 * run + 1), tl.load(runs + 3 * run + 2)):
             tile = tl.load(order + at)
@@ -92,7 +93,7 @@ def project_kernel(
                     acc = dot_parts(w, v, acc, WEIGHT_PARTS, BASIS_PARTS)
             if SWAPPED:
                 acc = tl.trans(acc)
-            # The planes are padded to whole tiles: no mask, and what lies beyond the extents is zero.
+            # The planes are padded to whole tiles: no mask.
             r = row + tl.arange(0, BLOCK_M)
             c = col + tl.arange(0, BLOCK_N)
             target = planes + (r[:, None] * planes_row + c[None, :])

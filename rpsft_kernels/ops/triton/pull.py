@@ -46,7 +46,8 @@ def pull_kernel(
         rows = tl.load(fields + f.ROWS)
         rank = extent(fields + f.RANK, BASIS_TYPE, ALIGNED and not DESCRIPTOR)
         left_tiles = open_tile(left, rows, rank, left_row, left_col, BLOCK_M, BLOCK_K, False, DESCRIPTOR)
-        tiles_n = tl.cdiv(rank, BLOCK_N).to(tl.int32)
+        # Every tile of the padded planes is written: what lies beyond the extents becomes zero, not garbage.
+        tiles_n = (planes_row // BLOCK_N).to(tl.int32)
 
         for at in range(tl.load(runs + 3 * run + 1), tl.load(runs + 3 * run + 2)):
             tile = tl.load(order + at)
