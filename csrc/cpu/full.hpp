@@ -1,0 +1,97 @@
+// The full form: W - W0 itself, its squared norm and its gradient.
+#pragma once
+
+#include "pull.hpp"
+
+namespace {
+
+constexpr Index full_run = 512;
+
+// Lanes are lines of elements that lie side by side.
+inline View lines_of(const Matrix& weight, const Matrix& base, const rpsft::Cut& cut, bool transposed) {
+  View view{weight.data, weight.row_stride, weight.col_stride, base.data, base.row_stride, base.col_stride};
+  view.flat_lane = weight.cols;
+  view.flat_depth = 1;
+  view.begin = cut.head;
+  view.end = weight.rows * weight.cols - cut.tail;
+  if (transposed) {
+    const View as_is = view;
+    view.lane_stride = as_is.depth_stride;
+    view.depth_stride = as_is.lane_stride;
+    view.base_lane_stride = as_is.base_depth_stride;
+    view.base_depth_stride = as_is.base_lane_stride;
+    view.flat_lane = 1;
+    view.flat_depth = weight.cols;
+  }
+  return view;
+}
+
+template <class Lanes>
+void project_full(const Projection& p, double* strip_squares, rpsft::Team& team) {
+  using Unit = Single<Lanes>;
+  const View view = lines_of(p.weight, p.base, p.cut, false);
+  const PackAlong along = packing_of<Unit>(p.weight, p.base).along;
+  const Index strips = smaller(rpsft::full_strips, p.weight.rows);
+  const Share mine = share_of(strips, team.rank(), team.size());
+  std::uint32_t units[full_run];
+  for (Index strip = mine.begin; strip < mine.end; ++strip) {
+    const Share rows = share_of(p.weight.rows, strip, strips);
+    double sums[8] = {};
+    for (Index row = rows.begin; row < rows.end; ++row) {
+      for (Index col = 0; col < p.weight.cols; col += full_run) {
+        const Index run = smaller(full_run, p.weight.cols - col);
+        along(view, row, 1, col, run, units, full_run);
+        for (Index i = 0; i < run; ++i) sums[i % 8] += static_cast<double>(from_bits(units[i])) * from_bits(units[i]);
+      }
+    }
+    strip_squares[strip] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  }
+  team.wait();
+  if (team.rank() == 0) {
+    double total = 0;
+    for (Index strip = 0; strip < strips; ++strip) total += strip_squares[strip];
+    *p.square = static_cast<float>(total);
+  }
+  team.wait();
+}
+
+template <class Lanes, class G, bool accumulate>
+void pull_full(const Pullback& p, rpsft::Team& team) {
+  using Unit = Single<Lanes>;
+  const Target target(p);
+  const View view = lines_of(p.weight, p.base, p.cut, target.transposed);
+  const PackAlong along = packing_of<Unit>(p.weight, p.base).along;
+  const Share rows = share_of(target.grad.rows, team.rank(), team.size());
+  std::uint32_t units[full_run];
+  for (Index row = rows.begin; row < rows.end; ++row) {
+    for (Index col = 0; col < target.grad.cols; col += full_run) {
+      const Index run = smaller(full_run, target.grad.cols - col);
+      along(view, row, 1, col, run, units, full_run);
+      for (Index i = 0; i < run; ++i)
+        put_element<G, accumulate>(target, row, col + i, p.scale * from_bits(units[i]));
+    }
+  }
+}
+
+template <class Lanes, class G>
+void pull_full(const Pullback& p, bool accumulate, rpsft::Team& team) {
+  if (accumulate) {
+    pull_full<Lanes, G, true>(p, team);
+  } else {
+    pull_full<Lanes, G, false>(p, team);
+  }
+}
+
+template <class Lanes>
+void pull_full(const Pullback& p, bool accumulate, rpsft::Team& team) {
+  switch (p.grad.dtype) {
+    case rpsft::Dtype::bfloat16:
+      return pull_full<Lanes, Bfloat16>(p, accumulate, team);
+    case rpsft::Dtype::float16:
+      return pull_full<Lanes, Float16>(p, accumulate, team);
+    default:
+      return pull_full<Lanes, float>(p, accumulate, team);
+  }
+}
+
+}  // namespace

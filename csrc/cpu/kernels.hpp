@@ -1,0 +1,29 @@
+// One instruction set's entries. A file per instruction set fills one of these, compiled with its own flags.
+#pragma once
+
+#include <cstdint>
+
+#include "../engine.hpp"
+#include "../team.hpp"
+
+namespace rpsft {
+
+struct Kernels {
+  const char* name;
+  // 32-bit units of workspace for a rank and a number of threads.
+  std::int64_t (*project_units)(std::int64_t rank, int threads);
+  std::int64_t (*pull_units)(std::int64_t rank, int threads);
+  // Called by every member of a team, with the same arguments; `sums` has room for sum_count() numbers.
+  void (*project)(const Projection&, std::uint32_t* workspace, double* sums, Team&);
+  void (*pull)(const Pullback&, bool accumulate, std::uint32_t* workspace, Team&);
+};
+
+// Sums in double that a projection needs: of the rows of C, or of a full anchor's strips of rows.
+constexpr std::int64_t full_strips = 256;
+
+Kernels portable_kernels();
+Kernels avx2_kernels();
+Kernels avx512_kernels();
+Kernels avx512_bf16_kernels();
+
+}  // namespace rpsft
