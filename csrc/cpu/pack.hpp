@@ -64,6 +64,20 @@ inline std::uint32_t unit_of(const View& view, Index lane, Index depth, Index de
   return Unit::make(first, second);
 }
 
+// Lines of memory that will be packed soon: runs of a row are too short for the processor to foresee them. Into the
+// second-level cache: rows a power of two apart would push each other out of the first.
+template <class W, class B>
+inline void prefetch_run(const View& view, Index offset, Index base_offset, Index run) {
+  const W* data = static_cast<const W*>(view.data) + offset;
+  for (Index i = 0; i < run; i += 64 / static_cast<Index>(sizeof(W))) __builtin_prefetch(data + i, 0, 2);
+  if constexpr (!__is_same(B, NoBase)) {
+    const B* base = static_cast<const B*>(view.base) + base_offset;
+    for (Index i = 0; i < run; i += 64 / static_cast<Index>(sizeof(B))) __builtin_prefetch(base + i, 0, 2);
+  }
+}
+
+constexpr Index lanes_ahead = 2, depths_ahead = 16;
+
 // units[lane][depth]: lanes [lane0, lane0 + lanes), depths [depth0, depth0 + depth).
 template <class Unit, class W, class B>
 void pack_along(const View& view, Index lane0, Index lanes, Index depth0, Index depth, std::uint32_t* units,
@@ -75,6 +89,9 @@ void pack_along(const View& view, Index lane0, Index lanes, Index depth0, Index 
     Index j = 0;
     if (side_by_side && view.holds(lane, depth0) && view.holds(lane, depth0 + depth - 1)) {
       const Index at = lane * view.lane_stride + depth0, base_at = lane * view.base_lane_stride + depth0;
+      if (i + lanes_ahead < lanes)
+        prefetch_run<W, B>(view, at + lanes_ahead * view.lane_stride, base_at + lanes_ahead * view.base_lane_stride,
+                           depth);
       for (; j + Lanes::width <= depth; j += Lanes::width)
         Unit::along(elements_at<Lanes, W, B>(view, at + j, base_at + j), units + j / Unit::elements);
     }
@@ -94,11 +111,15 @@ void pack_across(const View& view, Index lane0, Index lanes, Index width, Index 
     Index i = 0;
     if (side_by_side && last < depth0 + depth && view.holds(lane0, first) && view.holds(lane0 + lanes - 1, last)) {
       const Index at = lane0 + first * view.depth_stride, base_at = lane0 + first * view.base_depth_stride;
+      for (Index ahead = depths_ahead; ahead < depths_ahead + Unit::elements && j + ahead < depth; ++ahead)
+        prefetch_run<W, B>(view, at + ahead * view.depth_stride, base_at + ahead * view.base_depth_stride, lanes);
+      if constexpr (Unit::elements == 2 && __is_same(W, Bfloat16) && __is_same(B, NoBase)) {
+        const Bfloat16* row = static_cast<const Bfloat16*>(view.data) + at;
+        for (; i + 2 * Lanes::width <= lanes; i += 2 * Lanes::width)
+          Unit::interleave(row + i, row + view.depth_stride + i, units + i);
+      }
       for (; i + Lanes::width <= lanes; i += Lanes::width) {
-        if constexpr (Unit::elements == 2 && __is_same(W, Bfloat16) && __is_same(B, NoBase)) {
-          const Bfloat16* row = static_cast<const Bfloat16*>(view.data) + at + i;
-          Unit::interleave(row, row + view.depth_stride, units + i);
-        } else if constexpr (Unit::elements == 2) {
+        if constexpr (Unit::elements == 2) {
           Unit::across(elements_at<Lanes, W, B>(view, at + i, base_at + i),
                        elements_at<Lanes, W, B>(view, at + view.depth_stride + i, base_at + view.base_depth_stride + i),
                        units + i);

@@ -15,7 +15,7 @@ namespace {
 using rpsft::Matrix;
 using rpsft::Projection;
 
-constexpr Index block_rows = 96;    // of the shorter side; a multiple of every tile's rows, and even
+constexpr Index block_rows = 192;   // of the shorter side, at most; a multiple of every tile's rows, and even
 constexpr Index chunk_units = 192;  // of the longer side: a packed panel of a basis then fits the first-level cache
 constexpr Index fold_columns = 96;  // of a basis packed at a time
 constexpr Index drift_stride = chunk_units + 16;
@@ -68,6 +68,14 @@ struct Sides {
     view.end = w.rows * w.cols - p.cut.tail;
   }
 };
+
+// Blocks of a shorter side: enough for a few threads where it is short, and a multiple of eight where it is long, so
+// that the last round is full for the usual numbers of threads. It must not depend on their number: C is summed block
+// by block.
+inline Index block_count(Index size) {
+  const Index least = ceil_div(size, block_rows);
+  return least > 8 ? round_up(least, 8) : smaller(8, ceil_div(size, 64));
+}
 
 inline View columns_of(const Matrix& basis) { return {basis.data, basis.col_stride, basis.row_stride}; }
 
@@ -206,7 +214,7 @@ void project_one(const Projection& p, std::uint32_t* workspace, double* row_squa
   const Share zeroed = share_of(sides.rank * sides.rank, me, members);
   for (Index i = zeroed.begin; i < zeroed.end; ++i) p.drift[i] = 0;
 
-  const Index blocks = sides.long_size > 0 ? ceil_div(sides.short_size, block_rows) : 0;
+  const Index blocks = sides.long_size > 0 ? block_count(sides.short_size) : 0;
   const Index rows_each = blocks > 0 ? round_up(ceil_div(sides.short_size, blocks), 2) : 0;
   const auto slice_of = [&](Index slot) { return reinterpret_cast<float*>(workspace + slot * layout.per_thread); };
   std::uint32_t* own_drift = workspace + me * layout.per_thread + layout.slice;

@@ -17,9 +17,10 @@ enum class Order { along, across };
 template <class Lanes>
 constexpr int panel_width = Lanes::tile_vectors * Lanes::width;
 
+// Never inlined: among the variables of a caller's loops, compilers spill the sums.
 template <class Unit, Order order, int rows, class Sink>
-inline __attribute__((always_inline)) void tile(const std::uint32_t* one, Index one_stride, const std::uint32_t* many,
-                                                Index many_stride, Index steps, const Sink& sink) {
+__attribute__((noinline)) void tile(const std::uint32_t* one, Index one_stride, const std::uint32_t* many,
+                                    Index many_stride, Index steps, const Sink& sink) {
   using Lanes = typename Unit::Lanes;
   constexpr int vectors = Lanes::tile_vectors;
   typename Lanes::Vector sums[rows][vectors];
@@ -28,17 +29,27 @@ inline __attribute__((always_inline)) void tile(const std::uint32_t* one, Index 
     RPSFT_UNROLL
     for (int v = 0; v < vectors; ++v) sums[r][v] = Lanes::zero();
   }
+  // A pointer for every third row: the two after it are a register and twice that register away, which an x86 address
+  // can say. One pointer for each row would not leave registers enough.
+  constexpr int groups = (rows + 2) / 3;
+  const char* group[groups];
+  RPSFT_UNROLL
+  for (int g = 0; g < groups; ++g)
+    group[g] = reinterpret_cast<const char*>(order == Order::along ? one + 3 * g * one_stride : one + 3 * g);
+  constexpr bool along = order == Order::along;
+  const Index next_row = along ? 4 * one_stride : 4, next_step = along ? 4 : 4 * one_stride;
   for (Index step = 0; step < steps; ++step, many += many_stride) {
     typename Lanes::Vector panel[vectors];
     RPSFT_UNROLL
     for (int v = 0; v < vectors; ++v) panel[v] = Unit::load(many + v * Lanes::width);
     RPSFT_UNROLL
     for (int r = 0; r < rows; ++r) {
-      const std::uint32_t* unit = order == Order::along ? one + r * one_stride : one + r;
+      const auto* unit = reinterpret_cast<const std::uint32_t*>(group[r / 3] + r % 3 * next_row);
       RPSFT_UNROLL
       for (int v = 0; v < vectors; ++v) sums[r][v] = Unit::multiply_add(unit, panel[v], sums[r][v]);
     }
-    one += order == Order::along ? 1 : one_stride;
+    RPSFT_UNROLL
+    for (int g = 0; g < groups; ++g) group[g] += next_step;
   }
   RPSFT_UNROLL
   for (int r = 0; r < rows; ++r) {
