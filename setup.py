@@ -90,10 +90,10 @@ def build(module: Path, folder: Path) -> None:
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     print(run.stdout, flush=True)
     if run.returncode != 0:
-        # Of what was printed, the compiler's own last lines: not ninja's, nor the commands.
-        ninjas = ("ninja:", "FAILED:", "[", shlex.join(cxx))
-        said = [line for line in run.stdout.splitlines() if line.strip() and not line.startswith(ninjas)]
-        raise CompileError("\n".join(said[-6:]) or run.stdout.strip())
+        # Units compile side by side: another one's warnings may stand after what went wrong.
+        said = [line[-300:] for line in run.stdout.splitlines() if line.strip() and not line.startswith("ninja:")]
+        errors = [line for line in said if "error:" in line or "undefined reference" in line]
+        raise CompileError("\n".join(errors[:4] or said[-6:]))
     module.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / module.name, module)
 

@@ -31,3 +31,9 @@ def _chosen_by_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend or tile table that the environment asks for must not decide what a test tests."""
     for name in ("RPSFT_BACKEND", "RPSFT_TILES"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def reference_arithmetic(_chosen_by_the_test: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the layers above the backends, whose bounds are those of the reference's arithmetic."""
+    monkeypatch.setenv("RPSFT_BACKEND", "torch")

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 import rpsft_kernels as rk
 
+pytestmark = pytest.mark.usefixtures("reference_arithmetic")
+
 BACKENDS = ["torch", "triton"]
 ANCHOR_FORMS = ["base", "block", "full"]
 SHAPES = [(40, 24), (24, 40), (33, 20), (5, 3)]

@@ -16,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rpsft_kernels as rk
 
+pytestmark = pytest.mark.usefixtures("reference_arithmetic")
+
 How = Literal["none", "autograd", "accumulate"]
 HOW: tuple[How, ...] = ("autograd", "accumulate")
 COEFF = 3.0

@@ -86,6 +86,7 @@ def test_the_penalty_is_recorded_and_held_down(tiny: PreTrainedModel, anchors: r
     assert held_end < 0.2 * end
 
 
+@pytest.mark.usefixtures("reference_arithmetic")
 def test_penalty_is_the_papers_formula(tiny: PreTrainedModel, anchors: rk.Anchors) -> None:
     start = copy_parameters(tiny)
     seen: list[float] = []

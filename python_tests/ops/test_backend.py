@@ -16,7 +16,7 @@ from torch import Tensor
 import rpsft_kernels as rk
 from rpsft_kernels import ops
 from rpsft_kernels.ops import backend as backends
-from rpsft_kernels.ops import reference
+from rpsft_kernels.ops import native, reference
 
 CPU = torch.device("cpu")
 
@@ -120,10 +120,15 @@ def test_a_backend_that_cannot_serve_says_why(device: torch.device) -> None:
         rk.use_backend("native"),
         pytest.raises(
             ValueError,
-            match=r"backend 'native' cannot serve float32 weights on cpu: .*; choose another with use_backend",
+            match=r"backend 'native' cannot serve float64 weights on cpu: .*; choose another with use_backend",
         ),
     ):
-        ops.resolve_backend(CPU, torch.float32)
+        ops.resolve_backend(CPU, torch.float64)
+    with (
+        rk.use_backend("native"),
+        pytest.raises(ValueError, match="'native' cannot serve float32 weights on cuda: it computes on the CPU only"),
+    ):
+        ops.resolve_backend(torch.device("cuda"), torch.float32)
     with (
         rk.use_backend("triton"),
         pytest.raises(
@@ -135,7 +140,7 @@ def test_a_backend_that_cannot_serve_says_why(device: torch.device) -> None:
         ops.resolve_backend(CPU, torch.int8)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("native", torch.float32), ("triton", torch.float64)])
+@pytest.mark.parametrize(("name", "dtype"), [("native", torch.float64), ("triton", torch.float64)])
 def test_public_functions_refuse_a_backend_that_cannot_serve(
     name: str, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -203,7 +208,8 @@ def test_importing_the_package_imports_neither_triton_nor_dynamo() -> None:
 
 
 def test_free_choice(device: torch.device) -> None:
-    assert ops.resolve_backend(CPU, torch.float32) == "torch"
+    assert ops.resolve_backend(CPU, torch.float32) == ("native" if native.instruction_sets() else "torch")
+    assert ops.resolve_backend(CPU, torch.float64) == "torch"
     if device.type == "cuda":
         assert ops.resolve_backend(device, torch.bfloat16) == "triton"
     assert ops.resolve_backend(device, torch.float64) == "torch"
@@ -214,7 +220,7 @@ def test_available_backends(device: torch.device) -> None:
     found = ops.available_backends(device, torch.float32)
     assert list(found) == ["torch", "triton", "native"]
     assert found["torch"] is None and found["triton"] is None
-    assert found["native"] is not None and "no compiled CPU engine" in found["native"]
+    assert (found["native"] is None) == (device.type == "cpu" and bool(native.instruction_sets()))
     assert ops.available_backends(device, torch.float64)["triton"] is not None
 
 

@@ -81,13 +81,23 @@ def _matrix(tensor: Tensor | None) -> Any:
     return module.Matrix(tensor.data_ptr(), dtype, *tensor.shape, *tensor.stride())
 
 
+def _basis(basis: Tensor, dtype: torch.dtype) -> Tensor:
+    # Rows that lie side by side are what the engine reads fast; anchors hold them so.
+    basis = basis.to(dtype)
+    return basis if basis.stride(1) == 1 else basis.contiguous()
+
+
 def _bases(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """U and V of each weight in one dtype that the engine reads."""
     pairs = []
     for left, right in zip(lefts, rights, strict=True):
-        narrow = left.dtype == right.dtype == torch.bfloat16
-        pairs.append((left, right) if narrow else (left.float(), right.float()))
+        dtype = torch.bfloat16 if left.dtype == right.dtype == torch.bfloat16 else torch.float32
+        pairs.append((_basis(left, dtype), _basis(right, dtype)))
     return pairs
+
+
+def _readable(base: Tensor, weight: Tensor) -> Tensor:
+    return base if base.dtype in _DTYPES else base.to(weight.dtype)
 
 
 def project_drift(
@@ -103,6 +113,7 @@ def project_drift(
     pairs = _bases(lefts, rights)
     # Held until the engine returns: it sees only their addresses.
     held = [block.float().contiguous() for block in blocks]
+    bases = [_readable(base, weight) for base, weight in zip(bases, weights, strict=bool(bases))]
     drifts, shards = [], []
     for i, weight in enumerate(weights):
         left, right = pairs[i] if pairs else (None, None)
@@ -136,16 +147,21 @@ def pull_back_into(
 ) -> None:
     chosen = instruction_set()
     module, _ = _load()
+    for grad in grads:
+        if grad.dtype not in _DTYPES:
+            raise ValueError(
+                f"backend 'native': got a gradient in {str(grad.dtype).removeprefix('torch.')}, expected bfloat16, "
+                "float16 or float32; use_backend('torch') takes any"
+            )
     pairs = _bases(lefts, rights)
     held = [drift.float().contiguous() for drift in drifts]
+    bases = [_readable(base, weight) for base, weight in zip(bases, weights, strict=True)]
     shards = []
     for i, (grad, scale) in enumerate(zip(grads, scales.tolist(), strict=True)):
         left, right = pairs[i] if pairs else (None, None)
         weight, base = (None, None) if pairs else (weights[i], bases[i])
         drift = held[i].data_ptr() if pairs else 0
         shards.append(
-            module.Pullback(
-                _matrix(grad), _matrix(left), _matrix(right), _matrix(weight), _matrix(base), drift, scale
-            )
+            module.Pullback(_matrix(grad), _matrix(left), _matrix(right), _matrix(weight), _matrix(base), drift, scale)
         )
     module.pull_back(shards, accumulate, chosen, torch.get_num_threads())
