@@ -1,7 +1,6 @@
 #include "engine.hpp"
 
 #include <algorithm>
-#include <memory>
 #include <new>
 #include <stdexcept>
 
@@ -46,16 +45,45 @@ const Kernels& kernels_of(const std::string& instruction_set) {
   throw std::invalid_argument("instruction_set: got '" + instruction_set + "', which this processor or build lacks");
 }
 
-struct Release {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+// Memory that a calling thread keeps between calls: fresh pages would cost a small weight more time than its products.
+// It is as large as the largest call so far has needed and goes with its thread.
+class Workspace {
+ public:
+  ~Workspace() { release(); }
+
+  void* at_least(std::size_t bytes) {
+    if (bytes > size_) {
+      release();
+      memory_ = ::operator new(bytes, alignment);
+      size_ = bytes;
+    }
+    return memory_;
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+
+  void release() {
+    if (memory_) ::operator delete(memory_, alignment);
+    memory_ = nullptr;
+    size_ = 0;
+  }
+
+  void* memory_ = nullptr;
+  std::size_t size_ = 0;
 };
 
-// Not value-initialised: pages that a small problem does not reach are never touched.
-template <class T>
-std::unique_ptr<T[], Release> allocate(std::int64_t count) {
-  return std::unique_ptr<T[], Release>(
-      static_cast<T*>(::operator new(sizeof(T) * static_cast<std::size_t>(std::max<std::int64_t>(count, 1)),
-                                     std::align_val_t{64})));
+struct Rooms {
+  std::uint32_t* units;
+  double* sums;
+};
+
+Rooms rooms(std::int64_t units, std::int64_t sums) {
+  thread_local Workspace workspace;
+  const std::size_t head = sizeof(double) * static_cast<std::size_t>((sums + 7) / 8 * 8);
+  auto* memory = static_cast<unsigned char*>(
+      workspace.at_least(head + sizeof(std::uint32_t) * static_cast<std::size_t>(units)));
+  return {reinterpret_cast<std::uint32_t*>(memory + head), reinterpret_cast<double*>(memory)};
 }
 
 template <class Shard>
@@ -76,19 +104,18 @@ std::vector<std::string> instruction_sets() {
 void project_drift(const std::vector<Projection>& shards, const std::string& instruction_set, int threads) {
   const Kernels& chosen = kernels_of(instruction_set);
   const std::int64_t rank = largest_rank(shards);
-  const auto workspace = allocate<std::uint32_t>(rank > 0 ? chosen.project_units(rank, std::max(threads, 1)) : 0);
-  const auto sums = allocate<double>(std::max(rank, full_strips));
+  const Rooms room = rooms(rank > 0 ? chosen.project_units(rank, std::max(threads, 1)) : 0, std::max(rank, full_strips));
   run_team(threads, [&](Team& team) {
-    for (const Projection& shard : shards) chosen.project(shard, workspace.get(), sums.get(), team);
+    for (const Projection& shard : shards) chosen.project(shard, room.units, room.sums, team);
   });
 }
 
 void pull_back(const std::vector<Pullback>& shards, bool accumulate, const std::string& instruction_set, int threads) {
   const Kernels& chosen = kernels_of(instruction_set);
   const std::int64_t rank = largest_rank(shards);
-  const auto workspace = allocate<std::uint32_t>(rank > 0 ? chosen.pull_units(rank, std::max(threads, 1)) : 0);
+  const Rooms room = rooms(rank > 0 ? chosen.pull_units(rank, std::max(threads, 1)) : 0, 0);
   run_team(threads, [&](Team& team) {
-    for (const Pullback& shard : shards) chosen.pull(shard, accumulate, workspace.get(), team);
+    for (const Pullback& shard : shards) chosen.pull(shard, accumulate, room.units, team);
   });
 }
 

@@ -56,7 +56,7 @@ std::vector<std::string> instruction_sets();
 void project_drift(const std::vector<Projection>& shards, const std::string& instruction_set, int threads);
 void pull_back(const std::vector<Pullback>& shards, bool accumulate, const std::string& instruction_set, int threads);
 
-// Bytes that project_drift and pull_back take beside their arguments.
+// Bytes at most that a thread which calls project_drift or pull_back takes beside their arguments, and keeps.
 std::size_t workspace_bytes(std::int64_t rank, const std::string& instruction_set, int threads);
 
 }  // namespace rpsft

@@ -162,9 +162,14 @@ def _specification(pair: _Pair, into_gradients: bool) -> ops.WeightSpec:
     return ops.WeightSpec(weight.shape[0], weight.shape[1], anchor.rank, key, parts)
 
 
+# On the CPU nothing is gained by many weights in one call but the calls' own cost, which matters at small ranks.
+_CPU_LIMITS = ops.BucketLimits(drift_bytes=1 << 20)
+
+
 def _buckets(pairs: list[_Pair], into_gradients: bool = False) -> list[_Bucket]:
     buckets = []
-    for indices in ops.plan_buckets([_specification(pair, into_gradients) for pair in pairs]):
+    limits = _CPU_LIMITS if all(pair.weight.device.type == "cpu" for pair in pairs) else None
+    for indices in ops.plan_buckets([_specification(pair, into_gradients) for pair in pairs], limits):
         members = [pairs[i] for i in indices]
         weight = members[0].weight
         backend = ops.resolve_backend(weight.device, weight.dtype)

@@ -26,6 +26,23 @@ inline View lines_of(const Matrix& weight, const Matrix& base, const rpsft::Cut&
   return view;
 }
 
+// At most 512 / width squares are summed in float32.
+template <class Lanes>
+double run_square(const std::uint32_t* units, Index run) {
+  typename Lanes::Vector sums = Lanes::zero();
+  Index i = 0;
+  for (; i + Lanes::width <= run; i += Lanes::width) {
+    const auto values = Single<Lanes>::load(units + i);
+    sums = Lanes::multiply_add(values, values, sums);
+  }
+  float lanes[Lanes::width];
+  Lanes::store(lanes, sums);
+  double square = 0;
+  for (float lane : lanes) square += lane;
+  for (; i < run; ++i) square += static_cast<double>(from_bits(units[i])) * from_bits(units[i]);
+  return square;
+}
+
 template <class Lanes>
 void project_full(const Projection& p, double* strip_squares, rpsft::Team& team) {
   using Unit = Single<Lanes>;
@@ -36,15 +53,15 @@ void project_full(const Projection& p, double* strip_squares, rpsft::Team& team)
   std::uint32_t units[full_run];
   for (Index strip = mine.begin; strip < mine.end; ++strip) {
     const Share rows = share_of(p.weight.rows, strip, strips);
-    double sums[8] = {};
+    double square = 0;
     for (Index row = rows.begin; row < rows.end; ++row) {
       for (Index col = 0; col < p.weight.cols; col += full_run) {
         const Index run = smaller(full_run, p.weight.cols - col);
         along(view, row, 1, col, run, units, full_run);
-        for (Index i = 0; i < run; ++i) sums[i % 8] += static_cast<double>(from_bits(units[i])) * from_bits(units[i]);
+        square += run_square<Lanes>(units, run);
       }
     }
-    strip_squares[strip] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    strip_squares[strip] = square;
   }
   team.wait();
   if (team.rank() == 0) {
@@ -67,7 +84,16 @@ void pull_full(const Pullback& p, rpsft::Team& team) {
     for (Index col = 0; col < target.grad.cols; col += full_run) {
       const Index run = smaller(full_run, target.grad.cols - col);
       along(view, row, 1, col, run, units, full_run);
-      for (Index i = 0; i < run; ++i)
+      Index i = 0;
+      if (target.grad.col_stride == 1 && target.holds(row, col) && target.holds(row, col + run - 1)) {
+        G* at = static_cast<G*>(target.grad.data) + row * target.grad.row_stride + col;
+        for (; i + Lanes::width <= run; i += Lanes::width) {
+          auto value = Lanes::multiply(Unit::load(units + i), Lanes::broadcast(p.scale));
+          if constexpr (accumulate) value = Lanes::add(value, Lanes::load(at + i));
+          Lanes::store(at + i, value);
+        }
+      }
+      for (; i < run; ++i)
         put_element<G, accumulate>(target, row, col + i, p.scale * from_bits(units[i]));
     }
   }

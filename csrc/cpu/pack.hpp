@@ -64,19 +64,26 @@ inline std::uint32_t unit_of(const View& view, Index lane, Index depth, Index de
   return Unit::make(first, second);
 }
 
-// Lines of memory that will be packed soon: runs of a row are too short for the processor to foresee them. Into the
-// second-level cache: rows a power of two apart would push each other out of the first.
-template <class W, class B>
-inline void prefetch_run(const View& view, Index offset, Index base_offset, Index run) {
-  const W* data = static_cast<const W*>(view.data) + offset;
-  for (Index i = 0; i < run; i += 64 / static_cast<Index>(sizeof(W))) __builtin_prefetch(data + i, 0, 2);
-  if constexpr (!__is_same(B, NoBase)) {
-    const B* base = static_cast<const B*>(view.base) + base_offset;
-    for (Index i = 0; i < run; i += 64 / static_cast<Index>(sizeof(B))) __builtin_prefetch(base + i, 0, 2);
-  }
+template <class T>
+inline void prefetch_run(const void* data, Index offset, Index run) {
+  const T* at = static_cast<const T*>(data) + offset;
+  // Into the second-level cache: rows a power of two apart would push each other out of the first.
+  for (Index i = 0; i < run; i += 64 / static_cast<Index>(sizeof(T))) __builtin_prefetch(at + i, 0, 2);
 }
 
-constexpr Index lanes_ahead = 2, depths_ahead = 16;
+// Asks for lines `from` to `to` of a block that will be packed next: its runs are too short, and too far apart, for the
+// processor to foresee them. A line is a lane where depths lie side by side (`along`), else a depth.
+template <class W, class B>
+void prefetch_lines(const View& view, bool along, Index lane0, Index lanes, Index depth0, Index depth, Index from,
+                    Index to) {
+  for (Index line = from; line < to; ++line) {
+    const Index lane = lane0 + (along ? line : 0), at_depth = depth0 + (along ? 0 : line);
+    const Index run = along ? depth : lanes;
+    prefetch_run<W>(view.data, lane * view.lane_stride + at_depth * view.depth_stride, run);
+    if constexpr (!__is_same(B, NoBase))
+      prefetch_run<B>(view.base, lane * view.base_lane_stride + at_depth * view.base_depth_stride, run);
+  }
+}
 
 // units[lane][depth]: lanes [lane0, lane0 + lanes), depths [depth0, depth0 + depth).
 template <class Unit, class W, class B>
@@ -89,9 +96,6 @@ void pack_along(const View& view, Index lane0, Index lanes, Index depth0, Index 
     Index j = 0;
     if (side_by_side && view.holds(lane, depth0) && view.holds(lane, depth0 + depth - 1)) {
       const Index at = lane * view.lane_stride + depth0, base_at = lane * view.base_lane_stride + depth0;
-      if (i + lanes_ahead < lanes)
-        prefetch_run<W, B>(view, at + lanes_ahead * view.lane_stride, base_at + lanes_ahead * view.base_lane_stride,
-                           depth);
       for (; j + Lanes::width <= depth; j += Lanes::width)
         Unit::along(elements_at<Lanes, W, B>(view, at + j, base_at + j), units + j / Unit::elements);
     }
@@ -100,36 +104,54 @@ void pack_along(const View& view, Index lane0, Index lanes, Index depth0, Index 
   }
 }
 
+// One row of units whose elements all exist and lie side by side; the rest of the lanes is zero.
+template <class Unit, class W, class B>
+inline void pack_row_across(const View& view, Index at, Index base_at, Index lanes, Index width, std::uint32_t* units) {
+  using Lanes = typename Unit::Lanes;
+  Index i = 0;
+  if constexpr (Unit::elements == 2 && __is_same(W, Bfloat16) && __is_same(B, NoBase)) {
+    const Bfloat16* row = static_cast<const Bfloat16*>(view.data) + at;
+    for (; i + 2 * Lanes::width <= lanes; i += 2 * Lanes::width)
+      Unit::interleave(row + i, row + view.depth_stride + i, units + i);
+  }
+  for (; i + Lanes::width <= lanes; i += Lanes::width) {
+    const auto first = elements_at<Lanes, W, B>(view, at + i, base_at + i);
+    if constexpr (Unit::elements == 2) {
+      const Index next = at + view.depth_stride + i, base_next = base_at + view.base_depth_stride + i;
+      Unit::across(first, elements_at<Lanes, W, B>(view, next, base_next), units + i);
+    } else {
+      Unit::across(first, first, units + i);
+    }
+  }
+  for (; i < lanes; ++i) {
+    float value[Unit::elements];
+    for (int e = 0; e < Unit::elements; ++e) {
+      value[e] = widen(static_cast<const W*>(view.data)[at + e * view.depth_stride + i]);
+      if constexpr (!__is_same(B, NoBase))
+        value[e] -= rounded_to<W>(widen(static_cast<const B*>(view.base)[base_at + e * view.base_depth_stride + i]));
+    }
+    units[i] = Unit::make(value[0], value[Unit::elements - 1]);
+  }
+  for (; i < width; ++i) units[i] = 0;
+}
+
 // units[depth][lane]; lanes from `lanes` to `width` are zero.
 template <class Unit, class W, class B>
 void pack_across(const View& view, Index lane0, Index lanes, Index width, Index depth0, Index depth,
                  std::uint32_t* units, Index stride) {
-  using Lanes = typename Unit::Lanes;
+  Index j = 0;
   const bool side_by_side = view.lane_stride == 1 && (!view.base || view.base_lane_stride == 1);
-  for (Index j = 0; j < depth; j += Unit::elements, units += stride) {
-    const Index first = depth0 + j, last = first + Unit::elements - 1;
-    Index i = 0;
-    if (side_by_side && last < depth0 + depth && view.holds(lane0, first) && view.holds(lane0 + lanes - 1, last)) {
-      const Index at = lane0 + first * view.depth_stride, base_at = lane0 + first * view.base_depth_stride;
-      for (Index ahead = depths_ahead; ahead < depths_ahead + Unit::elements && j + ahead < depth; ++ahead)
-        prefetch_run<W, B>(view, at + ahead * view.depth_stride, base_at + ahead * view.base_depth_stride, lanes);
-      if constexpr (Unit::elements == 2 && __is_same(W, Bfloat16) && __is_same(B, NoBase)) {
-        const Bfloat16* row = static_cast<const Bfloat16*>(view.data) + at;
-        for (; i + 2 * Lanes::width <= lanes; i += 2 * Lanes::width)
-          Unit::interleave(row + i, row + view.depth_stride + i, units + i);
-      }
-      for (; i + Lanes::width <= lanes; i += Lanes::width) {
-        if constexpr (Unit::elements == 2) {
-          Unit::across(elements_at<Lanes, W, B>(view, at + i, base_at + i),
-                       elements_at<Lanes, W, B>(view, at + view.depth_stride + i, base_at + view.base_depth_stride + i),
-                       units + i);
-        } else {
-          Unit::across(elements_at<Lanes, W, B>(view, at + i, base_at + i), Lanes::zero(), units + i);
-        }
-      }
+  if (side_by_side && lanes > 0 && depth > 0 && view.holds(lane0, depth0) &&
+      view.holds(lane0 + lanes - 1, depth0 + depth - 1)) {
+    const Index step = Unit::elements * view.depth_stride, base_step = Unit::elements * view.base_depth_stride;
+    Index at = lane0 + depth0 * view.depth_stride, base_at = lane0 + depth0 * view.base_depth_stride;
+    for (; j + Unit::elements <= depth; j += Unit::elements, units += stride, at += step, base_at += base_step) {
+      pack_row_across<Unit, W, B>(view, at, base_at, lanes, width, units);
     }
-    for (; i < lanes; ++i) units[i] = unit_of<Unit, W, B>(view, lane0 + i, first, depth0 + depth);
-    for (; i < width; ++i) units[i] = 0;
+  }
+  for (; j < depth; j += Unit::elements, units += stride) {
+    for (Index i = 0; i < lanes; ++i) units[i] = unit_of<Unit, W, B>(view, lane0 + i, depth0 + j, depth0 + depth);
+    for (Index i = lanes; i < width; ++i) units[i] = 0;
   }
 }
 
@@ -173,24 +195,26 @@ void pack_transposed(const View& view, Index lane0, Index lanes, Index width, In
 
 using PackAlong = void (*)(const View&, Index, Index, Index, Index, std::uint32_t*, Index);
 using PackAcross = void (*)(const View&, Index, Index, Index, Index, Index, std::uint32_t*, Index);
+using PrefetchLines = void (*)(const View&, bool, Index, Index, Index, Index, Index, Index);
 using PackTransposed = void (*)(const View&, Index, Index, Index, Index, std::uint32_t*, Index);
 
 template <class Unit>
 struct Packing {
   PackAlong along;
   PackAcross across;
+  PrefetchLines prefetch;
 };
 
 template <class Unit, class W>
 Packing<Unit> packing_of(const rpsft::Matrix& base) {
-  if (!base.data) return {pack_along<Unit, W, NoBase>, pack_across<Unit, W, NoBase>};
+  if (!base.data) return {pack_along<Unit, W, NoBase>, pack_across<Unit, W, NoBase>, prefetch_lines<W, NoBase>};
   switch (base.dtype) {
     case rpsft::Dtype::bfloat16:
-      return {pack_along<Unit, W, Bfloat16>, pack_across<Unit, W, Bfloat16>};
+      return {pack_along<Unit, W, Bfloat16>, pack_across<Unit, W, Bfloat16>, prefetch_lines<W, Bfloat16>};
     case rpsft::Dtype::float16:
-      return {pack_along<Unit, W, Float16>, pack_across<Unit, W, Float16>};
+      return {pack_along<Unit, W, Float16>, pack_across<Unit, W, Float16>, prefetch_lines<W, Float16>};
     default:
-      return {pack_along<Unit, W, float>, pack_across<Unit, W, float>};
+      return {pack_along<Unit, W, float>, pack_across<Unit, W, float>, prefetch_lines<W, float>};
   }
 }
 

@@ -86,10 +86,11 @@ struct Share {
 // Part `part` of `parts` nearly equal parts of [0, size).
 inline Share share_of(Index size, Index part, Index parts) { return {size * part / parts, size * (part + 1) / parts}; }
 
-// One thread's block of T: lanes are rows of the block, columns the panels [panels.begin, panels.end).
+// One thread's block of T: lanes are rows of the block, columns the panels [panels.begin, panels.end). `following` are
+// the rows of the block after it.
 template <class First>
 void form_slice(const Sides& sides, const Packing<First>& weight, const Packing<First>& basis, Index row0, Index rows,
-                Share panels, float* slice, std::uint32_t* drift, std::uint32_t* packed) {
+                Share following, Share panels, float* slice, std::uint32_t* drift, std::uint32_t* packed) {
   using Lanes = typename First::Lanes;
   constexpr Index width = panel_width<Lanes>, chunk = chunk_units * First::elements;
   const Index stride = ProjectLayout::slice_stride<Lanes>(sides.rank);
@@ -103,11 +104,21 @@ void form_slice(const Sides& sides, const Packing<First>& weight, const Packing<
     } else {
       weight.across(sides.view, row0, rows, rows, depth0, depth, drift, block_rows);
     }
+    // The next chunk, or the next block's first, is on its way while this one is multiplied: a few lines per tile.
+    const bool last = depth0 + depth == sides.long_size;
+    const Index next_row = last ? following.begin : row0, next_rows = last ? following.end - following.begin : rows;
+    const Index next = last ? 0 : depth0 + depth, next_depth = smaller(chunk, sides.long_size - next);
+    const Index lines = next_rows > 0 ? (along ? next_rows : next_depth) : 0;
+    const Index lines_each = ceil_div(lines, (panels.end - panels.begin) * ceil_div(rows, Lanes::tile_rows));
+    Index asked = 0;
     for (Index panel = panels.begin; panel < panels.end; ++panel) {
       const Index column = panel * width;
       basis.across(columns, column, smaller(width, sides.rank - column), width, depth0, depth, packed, width);
       for (Index row = 0; row < rows; row += Lanes::tile_rows) {
         const Index present = smaller(Lanes::tile_rows, rows - row);
+        weight.prefetch(sides.view, along, next_row, next_rows, next, next_depth, asked,
+                        smaller(lines, asked + lines_each));
+        asked = smaller(lines, asked + lines_each);
         const FloatSink<Lanes> sink{slice + row * stride + column, stride, depth0 > 0};
         if (along) {
           partial_tile<First, Order::along, Lanes::tile_rows>(present, drift + row * drift_stride, drift_stride, packed,
@@ -230,7 +241,9 @@ void project_one(const Projection& p, std::uint32_t* workspace, double* row_squa
       const Share mine = share_of(panels, group, groups);
       const Index row0 = first_row(slot), rows = first_row(slot + 1) - row0;
       if (mine.begin < mine.end && rows > 0) {
-        form_slice<First>(sides, weight, longer, row0, rows, mine, slice_of(slot), own_drift, own_panel);
+        form_slice<First>(sides, weight, longer, row0, rows,
+                          {first_row(slot + members), first_row(slot + members + 1)}, mine, slice_of(slot), own_drift,
+                          own_panel);
         pair_rows<Second>(slice_of(slot), ProjectLayout::slice_stride<Lanes>(sides.rank), rows,
                           {mine.begin * width, mine.end * width});
       }

@@ -29,6 +29,10 @@ class WeightSpec:
         """Bytes of the intermediate (shorter side, k) before it is padded to whole tiles."""
         return 2 * self.parts * min(self.rows, self.cols) * self.rank
 
+    @property
+    def drift_bytes(self) -> int:
+        return 4 * self.rank * self.rank
+
 
 @dataclass(frozen=True)
 class BucketLimits:
@@ -36,12 +40,13 @@ class BucketLimits:
 
     ``weights`` bounds the share of a model whose gradients the backward pass holds at once, ``elements``
     their size (768 MiB in bfloat16), ``workspace_bytes`` the intermediates' (beside them split sums of C may take
-    4 MiB a weight).
+    4 MiB a weight), ``drift_bytes`` the k x k blocks.
     """
 
     weights: int = 8
     elements: int = 384 << 20
     workspace_bytes: int = 192 << 20
+    drift_bytes: int = 192 << 20
 
 
 def plan_buckets(specs: Sequence[WeightSpec], limits: BucketLimits | None = None) -> list[list[int]]:
@@ -57,14 +62,16 @@ def plan_buckets(specs: Sequence[WeightSpec], limits: BucketLimits | None = None
     buckets: list[list[int]] = []
     for members in classes.values():
         bucket: list[int] = []
-        elements = workspace = 0
+        elements = workspace = drifts = 0
         for i in members:
             elements += specs[i].elements
             workspace += specs[i].workspace_bytes
-            over = elements > limits.elements or workspace > limits.workspace_bytes
+            drifts += specs[i].drift_bytes
+            over = elements > limits.elements or workspace > limits.workspace_bytes or drifts > limits.drift_bytes
             if bucket and (over or len(bucket) == limits.weights):
                 buckets.append(bucket)
                 bucket, elements, workspace = [], specs[i].elements, specs[i].workspace_bytes
+                drifts = specs[i].drift_bytes
             bucket.append(i)
         buckets.append(bucket)
     # In the order of their first weights: neighbours in the model are processed near each other.
