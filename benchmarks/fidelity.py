@@ -1,6 +1,6 @@
 """The penalty's gradient against float64, on real weights and real fine-tuning drift.
 
-python benchmarks/fidelity.py [--steps 1 10 40] [--rank 128] [--layers 5 20] [--backends torch triton] [--json FILE]
+python benchmarks/fidelity.py [--steps 1 10 40] [--rank 128] [--layers 5 20] [--backends torch triton native] [--json FILE]
 
 Prints a table for each weight dtype and backend; ends with status 1 if the numeric contract is broken anywhere.
 Runs on a GPU if there is one, else on the CPU with Triton's interpreter (about six minutes on one core).
@@ -24,6 +24,7 @@ from fidelity_contract import FIRST_STEP, Agreement, Form, Measurement, violatio
 from fine_tuning import fine_tuned_weights
 
 from rpsft_kernels import ops
+from rpsft_kernels.ops import native
 
 FORMS: tuple[Form, ...] = ("block", "base")
 # float16 has no table: of such weights, only the zero at the anchor is promised.
@@ -96,6 +97,8 @@ def environment(device: torch.device, backends: Sequence[str]) -> dict[str, str]
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
     }
+    if "native" in backends:
+        named["native"] = native.instruction_set()
     if "triton" in backends:
         version = importlib.import_module("triton").__version__
         named["triton"] = version if device.type == "cuda" else f"{version} (interpreted)"
@@ -144,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rank", type=int, default=128, help="k, below 192 (the shortest side of a weight)")
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 20], choices=range(30), metavar="LAYER")
-    parser.add_argument("--backends", nargs="+", default=["torch", "triton"], help="of this package")
+    parser.add_argument("--backends", nargs="+", help="of this package; all that can run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     arguments = parser.parse_args(argv)
     if min(arguments.steps) < 1:
@@ -154,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cpu":
         # Before anything imports triton: the variable is read when kernels are defined.
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if arguments.backends is None:
+        usable = ops.available_backends(device, torch.float32)
+        arguments.backends = [name for name, reason in usable.items() if reason is None]
     for backend in arguments.backends:
         try:
             ops.resolve_backend(device, torch.float32, backend)

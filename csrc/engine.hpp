@@ -16,12 +16,14 @@ namespace rpsft {
 
 enum class Dtype : std::uint8_t { bfloat16, float16, float32 };
 
-// A matrix in memory; data is null where a piece is absent.
+// A matrix in memory. One that has not been given a shape is absent; an empty one is present, whatever its data.
 struct Matrix {
   void* data = nullptr;
   Dtype dtype = Dtype::float32;
-  std::int64_t rows = 0, cols = 0;
+  std::int64_t rows = -1, cols = 0;
   std::int64_t row_stride = 0, col_stride = 1;
+
+  bool present() const { return rows >= 0; }
 };
 
 // Which elements of a weight are at hand: all but the first `head` of its first row and the last `tail` of its

@@ -25,6 +25,9 @@ INTERPRETED = (
     weight_name(20, "self_attn.k_proj"),
 )
 
+# The engine computes on the CPU only.
+BACKENDS = ["torch", "triton", *(["native"] if not torch.cuda.is_available() else [])]
+
 
 @pytest.fixture(scope="module")
 def snapshots(device: torch.device) -> dict[int, dict[str, Tensor]]:
@@ -45,7 +48,7 @@ def _names(case: Case, backend: str, device: torch.device) -> Sequence[str]:
 
 
 @real_model
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["base", "block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_penalty_and_gradient_are_exactly_zero_at_the_anchor(
@@ -58,7 +61,7 @@ def test_penalty_and_gradient_are_exactly_zero_at_the_anchor(
 
 
 @real_model
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("form", "step"), [("base", 1), ("base", 10), ("block", 10)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_holds_the_contract_for_every_weight_and_overall(

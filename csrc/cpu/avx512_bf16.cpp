@@ -57,7 +57,7 @@ struct Pair {
 using Float = Single<Bf16Lanes>;
 
 void project(const Projection& p, std::uint32_t* workspace, double* sums, rpsft::Team& team) {
-  if (!p.left.data) return project_full<Bf16Lanes>(p, sums, team);
+  if (!p.left.present()) return project_full<Bf16Lanes>(p, sums, team);
   const bool pairs = p.left.dtype == rpsft::Dtype::bfloat16;
   if (pairs && p.base.data) return project_one<Pair, Pair>(p, workspace, sums, team);
   // Without a base T is as large as the weight, and rounding it would lose the drift: it stays in float32.
@@ -66,7 +66,7 @@ void project(const Projection& p, std::uint32_t* workspace, double* sums, rpsft:
 }
 
 void pull(const Pullback& p, bool accumulate, std::uint32_t* workspace, rpsft::Team& team) {
-  if (!p.left.data) return pull_full<Bf16Lanes>(p, accumulate, team);
+  if (!p.left.present()) return pull_full<Bf16Lanes>(p, accumulate, team);
   if (p.left.dtype == rpsft::Dtype::bfloat16) return pull_into<Pair>(p, accumulate, workspace, team);
   pull_into<Float>(p, accumulate, workspace, team);
 }

@@ -18,13 +18,13 @@ Index pull_units(Index rank, int threads) {
 
 template <class Lanes>
 void project_single(const Projection& p, std::uint32_t* workspace, double* sums, rpsft::Team& team) {
-  if (!p.left.data) return project_full<Lanes>(p, sums, team);
+  if (!p.left.present()) return project_full<Lanes>(p, sums, team);
   project_one<Single<Lanes>, Single<Lanes>>(p, workspace, sums, team);
 }
 
 template <class Lanes>
 void pull_single(const Pullback& p, bool accumulate, std::uint32_t* workspace, rpsft::Team& team) {
-  if (!p.left.data) return pull_full<Lanes>(p, accumulate, team);
+  if (!p.left.present()) return pull_full<Lanes>(p, accumulate, team);
   pull_into<Single<Lanes>>(p, accumulate, workspace, team);
 }
 

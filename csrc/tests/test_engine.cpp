@@ -282,8 +282,6 @@ void check_empty(const std::string& isa) {
     lay_out(right, Dtype::float32, 0);
     std::vector<float> drift(rank * rank + 1, NAN);
     float square = NAN;
-    // Absent data would mean the full form: an empty basis still points somewhere.
-    left.matrix.data = right.matrix.data = drift.data();
     rpsft::Projection projection;
     projection.weight = weight.matrix;
     projection.left = left.matrix;
