@@ -1,6 +1,7 @@
 """The penalty's gradient against float64, on real weights and real fine-tuning drift.
 
-python benchmarks/fidelity.py [--steps 1 10 40] [--rank 128] [--layers 5 20] [--backends torch triton native] [--json FILE]
+python benchmarks/fidelity.py [--steps 1 10 40] [--rank 128] [--layers 5 20] [--backends torch triton native]
+    [--json FILE]
 
 Prints a table for each weight dtype and backend; ends with status 1 if the numeric contract is broken anywhere.
 Runs on a GPU if there is one, else on the CPU with Triton's interpreter (about six minutes on one core).
