@@ -174,7 +174,7 @@ def test_backward_holds_one_bucket_of_gradients(dtype: torch.dtype) -> None:
 def test_more_than_one_bucket_at_once_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = ops.BucketLimits(weights=MEMBERS)
     plan = ops.plan_buckets
-    monkeypatch.setattr(ops, "plan_buckets", lambda specs: plan(specs, limits))
+    monkeypatch.setattr(ops, "plan_buckets", lambda specs, _: plan(specs, limits))
     model, anchors, one = _model()
     _give_gradients(list(model.parameters()))
     assert trace(rk.rotation_penalty(model, anchors).backward).peak >= MEMBERS * one

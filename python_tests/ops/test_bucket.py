@@ -119,3 +119,10 @@ def test_no_two_neighbouring_buckets_of_a_class_fit_into_one(seed: int) -> None:
                 or sum(s.elements for s in members) > limits.elements
                 or sum(s.workspace_bytes for s in members) > limits.workspace_bytes
             )
+
+
+def test_drifts_are_bounded() -> None:
+    # Rank 384 takes 576 KiB a weight: two of them are more than 1 MiB, and one alone still has its bucket.
+    specs = [WeightSpec(2048, 2048, rank) for rank in (384, 384, 256, 256, 256, 768)]
+    limits = BucketLimits(drift_bytes=1 << 20)
+    assert plan_buckets(specs, limits) == [[0], [1, 2], [3, 4], [5]]
