@@ -104,7 +104,8 @@ std::vector<std::string> instruction_sets() {
 void project_drift(const std::vector<Projection>& shards, const std::string& instruction_set, int threads) {
   const Kernels& chosen = kernels_of(instruction_set);
   const std::int64_t rank = largest_rank(shards);
-  const Rooms room = rooms(rank > 0 ? chosen.project_units(rank, std::max(threads, 1)) : 0, std::max(rank, full_strips));
+  const std::int64_t units = rank > 0 ? chosen.project_units(rank, std::max(threads, 1)) : 0;
+  const Rooms room = rooms(units, std::max(rank, full_strips));
   run_team(threads, [&](Team& team) {
     for (const Projection& shard : shards) chosen.project(shard, room.units, room.sums, team);
   });

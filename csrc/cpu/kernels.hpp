@@ -13,12 +13,12 @@ struct Kernels {
   // 32-bit units of workspace for a rank and a number of threads.
   std::int64_t (*project_units)(std::int64_t rank, int threads);
   std::int64_t (*pull_units)(std::int64_t rank, int threads);
-  // Called by every member of a team, with the same arguments; `sums` has room for sum_count() numbers.
+  // Called by every member of a team, with the same arguments. `sums` has room for max(rank, full_strips) numbers.
   void (*project)(const Projection&, std::uint32_t* workspace, double* sums, Team&);
   void (*pull)(const Pullback&, bool accumulate, std::uint32_t* workspace, Team&);
 };
 
-// Sums in double that a projection needs: of the rows of C, or of a full anchor's strips of rows.
+// A full anchor's squares are summed in at most so many strips of rows, and these in order.
 constexpr std::int64_t full_strips = 256;
 
 Kernels portable_kernels();

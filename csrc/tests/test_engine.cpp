@@ -55,7 +55,8 @@ std::size_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 unsigned char* place(const Held& held, std::int64_t row, std::int64_t col) {
   return static_cast<unsigned char*>(held.matrix.data) +
-         (row * held.matrix.row_stride + col * held.matrix.col_stride) * static_cast<std::int64_t>(size_of(held.matrix.dtype));
+         (row * held.matrix.row_stride + col * held.matrix.col_stride) *
+             static_cast<std::int64_t>(size_of(held.matrix.dtype));
 }
 
 void write(Held& held, std::int64_t row, std::int64_t col, double value) {
@@ -157,7 +158,8 @@ void check(const Case& c, const std::string& isa) {
   for (std::size_t i = 0; i < weight.values.size(); ++i)
     weight.values[i] = round_to(base.values[i], c.weight) + (c.unmoved ? 0 : 0.05 * normal());
   lay_out(weight, c.weight, c.layout);
-  Held left = random(c.rows, c.rank, 1 / std::sqrt(double(c.rows))), right = random(c.cols, c.rank, 1 / std::sqrt(double(c.cols)));
+  Held left = random(c.rows, c.rank, 1 / std::sqrt(double(c.rows)));
+  Held right = random(c.cols, c.rank, 1 / std::sqrt(double(c.cols)));
   lay_out(left, c.basis, static_cast<int>(pick(0, 3)));
   lay_out(right, c.basis, static_cast<int>(pick(0, 3)));
 
@@ -203,7 +205,8 @@ void check(const Case& c, const std::string& isa) {
   projection.drift = again.data();
   projection.square = &got_again;
   rpsft::project_drift({projection, projection}, isa, static_cast<int>(pick(2, 5)));
-  CHECK((k == 0 || std::memcmp(drift.data(), again.data(), drift.size() * 4) == 0) && to_bits(got) == to_bits(got_again),
+  const bool same = k == 0 || std::memcmp(drift.data(), again.data(), drift.size() * 4) == 0;
+  CHECK(same && to_bits(got) == to_bits(got_again),
         "%s: bits depend on the number of threads", at.c_str());
 
   // Rounding acts on what is as large as the drift with a base, and on nothing without.
@@ -245,7 +248,8 @@ void check(const Case& c, const std::string& isa) {
   rpsft::pull_back({pullback}, c.accumulate, isa, static_cast<int>(pick(2, 5)));
   CHECK(alone == grad.memory, "%s: gradient's bits depend on the number of threads", at.c_str());
 
-  const double products = c.basis == Dtype::bfloat16 && isa == "avx512_bf16" && !full ? rounded_products : exact_products;
+  const bool in_pairs = c.basis == Dtype::bfloat16 && isa == "avx512_bf16" && !full;
+  const double products = in_pairs ? rounded_products : exact_products;
   std::vector<double> pulled(c.rows * k);
   for (std::int64_t r = 0; r < c.rows; ++r)
     for (std::int64_t a = 0; a < k; ++a)
