@@ -29,7 +29,7 @@ struct ProjectLayout {
   static ProjectLayout of(Index rank) {
     ProjectLayout layout;
     layout.slice = block_rows * slice_stride<Lanes>(rank);
-    layout.drift = larger(block_rows * drift_stride, chunk_units * block_rows);
+    layout.drift = block_rows * drift_stride;  // the other order takes less
     layout.panel = larger(chunk_units * panel_width<Lanes>, block_rows * fold_columns);
     layout.per_thread = layout.slice + layout.drift + layout.panel;
     return layout;
