@@ -108,7 +108,7 @@ def _check_pair(pair: _Pair) -> None:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Weights of one form, dtype, device and orientation: the arguments of the two operations."""
+    """Weights of one form, dtype and device: the arguments of the two operations."""
 
     pairs: list[_Pair]
     backend: str
@@ -163,7 +163,7 @@ def _specification(pair: _Pair, into_gradients: bool) -> ops.WeightSpec:
 
 
 # On the CPU nothing is gained by many weights in one call but the calls' own cost, which matters at small ranks.
-_CPU_LIMITS = ops.BucketLimits(drift_bytes=1 << 20)
+_CPU_LIMITS = ops.BucketLimits(drift_bytes=1 << 20, one_orientation=False)
 
 
 def _buckets(pairs: list[_Pair], into_gradients: bool = False) -> list[_Bucket]:

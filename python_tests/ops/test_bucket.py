@@ -69,6 +69,11 @@ def test_orientation_form_and_key_part_buckets() -> None:
     assert plan_buckets(specs, WIDE) == [[0, 2, 6], [1, 5], [3, 8], [4, 7]]
 
 
+def test_orientations_may_share_a_bucket() -> None:
+    specs = [WeightSpec(16, 32, 4), WeightSpec(32, 16, 4), WeightSpec(32, 16, 0)]
+    assert plan_buckets(specs, BucketLimits(one_orientation=False)) == [[0, 1], [2]]
+
+
 def test_ranks_share_a_bucket() -> None:
     assert plan_buckets([WeightSpec(16, 32, rank) for rank in (4, 7, 16)]) == [[0, 1, 2]]
 

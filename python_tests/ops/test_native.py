@@ -281,13 +281,15 @@ def test_without_the_engine_the_package_works_and_says_why(monkeypatch: pytest.M
 
     monkeypatch.setattr(native, "importlib", type("Absent", (), {"import_module": staticmethod(absent)}))
     native._load.cache_clear()
+    native.instruction_sets.cache_clear()
     try:
         assert "this installation carries no compiled CPU engine" in str(native.unavailable(CPU, torch.float32))
         assert ops.resolve_backend(CPU, torch.float32) == "torch"
-        assert native.instruction_sets() == []
+        assert native.instruction_sets() == ()
         with pytest.raises(ValueError, match="backend 'native': this installation carries no compiled CPU engine"):
             native.instruction_set()
     finally:
         monkeypatch.undo()
         native._load.cache_clear()
+        native.instruction_sets.cache_clear()
     assert native.unavailable(CPU, torch.float32) is None

@@ -40,25 +40,27 @@ class BucketLimits:
 
     ``weights`` bounds the share of a model whose gradients the backward pass holds at once, ``elements``
     their size (768 MiB in bfloat16), ``workspace_bytes`` the intermediates' (beside them split sums of C may take
-    4 MiB a weight), ``drift_bytes`` the k x k blocks.
+    4 MiB a weight), ``drift_bytes`` the k x k blocks. ``one_orientation`` keeps weights that are taller than wide out
+    of the buckets of the others: a GPU contracts them from the other side, by another kernel variant.
     """
 
     weights: int = 8
     elements: int = 384 << 20
     workspace_bytes: int = 192 << 20
     drift_bytes: int = 192 << 20
+    one_orientation: bool = True
 
 
 def plan_buckets(specs: Sequence[WeightSpec], limits: BucketLimits | None = None) -> list[list[int]]:
-    """Indices of ``specs`` in buckets; each bucket has one key and one orientation, in the given order.
+    """Indices of ``specs`` in buckets; each bucket has one key, in the given order.
 
-    Weights taller than wide are contracted from the other side (by another kernel variant), hence
-    the orientation. The plan depends on nothing but its arguments.
+    The plan depends on nothing but its arguments.
     """
     limits = limits or BucketLimits()
     classes: dict[Hashable, list[int]] = {}
     for i, spec in enumerate(specs):
-        classes.setdefault((spec.key, spec.rank == 0, spec.rows <= spec.cols), []).append(i)
+        wide = limits.one_orientation and spec.rows <= spec.cols
+        classes.setdefault((spec.key, spec.rank == 0, wide), []).append(i)
     buckets: list[list[int]] = []
     for members in classes.values():
         bucket: list[int] = []

@@ -33,10 +33,11 @@ def _load() -> tuple[Any, str]:
         return None, f"the compiled CPU engine does not load: {error}"
 
 
-def instruction_sets() -> list[str]:
-    """The instruction sets that the engine can use on this processor, best first; [] where it is not built."""
+@lru_cache(maxsize=1)
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that the engine can use on this processor, best first; empty where it is not built."""
     module, _ = _load()
-    return [] if module is None else list(module.instruction_sets())
+    return () if module is None else tuple(module.instruction_sets())
 
 
 def instruction_set() -> str:

@@ -14,7 +14,7 @@ full       --             W0             --           (0, 0): W - W0 itself
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,7 @@ def _without_autocast(device: torch.device) -> Any:
     return torch.autocast(device.type, enabled=False)
 
 
-@torch.library.custom_op("rpsft_kernels::project_drift", mutates_args=())
-def _project_drift(
+def _run_project_drift(
     weights: Sequence[Tensor],
     lefts: Sequence[Tensor],
     rights: Sequence[Tensor],
@@ -42,8 +41,7 @@ def _project_drift(
         return load(backend).project_drift(weights, lefts, rights, bases, blocks)
 
 
-@_project_drift.register_fake
-def _(
+def _fake_project_drift(
     weights: Sequence[Tensor],
     lefts: Sequence[Tensor],
     rights: Sequence[Tensor],
@@ -57,8 +55,7 @@ def _(
     return drifts, weights[0].new_empty((len(weights),), dtype=dtype)
 
 
-@torch.library.custom_op("rpsft_kernels::pull_back", mutates_args=())
-def _pull_back(
+def _run_pull_back(
     weights: Sequence[Tensor],
     lefts: Sequence[Tensor],
     rights: Sequence[Tensor],
@@ -74,8 +71,7 @@ def _pull_back(
     return grads
 
 
-@_pull_back.register_fake
-def _(
+def _fake_pull_back(
     weights: Sequence[Tensor],
     lefts: Sequence[Tensor],
     rights: Sequence[Tensor],
@@ -102,8 +98,7 @@ def _empty_grads(
     return [scales.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-@torch.library.custom_op("rpsft_kernels::pull_back_", mutates_args=("grads",))
-def _pull_back_(
+def _run_pull_back_(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
     lefts: Sequence[Tensor],
@@ -116,10 +111,11 @@ def _pull_back_(
 ) -> None:
     with _without_autocast(scales.device):
         load(backend).pull_back_into(grads, weights, lefts, rights, bases, drifts, scales, accumulate=accumulate)
+    # Autograd must see that a tensor which it has saved is another one now.
+    torch.autograd.graph.increment_version(grads)
 
 
-@_pull_back_.register_fake
-def _(
+def _fake_pull_back_(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
     lefts: Sequence[Tensor],
@@ -131,6 +127,22 @@ def _(
     backend: str,
 ) -> None:
     return None
+
+
+# Not torch.library.custom_op: its wrappers take longer than the products of a small layer.
+_library = torch.library.Library("rpsft_kernels", "FRAGMENT")
+
+
+def _registered(name: str, run: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Any:
+    _library.define(name + torch.library.infer_schema(run, mutates_args=mutates), tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rpsft_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.rpsft_kernels, name).default
+
+
+_project_drift = _registered("project_drift", _run_project_drift, _fake_project_drift)
+_pull_back = _registered("pull_back", _run_pull_back, _fake_pull_back)
+_pull_back_ = _registered("pull_back_", _run_pull_back_, _fake_pull_back_, mutates=["grads"])
 
 
 # -- autograd: each operation is the other's adjoint -----------------------------------------------------
@@ -216,8 +228,12 @@ def _backward_of_pull(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     return to_weights, none, none, [None] * n_bases, to_drifts, to_scales.to(scales.dtype), None, None
 
 
-_project_drift.register_autograd(_backward_of_projection, setup_context=_save_projection)
-_pull_back.register_autograd(_backward_of_pull, setup_context=_save_pull)
+torch.library.register_autograd(
+    "rpsft_kernels::project_drift", _backward_of_projection, setup_context=_save_projection, lib=_library
+)
+torch.library.register_autograd(
+    "rpsft_kernels::pull_back", _backward_of_pull, setup_context=_save_pull, lib=_library
+)
 
 
 # -- the typed entries ------------------------------------------------------------------------------------
