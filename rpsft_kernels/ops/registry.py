@@ -231,9 +231,7 @@ def _backward_of_pull(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
 torch.library.register_autograd(
     "rpsft_kernels::project_drift", _backward_of_projection, setup_context=_save_projection, lib=_library
 )
-torch.library.register_autograd(
-    "rpsft_kernels::pull_back", _backward_of_pull, setup_context=_save_pull, lib=_library
-)
+torch.library.register_autograd("rpsft_kernels::pull_back", _backward_of_pull, setup_context=_save_pull, lib=_library)
 
 
 # -- the typed entries ------------------------------------------------------------------------------------
