@@ -130,7 +130,7 @@ def _fake_pull_back_(
 
 
 # Not torch.library.custom_op: its wrappers take longer than the products of a small layer.
-_library = torch.library.Library("rpsft_kernels", "FRAGMENT")
+_library: Any = torch.library.Library("rpsft_kernels", "FRAGMENT")  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _registered(name: str, run: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Any:
