@@ -10,7 +10,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from rpsft_kernels.selection import check_whole, select_weights
+from rpsft_kernels.selection import select_weights
 
 
 class _Layer(nn.Module):
@@ -44,7 +44,7 @@ def test_every_floating_matrix_once() -> None:
     model = _Model()
     selection = select_weights(model)
     assert list(selection.chosen) == ["embed.weight", *LAYERS]
-    assert selection.chosen["layers.0.up.weight"] is model.get_parameter("layers.0.up.weight")
+    assert selection.chosen["layers.0.up.weight"].parameter is model.get_parameter("layers.0.up.weight")
     assert selection.skipped == {
         "experts": "3-D",
         "quantised": "integer dtype int8",
@@ -126,27 +126,10 @@ def process_group() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-SHARDED = "sharded parameters are not supported yet: anchor before sharding"
-
-
 @pytest.mark.usefixtures("process_group")
-def test_dtensor_is_refused_unless_left_out() -> None:
+def test_a_dtensor_is_chosen_by_its_whole_shape() -> None:
     mesh = init_device_mesh("cpu", (1,))
     sharded = nn.Linear(6, 4)
     sharded.weight = nn.Parameter(distribute_tensor(sharded.weight.data, mesh, [Shard(0)]))
-    model = nn.Sequential(nn.Linear(4, 6), sharded)
-    with pytest.raises(ValueError, match=f"1.weight: {SHARDED}"):
-        select_weights(model)
-    assert list(select_weights(model, exclude="1.*").chosen) == ["0.weight"]
-
-
-def test_other_kinds_of_shards_are_refused() -> None:
-    partitioned = nn.Parameter(torch.empty(0))
-    partitioned.ds_shape = torch.Size([4, 6])  # type: ignore[attr-defined]
-    flattened = nn.Parameter(torch.ones(12))
-    flattened._fsdp_flattened = True  # type: ignore[attr-defined]
-    for parameter in (partitioned, flattened):
-        with pytest.raises(ValueError, match=f"w: {SHARDED}"):
-            check_whole("w", parameter)
-    partitioned.data = torch.ones(4, 6)
-    check_whole("w", partitioned)
+    chosen = select_weights(nn.Sequential(nn.Linear(4, 6), sharded)).chosen
+    assert {name: weight.shape for name, weight in chosen.items()} == {"0.weight": (6, 4), "1.weight": (4, 6)}

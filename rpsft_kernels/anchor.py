@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .fingerprint import dtype_name
 from .pieces import base_copy, check_basis_dtype, check_finite, check_rank, computed_block, padded
+from .sharding.part import Part
 from .subspace import top_subspaces
 from .weights import DTYPES, check_weight
 
@@ -36,6 +37,9 @@ class Anchor:
         energy: Share of ||W0||_F^2 in the k directions, in [0, 1].
         arithmetic: :func:`rpsft_kernels.ops.arithmetic_id` of what computed ``block``; None where unknown
             or where there is no block.
+        part: What of the weight the pieces belong to, where that is not all of it: ``left`` has the part's rows,
+            ``right`` its columns, ``base`` its elements (1-D for a flat range) and ``block`` is the part's own
+            summand of U^T W0 V. ``shape`` and ``rank`` remain those of the whole weight.
 
     A basis is held as the first k columns of a zero-padded buffer whose rows are a multiple of 16 elements
     long, the other pieces contiguous; what comes otherwise is copied. Orthonormality is not checked.
@@ -54,6 +58,7 @@ class Anchor:
     rank: int
     energy: float
     arithmetic: str | None = None
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         self._check_scalars()
@@ -109,7 +114,7 @@ class Anchor:
             if keep_base:
                 base = base_copy(weight)
             else:
-                block, arithmetic = computed_block(weight, left, right)
+                block, arithmetic = computed_block(weight, left, right, Part.whole((m, n)))
             return cls(
                 left=left,
                 right=right,
@@ -138,6 +143,11 @@ class Anchor:
         bases = sum(p.shape[0] * p.stride(0) * p.element_size() for p in (self.left, self.right) if p is not None)
         return bases + sum(p.nbytes for p in (self.base, self.block) if p is not None)
 
+    @property
+    def held(self) -> Part:
+        """What of the weight this anchor covers: ``part``, or all of it."""
+        return Part.whole(self.shape) if self.part is None else self.part
+
     def pieces(self) -> dict[str, Tensor]:
         """The tensors that this form has, by attribute name."""
         named = {"left": self.left, "right": self.right, "base": self.base, "block": self.block}
@@ -156,24 +166,25 @@ class Anchor:
         Backends round differently; the penalty is exactly 0 at W0 only with a block of the same arithmetic.
 
         Args:
-            weight: W0, shape (m, n), as it was anchored (not checked beyond shape, dtype, device and
-                finiteness), on the anchor's device.
+            weight: W0 as it was anchored (not checked beyond shape, dtype, device and finiteness), on the anchor's
+                device: (m, n), or of an anchor of a part that part alone.
 
         Raises:
             ValueError: the anchor has no block, or ``weight`` is not of its shape, dtype and device.
         """
         if self.left is None or self.right is None or self.block is None:
             raise ValueError(f"anchor: got the {self.form} form, expected the block form: there is no block to rebuild")
-        check_weight(weight, "weight")
-        if tuple(weight.shape) != self.shape or weight.dtype != self.weight_dtype or weight.device != self.device:
+        check_weight(weight, "weight", dimensions=len(self.held.local_shape))
+        expected = self.held.local_shape
+        if tuple(weight.shape) != expected or weight.dtype != self.weight_dtype or weight.device != self.device:
             raise ValueError(
                 f"weight: got shape {tuple(weight.shape)}, {dtype_name(weight.dtype)} on {weight.device}, "
-                f"expected {self.shape}, {dtype_name(self.weight_dtype)} on {self.device}: pass the weight "
+                f"expected {expected}, {dtype_name(self.weight_dtype)} on {self.device}: pass the weight "
                 "that was anchored, and move the anchor to its device (anchor.to(weight.device))"
             )
         check_finite(weight.detach(), "weight")
         with torch.inference_mode(False), torch.no_grad():
-            block, arithmetic = computed_block(weight.detach(), self.left, self.right)
+            block, arithmetic = computed_block(weight.detach(), self.left, self.right, self.held)
         return self._with({**self.pieces(), "block": block}, arithmetic)
 
     def _with(self, pieces: dict[str, Tensor], arithmetic: str | None = None) -> Anchor:
@@ -181,8 +192,9 @@ class Anchor:
         return dataclasses.replace(self, **changes)
 
     def __repr__(self) -> str:
+        of = "" if self.part is None else f"part={self.part}, "
         return (
-            f"Anchor(form={self.form!r}, shape={self.shape}, weight_dtype={dtype_name(self.weight_dtype)}, "
+            f"Anchor(form={self.form!r}, shape={self.shape}, {of}weight_dtype={dtype_name(self.weight_dtype)}, "
             f"rank={self.rank}, energy={self.energy:.4f}, device='{self.device}', nbytes={self.nbytes})"
         )
 
@@ -203,6 +215,8 @@ class Anchor:
             raise ValueError(f"energy: got {self.energy!r}, expected a number in [0, 1]")
         if self.arithmetic is not None and not isinstance(self.arithmetic, str):
             raise ValueError(f"arithmetic: got {self.arithmetic!r}, expected a str or None")
+        if self.part is not None and self.part.shape != shape:
+            raise ValueError(f"part: got {self.part}, expected a part of a weight of shape {shape}")
 
     def _check_form(self) -> None:
         present = set(self.pieces())
@@ -222,19 +236,19 @@ class Anchor:
             )
 
     def _check_pieces(self) -> None:
-        m, n = self.shape
+        held = self.held
         shapes = {
-            "left": (m, self.rank),
-            "right": (n, self.rank),
-            "base": (m, n),
-            "block": (self.rank, self.rank),
+            "left": (held.rows[1] - held.rows[0], self.rank),
+            "right": (held.cols[1] - held.cols[0], self.rank),
+            "base": held.local_shape,
+            "block": (self.rank, self.rank) if held.numel else (0, 0),
         }
         for name, piece in self.pieces().items():
-            check_weight(piece, name)
+            check_weight(piece, name, dimensions=len(shapes[name]))
             if tuple(piece.shape) != shapes[name]:
                 raise ValueError(
                     f"{name}: got shape {tuple(piece.shape)}, expected {shapes[name]} for a weight of shape "
-                    f"{self.shape} at rank {self.rank}"
+                    f"{self.shape} at rank {self.rank}" + ("" if self.part is None else f", of which it has {held}")
                 )
             if piece.device != self.device:
                 raise ValueError(f"{name}: got a tensor on {piece.device}, expected {self.device} like the others")

@@ -12,12 +12,14 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from . import ops
 from .anchor import Anchor
+from .anchor_build import Request, build_anchors, with_parts
 from .anchor_file import Contents, read_anchors, write_anchors
 from .anchor_table import in_units, table
 from .fingerprint import Fingerprint, dtype_name
-from .names import named_weights
 from .pieces import check_rank
-from .selection import Patterns, check_whole, select_weights
+from .selection import Patterns, select_weights
+from .sharding import LocalWeight, ReplicatedWeight, find_parameters
+from .verification import differences
 
 
 class Anchors(Mapping[str, Anchor]):
@@ -74,8 +76,13 @@ class Anchors(Mapping[str, Anchor]):
     ) -> Anchors:
         """Anchors for every 2-D floating point parameter of a pretrained model, each on its own device.
 
+        Of a model that is sharded or replicated over processes, every rank makes this call, and gets anchors of the
+        parts that it works on: FSDP2 and tensor parallel (DTensor), FSDP1, DeepSpeed ZeRO-3, or its share of
+        the weights that DistributedDataParallel or DeepSpeed ZeRO-1/2 keep equal. Each weight is brought together once,
+        on one rank, for its singular subspaces.
+
         Args:
-            model: The model before fine-tuning, whole (not sharded). Frozen parameters are anchored too.
+            model: The model before fine-tuning. Frozen parameters are anchored too.
             rank: k (the paper's 768); weights with min(m, n) <= k get a full anchor.
             include: A glob or globs over full canonical names (``fnmatch``, case-sensitive); None takes
                 every parameter.
@@ -88,20 +95,22 @@ class Anchors(Mapping[str, Anchor]):
         matched them. :attr:`skipped` says what was not anchored, and why.
 
         Raises:
-            ValueError: a glob matches no parameter; nothing is left to anchor; a weight is sharded, on the
-                meta device or not finite (the message names it); or an argument is invalid.
+            ValueError: a glob matches no parameter; nothing is left to anchor; a weight is on the meta device or not
+                finite (the message names it), or sharded in a way that is not known; or an argument is invalid.
         """
         check_rank(rank)
         selection = select_weights(model, include, exclude)
-        anchors: dict[str, Anchor] = {}
-        fingerprints: dict[str, Fingerprint] = {}
-        for name, weight in tqdm(selection.chosen.items(), "anchoring", unit="weight", disable=not progress):
-            try:
-                anchors[name] = Anchor.from_weight(weight, rank, keep_base=keep_base, basis_dtype=basis_dtype)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            fingerprints[name] = Fingerprint.of(name, weight)
-        return cls(anchors, fingerprints=fingerprints, skipped=selection.skipped)
+        weights = with_parts(selection.chosen, rank)
+        made: dict[str, tuple[Anchor, Fingerprint]] = {}
+        building = build_anchors(weights, Request(rank, keep_base, basis_dtype))
+        for name, *both in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
+            made[name] = both[0], both[1]
+        # In the model's order, whatever order they were made in.
+        return cls(
+            {name: made[name][0] for name in weights},
+            fingerprints={name: made[name][1] for name in weights},
+            skipped=selection.skipped,
+        )
 
     @classmethod
     def load(
@@ -146,22 +155,7 @@ class Anchors(Mapping[str, Anchor]):
             ValueError: lists every anchored weight that the model lacks or has in another shape or dtype or
                 with other values, or whose fingerprint was never taken (anchors that were built by hand).
         """
-        weights = named_weights(model)
-        problems = []
-        for name in self._anchors:
-            weight, fingerprint = weights.get(name), self._fingerprints.get(name)
-            if weight is None:
-                problems.append(f"{name}: the model has no parameter of this name")
-                continue
-            check_whole(name, weight)
-            if fingerprint is None:
-                problems.append(f"{name}: no fingerprint was taken (anchors built by hand), nothing to verify by")
-            elif weight.device.type == "meta":
-                problems.append(f"{name}: the parameter is on the meta device, without values")
-            else:
-                difference = fingerprint.difference(weight)
-                if difference is not None:
-                    problems.append(f"{name}: {difference}")
+        problems = differences(self._anchors, self._fingerprints, _located(self._anchors, model))
         if problems:
             listed = "\n  ".join(problems)
             raise ValueError(
@@ -180,15 +174,16 @@ class Anchors(Mapping[str, Anchor]):
             ValueError: as :meth:`verify`.
         """
         self.verify(model)
-        weights = named_weights(model)
+        weights = _located(self._anchors, model)
         anchors = dict(self._anchors)
         for name, anchor in self._anchors.items():
-            if anchor.form != "block":
+            if anchor.form != "block" or not anchor.held.numel:
                 continue
             weight = weights[name]
             backend = ops.resolve_backend(weight.device, weight.dtype)
             if anchor.arithmetic != ops.arithmetic_id(backend, weight.device, weight.dtype):
-                anchors[name] = anchor.to(weight.device).rebuilt_block(weight).to(anchor.device)
+                values = weight.values().detach()
+                anchors[name] = anchor.to(weight.device).rebuilt_block(values).to(anchor.device)
         return self._with(anchors)
 
     def to(self, device: torch.device | str) -> Anchors:
@@ -237,3 +232,16 @@ class Anchors(Mapping[str, Anchor]):
 
     def _with(self, anchors: Mapping[str, Anchor]) -> Anchors:
         return Anchors(anchors, fingerprints=self._fingerprints, skipped=self._skipped)
+
+
+def _located(anchors: Mapping[str, Anchor], model: nn.Module) -> dict[str, LocalWeight]:
+    """The anchored weights that the model has, as they lie; of replicated ones the parts that the anchors are of."""
+    found = find_parameters(model)
+    located = {}
+    for name, anchor in anchors.items():
+        if name in found:
+            weight = found[name].locate(name)
+            if isinstance(weight, ReplicatedWeight) and weight.group is not None and anchor.part is not None:
+                weight = weight.divided(anchor.part, weight.group.size())
+            located[name] = weight
+    return located

@@ -1,4 +1,4 @@
-"""``python -m rpsft_kernels``: the kernels' schedule, their compilation for GPUs that are not there, and tuning."""
+"""``python -m rpsft_kernels``: the kernels' schedule and each rank's costs, compilation for absent GPUs, and tuning."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def _parser() -> argparse.ArgumentParser:
     schedule.add_argument("--arch", default="sm_90", help="tile table (default: sm_90)")
     schedule.add_argument("--block-form", action="store_true", help="anchors without the base")
 
+    shards = commands.add_parser("shards", help="what each rank of a job pays, beside the published way")
+    shards.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
+    shards.add_argument("--rank", type=int, default=768)
+    shards.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 8, 64], help="numbers of processes (default: 1 8 64)"
+    )
+    shards.add_argument(
+        "--layout", choices=("shard0", "replicated", "flat"), help="how weights lie (default: all three)"
+    )
+    shards.add_argument("--block-form", action="store_true", help="anchors without the base")
+
     build = commands.add_parser("compile", help="compile every kernel variant, print what each uses as JSON lines")
     build.add_argument("--arch", default="sm_90", help="sm_80, sm_86, sm_90, sm_100, sm_120 or gfx942")
     build.add_argument(
@@ -39,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
-    return {"schedule": _schedule, "compile": _compile, "tune": _tune}[options.command](options)
+    return {"schedule": _schedule, "shards": _shards, "compile": _compile, "tune": _tune}[options.command](options)
 
 
 def _schedule(options: argparse.Namespace) -> int:
@@ -58,6 +69,23 @@ def _schedule(options: argparse.Namespace) -> int:
     print(f"filled                {report.filled:.1%} of {options.multiprocessors} multiprocessors' time")
     for phase, filled in report.filled_by_phase.items():
         print(f"  {phase:<20}{filled:.1%}")
+    return 0
+
+
+def _shards(options: argparse.Namespace) -> int:
+    from .shard_report import LAYOUTS, shard_table
+
+    for name, values in (("--rank", [options.rank]), ("--ranks", options.ranks)):
+        if min(values) < 1:
+            raise SystemExit(f"{name}: got {min(values)}, expected at least 1")
+    shapes = MODELS[options.model].weights()
+    form = "block" if options.block_form else "base"
+    print(f"{options.model} at rank {options.rank}, {form} form: per rank and step, the largest rank's")
+    for layout in [options.layout] if options.layout else LAYOUTS:
+        print()
+        print(shard_table(shapes, options.rank, options.ranks, layout, keep_base=not options.block_form))
+    print()
+    print("published: every rank computes all; sent are whole weights that it gathers, per micro-batch, not per step")
     return 0
 
 

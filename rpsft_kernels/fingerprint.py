@@ -80,7 +80,7 @@ def content_checksum(tensor: Tensor, offset: int = 0) -> str:
     return f"{content_sum(tensor, offset):016x}"
 
 
-def content_sum(tensor: Tensor, offset: int = 0) -> int:
+def content_sum(tensor: Tensor, offset: int = 0, row_stride: int | None = None) -> int:
     """A checksum of a tensor's bits, in [0, 2^64): the sum over elements of bits times h(index) mod 2^64.
 
     Integers only, hence the same on every device and for every split: the sums over contiguous parts, each
@@ -93,6 +93,7 @@ def content_sum(tensor: Tensor, offset: int = 0) -> int:
     Args:
         tensor: Any shape, dense, real, of 1, 2, 4 or 8 bytes per element. Temporaries stay below 10 MiB.
         offset: Flat index of its first element in the whole that it is a part of.
+        row_stride: Columns of the whole, where ``tensor`` (2-D) has some of them only.
 
     Raises:
         ValueError: the tensor is sparse, complex, or has no data; or a negative ``offset``.
@@ -104,6 +105,8 @@ def content_sum(tensor: Tensor, offset: int = 0) -> int:
         )
     if offset < 0:
         raise ValueError(f"offset: got {offset}, expected the flat index of the first element, 0 or more")
+    if row_stride is not None and row_stride != tensor.shape[1]:
+        return _rectangle_sum(tensor.detach(), offset, row_stride)
     # Words of at most 32 bits: a difference of two has few enough factors of 2 not to cancel mod 2^64.
     word = _WORDS[min(tensor.element_size(), 4)]
     position = offset * (tensor.element_size() // word.itemsize)
@@ -119,6 +122,24 @@ def content_sum(tensor: Tensor, offset: int = 0) -> int:
                 total += products.sum() * _block_multiplier(block)
             position += words.numel()
     return int(total) % _WRAP
+
+
+def _rectangle_sum(tensor: Tensor, offset: int, row_stride: int) -> int:
+    """:func:`content_sum` of rows whose elements follow each other, but not the rows."""
+    word = _WORDS[min(tensor.element_size(), 4)]
+    per = tensor.element_size() // word.itemsize
+    table, total = _multipliers(tensor.device), 0
+    rows, cols = tensor.shape
+    step = max(1, _PIECE // max(1, cols * per))
+    for row in range(0, rows if cols else 0, step):
+        words = tensor[row : row + step].contiguous().view(word).to(torch.int64)
+        first = (offset + row * row_stride) * per
+        down = torch.arange(words.shape[0], device=tensor.device) * (row_stride * per)
+        index = first + down[:, None] + torch.arange(words.shape[1], device=tensor.device)
+        low, high = first // _BLOCK, int(index[-1, -1]) // _BLOCK
+        blocks = torch.tensor([_block_multiplier(block) for block in range(low, high + 1)], device=tensor.device)
+        total += int((words * table[index % _BLOCK] * blocks[index // _BLOCK - low]).sum())
+    return total % _WRAP
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

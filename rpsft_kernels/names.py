@@ -16,8 +16,8 @@ def canonical_name(name: str, replicas: Collection[str] = ()) -> str:
 
     Args:
         name: A dotted path such as ``"module._orig_mod.layers.0.weight"``.
-        replicas: Paths of the modules that are DistributedDataParallel or DataParallel (``""`` for the model
-            itself); the component ``module`` is theirs only directly below such a path.
+        replicas: Paths of the modules that are DistributedDataParallel, DataParallel or DeepSpeedEngine (``""``
+            for the model itself); the component ``module`` is theirs only directly below such a path.
     """
     parts = name.split(".")
     kept = []
@@ -26,6 +26,11 @@ def canonical_name(name: str, replicas: Collection[str] = ()) -> str:
             continue
         kept.append(part)
     return ".".join(kept)
+
+
+def is_deepspeed(module: nn.Module) -> bool:
+    """Whether it is a DeepSpeedEngine, which is not imported to find out."""
+    return type(module).__module__.startswith("deepspeed.") and hasattr(module, "zero_optimization_stage")
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -39,7 +44,7 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     replicas = {
         path
         for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (DistributedDataParallel, DataParallel))
+        if isinstance(module, (DistributedDataParallel, DataParallel)) or is_deepspeed(module)
     }
     weights: dict[str, nn.Parameter] = {}
     for raw, parameter in model.named_parameters(remove_duplicate=False):

@@ -3,197 +3,16 @@
 from __future__ import annotations
 
 import sys
-import warnings
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .anchor import Anchor
-from .names import named_weights
+from .evaluation import agree, evaluate, exchanges_of
+from .terms import Bucket, Term, TileOfTerm, paired
 from .weights import check_weight
-
-# Anchors whose foreign block has been reported: once per anchor, not once per step.
-_reported: weakref.WeakSet[Anchor] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """One weight with its anchor, under the name that messages give it."""
-
-    name: str
-    weight: Tensor
-    anchor: Anchor
-
-
-def _paired(weights: object, anchors: object) -> list[_Pair]:
-    """Every accepted way to say which weights and which anchors, checked and as one list."""
-    if isinstance(weights, nn.Module):
-        return _paired_by_name(weights, anchors)
-    if isinstance(weights, Tensor):
-        if not isinstance(anchors, Anchor):
-            raise ValueError(f"anchors: got {type(anchors).__name__}, expected one Anchor for one weight tensor")
-        pairs = [_Pair("weights", weights, anchors)]
-    elif isinstance(weights, Sequence):
-        if not isinstance(anchors, Sequence):
-            raise ValueError(
-                f"anchors: got {type(anchors).__name__}, expected a list of as many Anchors as there are weights"
-            )
-        if len(weights) != len(anchors):
-            raise ValueError(f"anchors: got {len(anchors)} for {len(weights)} weights, expected one Anchor per weight")
-        for i, anchor in enumerate(anchors):
-            if not isinstance(anchor, Anchor):
-                raise ValueError(f"anchors[{i}]: got {type(anchor).__name__}, expected an Anchor")
-        pairs = [_Pair(f"weights[{i}]", w, a) for i, (w, a) in enumerate(zip(weights, anchors, strict=True))]
-    else:
-        raise ValueError(
-            f"weights: got {type(weights).__name__}, expected a tensor, a list of tensors or a torch.nn.Module"
-        )
-    for pair in pairs:
-        _check_pair(pair)
-    return pairs
-
-
-def _paired_by_name(model: nn.Module, anchors: object) -> list[_Pair]:
-    if not isinstance(anchors, Mapping):
-        raise ValueError(
-            f"anchors: got {type(anchors).__name__}, expected Anchors for a module "
-            "(Anchors.from_model(model, rank) makes them)"
-        )
-    if not anchors:
-        raise ValueError(
-            "anchors: got none, expected at least one Anchor: nothing would be regularised "
-            "(Anchors.from_model(model, rank) makes them)"
-        )
-    parameters = named_weights(model)
-    for name, anchor in anchors.items():
-        if not isinstance(anchor, Anchor):
-            raise ValueError(f"anchors[{name!r}]: got {type(anchor).__name__}, expected an Anchor")
-    gone = [name for name in anchors if name not in parameters]
-    if gone:
-        shown = ", ".join(map(repr, gone[:5])) + (", ..." if len(gone) > 5 else "")
-        raise ValueError(
-            f"model: {len(gone)} of {len(anchors)} anchored parameters are gone: {shown}; expected a parameter of each "
-            "anchor's name: anchor this model (Anchors.from_model), or leave them out of the anchors"
-        )
-    pairs = [_Pair(name, parameters[name], anchor) for name, anchor in anchors.items()]
-    for pair in pairs:
-        _check_pair(pair)
-    return pairs
-
-
-def _check_pair(pair: _Pair) -> None:
-    weight, anchor = pair.weight, pair.anchor
-    check_weight(weight, pair.name)
-    if tuple(weight.shape) != tuple(anchor.shape):
-        raise ValueError(
-            f"{pair.name}: got shape {tuple(weight.shape)}, expected {tuple(anchor.shape)}: the weight has changed "
-            "its shape since it was anchored; anchor it again"
-        )
-    if anchor.weight_dtype == torch.float64 != weight.dtype:
-        # Its pieces are in float64, which no kernel reads.
-        raise ValueError(
-            f"{pair.name}: got {str(weight.dtype).removeprefix('torch.')}, expected float64 like the weight that was "
-            "anchored; anchor it again in the dtype that is trained"
-        )
-    if weight.device != anchor.device:
-        raise ValueError(
-            f"{pair.name}: got a weight on {weight.device} and its anchor on {anchor.device}, expected one device; "
-            f"move the anchor: anchors.to({str(weight.device)!r})"
-        )
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """Weights of one form, dtype and device: the arguments of the two operations."""
-
-    pairs: list[_Pair]
-    backend: str
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return [p.weight for p in self.pairs]
-
-    @property
-    def lefts(self) -> list[Tensor]:
-        return [p.anchor.left for p in self.pairs if p.anchor.left is not None]
-
-    @property
-    def rights(self) -> list[Tensor]:
-        return [p.anchor.right for p in self.pairs if p.anchor.right is not None]
-
-    @property
-    def bases(self) -> list[Tensor]:
-        return [p.anchor.base for p in self.pairs if p.anchor.base is not None]
-
-    @property
-    def blocks(self) -> list[Tensor]:
-        return [p.anchor.block for p in self.pairs if p.anchor.block is not None]
-
-    def project(self) -> tuple[list[Tensor], Tensor]:
-        return ops.project_drift(self.weights, self.lefts, self.rights, self.bases, self.blocks, self.backend)
-
-
-def _gradient_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of the gradient that a leaf has, or is to get."""
-    if weight.grad is not None:
-        return weight.grad.dtype
-    dtype: torch.dtype | None = getattr(weight, "grad_dtype", None)
-    return weight.dtype if dtype is None else dtype
-
-
-def _specification(pair: _Pair, into_gradients: bool) -> ops.WeightSpec:
-    anchor, weight = pair.anchor, pair.weight
-    left = anchor.left
-    key = (
-        weight.device,
-        weight.dtype,
-        None if anchor.base is None else anchor.base.dtype,
-        None if left is None else left.dtype,
-        anchor.block is not None,
-        _gradient_dtype(weight) if into_gradients and weight.requires_grad else None,
-    )
-    if left is None:
-        return ops.WeightSpec(weight.shape[0], weight.shape[1], 0, key)
-    parts = 1 if anchor.block is None and left.dtype == torch.bfloat16 else 3
-    return ops.WeightSpec(weight.shape[0], weight.shape[1], anchor.rank, key, parts)
-
-
-# On the CPU nothing is gained by many weights in one call but the calls' own cost, which matters at small ranks.
-_CPU_LIMITS = ops.BucketLimits(drift_bytes=1 << 20, one_orientation=False)
-
-
-def _buckets(pairs: list[_Pair], into_gradients: bool = False) -> list[_Bucket]:
-    buckets = []
-    limits = _CPU_LIMITS if all(pair.weight.device.type == "cpu" for pair in pairs) else None
-    for indices in ops.plan_buckets([_specification(pair, into_gradients) for pair in pairs], limits):
-        members = [pairs[i] for i in indices]
-        weight = members[0].weight
-        backend = ops.resolve_backend(weight.device, weight.dtype)
-        if members[0].anchor.block is not None and not torch.compiler.is_compiling():
-            _report_foreign_blocks(members, ops.arithmetic_id(backend, weight.device, weight.dtype))
-        buckets.append(_Bucket(members, backend))
-    return buckets
-
-
-def _report_foreign_blocks(pairs: list[_Pair], arithmetic: str) -> None:
-    for pair in pairs:
-        block = pair.anchor.block
-        if block is None or pair.anchor.arithmetic == arithmetic or pair.anchor in _reported:
-            continue
-        _reported.add(pair.anchor)
-        residual = (torch.finfo(torch.float32).eps * block.norm().item()) ** 2
-        warnings.warn(
-            f"{pair.name}: the anchor's block was computed by {pair.anchor.arithmetic!r} and is used by "
-            f"{arithmetic!r}, which rounds differently: at the pretrained weight its penalty is not exactly 0 but of "
-            f"the order of {residual:.1e}. Rebuild it from the pretrained weight: Anchors.load(path, model) or "
-            "Anchor.rebuilt_block(weight); or keep the base",
-            UserWarning,
-            stacklevel=4,
-        )
 
 
 def rotation_penalty(
@@ -223,15 +42,25 @@ def rotation_penalty(
     (of earlier micro-batches) then have a second set beside them, as large as the anchored weights.
     :func:`accumulate_rotation_grad_` needs neither.
     """
-    pairs = _paired(weights, anchors)
-    if not pairs:
+    terms = paired(weights, anchors)
+    if not terms:
         return torch.zeros(())
-    return _total([bucket.project()[1] for bucket in _buckets(pairs)], pairs[0].weight.device)
+    exchanges = exchanges_of(terms)
+    agree(terms, exchanges, "rotation_penalty", lambda: _check_differentiable(terms))
+    _, evaluation = evaluate(terms, exchanges)
+    return evaluation.penalty
 
 
-def _total(squares: list[Tensor], device: torch.device) -> Tensor:
-    # One concatenation and one sum, in the buckets' fixed order.
-    return torch.cat([s.to(device) for s in squares]).sum()
+def _check_differentiable(terms: list[Term]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for term in terms:
+        if term.weight.requires_grad and not term.weight.differentiable:
+            raise ValueError(
+                f"{term.name}: got a flat shard (FSDP1 or DeepSpeed ZeRO-3), which autograd cannot reach, expected a "
+                "call that needs no gradient: use accumulate_rotation_grad_ after backward, or torch.no_grad() to "
+                "evaluate R alone"
+            )
 
 
 def accumulate_rotation_grad_(
@@ -263,67 +92,87 @@ def accumulate_rotation_grad_(
     """
     if isinstance(coeff, bool) or not isinstance(coeff, (int, float)) or not abs(coeff) <= sys.float_info.max:
         raise ValueError(f"coeff: got {coeff!r}, expected a finite Python number (the paper's lambda)")
-    pairs = _paired(weights, anchors)
-    if not pairs:
+    terms = paired(weights, anchors)
+    if not terms:
         return torch.zeros(())
-    _check_gradients(pairs, whole_module=isinstance(weights, nn.Module))
+    exchanges = exchanges_of(terms)
+    whole_module = isinstance(weights, nn.Module)
+    agree(
+        terms,
+        exchanges,
+        f"accumulate {coeff!r}",
+        lambda: _check_gradients(terms, whole_module=whole_module),
+        gradients=True,
+    )
     with torch.no_grad():
-        squares = []
-        for bucket in _buckets(pairs, into_gradients=True):
-            drifts, square = bucket.project()
+        buckets, evaluation = evaluate(terms, exchanges, into_gradients=True)
+        for bucket, drifts in zip(buckets, evaluation.drifts, strict=True):
             _accumulate(bucket, drifts, float(coeff))
-            squares.append(square)
-        return _total(squares, pairs[0].weight.device)
+        return evaluation.penalty
 
 
-def _check_gradients(pairs: list[_Pair], whole_module: bool) -> None:
-    for pair in pairs:
-        weight = pair.weight
-        if not whole_module and not (weight.requires_grad and weight.is_leaf):
+def _check_gradients(terms: list[Term], whole_module: bool) -> None:
+    for term in terms:
+        parameter = term.weight.parameter
+        if not whole_module and not (parameter.requires_grad and parameter.is_leaf):
             raise ValueError(
-                f"{pair.name}: got a tensor that is no leaf requiring grad, expected one that holds .grad; "
+                f"{term.name}: got a tensor that is no leaf requiring grad, expected one that holds .grad; "
                 "call weight.requires_grad_(), or use rotation_penalty"
             )
-        if weight.grad is not None and weight.grad.layout != torch.strided:
-            raise ValueError(
-                f"{pair.name}.grad: got layout {weight.grad.layout}, expected a dense gradient "
-                "(torch.nn.Embedding(sparse=False)); or leave this weight out of the anchors"
-            )
-    if not any(pair.weight.requires_grad for pair in pairs):
+        term.weight.check_gradient(term.name)
+    if not any(term.weight.requires_grad for term in terms):
         raise ValueError(
             "model: every anchored parameter is frozen, expected at least one that requires grad; "
             "use rotation_penalty to evaluate the penalty alone"
         )
 
 
-def _accumulate(bucket: _Bucket, drifts: list[Tensor], coeff: float) -> None:
+def _accumulate(bucket: Bucket, drifts: list[Tensor], coeff: float) -> None:
     """Pull a bucket's drifts back into the gradients: added where one exists, written where it is new."""
-    left = [i for i, pair in enumerate(bucket.pairs) if pair.weight.requires_grad]
+    left = []
+    for i, term in enumerate(bucket.terms):
+        if term.weight.requires_grad and term.weight.part.numel:
+            left.append(i)
+        elif term.weight.requires_grad:
+            term.weight.touch_gradient()
     while left:
         # A weight that is listed twice has one gradient, which no launch may write twice.
-        first = {id(bucket.pairs[i].weight): i for i in reversed(left)}
-        members = [i for i in left if first[id(bucket.pairs[i].weight)] == i]
+        first = {bucket.terms[i].weight.identity: i for i in reversed(left)}
+        members = [i for i in left if first[bucket.terms[i].weight.identity] == i]
         left = [i for i in left if i not in members]
-        new = [i for i in members if bucket.pairs[i].weight.grad is None]
-        old = [i for i in members if bucket.pairs[i].weight.grad is not None]
+        new = [i for i in members if not bucket.terms[i].weight.has_gradient]
+        old = [i for i in members if bucket.terms[i].weight.has_gradient]
         _pull(bucket, new, drifts, coeff, accumulate=False)
         _pull(bucket, old, drifts, coeff, accumulate=True)
 
 
-def _pull(bucket: _Bucket, members: list[int], drifts: list[Tensor], coeff: float, accumulate: bool) -> None:
+def _pull(bucket: Bucket, members: list[int], drifts: list[Tensor], coeff: float, accumulate: bool) -> None:
     if not members:
         return
-    part = _Bucket([bucket.pairs[i] for i in members], bucket.backend)
-    grads = []
-    for weight in part.weights:
-        if weight.grad is None:
-            weight.grad = torch.empty_like(weight, dtype=_gradient_dtype(weight))
-        grads.append(weight.grad)
-    chosen = [drifts[i] for i in members]
-    scales = chosen[0].new_full((len(members),), 2.0 * coeff)
-    full = not part.lefts
-    weights, bases = (part.weights, part.bases) if full else ([], [])
-    ops.pull_back_(grads, weights, part.lefts, part.rights, bases, chosen, scales, accumulate, part.backend)
+    terms = [bucket.terms[i] for i in members]
+    grads = [term.weight.gradient() for term in terms]
+    full = terms[0].anchor.form == "full"
+    targets: list[Tensor] = []
+    weights: list[Tensor] = []
+    pieces: list[TileOfTerm] = []
+    chosen: list[Tensor] = []
+    scales: list[float] = []
+    for i, term, grad in zip(members, terms, grads, strict=True):
+        values = [tile.values for tile in term.tiles(term.weight.values())] if full else []
+        for j, tile in enumerate(term.tiles(grad)):
+            targets.append(tile.values)
+            chosen.append(drifts[i])
+            scales.append(2.0 * coeff * term.weight.factor)
+            pieces.append(tile)
+            if full:
+                weights.append(values[j])
+    factors = torch.tensor(scales, dtype=chosen[0].dtype, device=chosen[0].device)
+    lefts = [piece.left for piece in pieces if piece.left is not None]
+    rights = [piece.right for piece in pieces if piece.right is not None]
+    bases = [piece.base for piece in pieces if piece.base is not None] if full else []
+    ops.pull_back_(targets, weights, lefts, rights, bases, chosen, factors, accumulate, bucket.backend)
+    for term, grad in zip(terms, grads, strict=True):
+        term.weight.store(grad)
 
 
 def project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:

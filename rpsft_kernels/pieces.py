@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .fingerprint import dtype_name
+from .sharding.part import Part
 
 # Rows of a basis start 16-byte aligned in every dtype: GPU loads and tensor descriptors need it.
 _ROW_MULTIPLE = 16
@@ -37,16 +38,23 @@ def check_basis_dtype(dtype: torch.dtype, weight_dtype: torch.dtype, name: str) 
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
+    if not tensor.numel():
+        return
     # aminmax hands NaN on, and needs no mask as large as the tensor.
     low, high = (float(bound) for bound in torch.aminmax(tensor))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name}: got NaN or infinity, expected finite values only; check where it was loaded from")
 
 
+def padded_columns(rank: int) -> int:
+    """Elements of a basis's row with its padding."""
+    return -(-rank // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
 def padded(basis: Tensor) -> Tensor:
     """``basis`` (rows, k) as the first k columns of a zero-padded buffer with aligned rows."""
     rows, rank = basis.shape
-    stride = -(-rank // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    stride = padded_columns(rank)
     # Of a view with padding already, nothing tells that the padding is zero.
     if rank == stride and basis.stride() == (stride, 1) and basis.data_ptr() % 16 == 0:
         return basis
@@ -68,8 +76,15 @@ def base_copy(weight: Tensor) -> Tensor:
     return small
 
 
-def computed_block(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, str]:
-    """B = U^T W0 V by the operation that will compute U^T W V, so that they cancel to the last bit."""
+def computed_block(weight: Tensor, left: Tensor, right: Tensor, part: Part) -> tuple[Tensor, str]:
+    """B = U^T W0 V by the operation that will compute U^T W V, so that they cancel to the last bit.
+
+    ``weight`` is the part at hand, ``left`` and ``right`` its rows of U and V.
+    """
     backend = ops.resolve_backend(weight.device, weight.dtype)
-    blocks, _ = ops.project_drift([weight], [left], [right], [], [], backend)
-    return blocks[0], ops.arithmetic_id(backend, weight.device, weight.dtype)
+    block = left.new_zeros((0, 0), dtype=ops.accumulation_dtype(weight.dtype))
+    for i, (tile, view) in enumerate(part.views(weight)):
+        rows, cols = tile.within(part.bounds)
+        drifts, _ = ops.project_drift([view], [left[rows]], [right[cols]], [], [], backend)
+        block = block + drifts[0] if i else drifts[0]
+    return block, ops.arithmetic_id(backend, weight.device, weight.dtype)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .fingerprint import dtype_name
-from .names import named_weights
+from .sharding import Found, LocalWeight, find_parameters
 from .weights import DTYPES
 
 Patterns = str | Sequence[str] | None
@@ -21,7 +22,7 @@ Patterns = str | Sequence[str] | None
 class Selection:
     """Parameters by canonical name: those to anchor, and for each of the others the reason."""
 
-    chosen: dict[str, nn.Parameter]
+    chosen: dict[str, LocalWeight]
     skipped: dict[str, str]
 
 
@@ -32,19 +33,19 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
 
     Raises:
         ValueError: ``model`` is not a module, a glob matches no parameter, nothing is left to anchor, or
-            a parameter to anchor is sharded or not initialised.
+            a parameter to anchor is not initialised or sharded in a way that is not known.
     """
-    weights = named_weights(model)
+    weights = find_parameters(model)
     included = _patterns(include, "include", weights)
     excluded = _patterns(exclude, "exclude", weights)
     names: dict[int, list[str]] = {}
-    for name, parameter in weights.items():
-        names.setdefault(id(parameter), []).append(name)
+    for name, found in weights.items():
+        names.setdefault(found.identity, []).append(name)
 
-    chosen: dict[str, nn.Parameter] = {}
+    chosen: dict[str, LocalWeight] = {}
     skipped: dict[str, str] = {}
-    for name, parameter in weights.items():
-        aliases = names[id(parameter)]
+    for name, found in weights.items():
+        aliases = names[found.identity]
         if name != aliases[0]:
             skipped[name] = f"tied to {aliases[0]}"
             continue
@@ -52,10 +53,11 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
         if reason is None and not _included(aliases, included):
             reason = "matches none of include"
         if reason is None:
-            check_whole(name, parameter)
-            reason = _unsuitable(parameter)
+            if is_lazy(found.parameter):
+                raise ValueError(f"{name}: got an uninitialised lazy parameter; run one forward pass first")
+            reason = _unsuitable(found)
         if reason is None:
-            chosen[name] = parameter
+            chosen[name] = found.locate(name)
         else:
             skipped[name] = reason
     if not chosen:
@@ -68,20 +70,7 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
     return Selection(chosen, skipped)
 
 
-def check_whole(name: str, parameter: nn.Parameter) -> None:
-    """Raise a ValueError under ``name`` if this process holds but a part of ``parameter``, or nothing yet."""
-    if is_lazy(parameter):
-        raise ValueError(f"{name}: got an uninitialised lazy parameter; run one forward pass first")
-    sharded = (
-        hasattr(parameter, "placements")  # DTensor
-        or (hasattr(parameter, "ds_shape") and parameter.numel() == 0)  # DeepSpeed ZeRO-3, not gathered
-        or (hasattr(parameter, "_fsdp_flattened") and parameter.ndim < 2)  # FSDP1
-    )
-    if sharded:
-        raise ValueError(f"{name}: sharded parameters are not supported yet: anchor before sharding")
-
-
-def _patterns(given: Patterns, argument: str, names: dict[str, nn.Parameter]) -> Sequence[str] | None:
+def _patterns(given: Patterns, argument: str, names: Mapping[str, object]) -> Sequence[str] | None:
     if given is None:
         return None
     patterns = [given] if isinstance(given, str) else given
@@ -112,12 +101,12 @@ def _excluded(aliases: list[str], patterns: Sequence[str] | None) -> str | None:
     return None
 
 
-def _unsuitable(parameter: nn.Parameter) -> str | None:
-    if parameter.ndim != 2:
-        return f"{parameter.ndim}-D"
-    if parameter.numel() == 0:
+def _unsuitable(found: Found) -> str | None:
+    if len(found.shape) != 2:
+        return f"{len(found.shape)}-D"
+    if math.prod(found.shape) == 0:
         return "empty"
-    if parameter.dtype not in DTYPES:
-        floating = parameter.is_floating_point() or parameter.is_complex()
-        return f"{'unsupported' if floating else 'integer'} dtype {dtype_name(parameter.dtype)}"
+    if found.dtype not in DTYPES:
+        floating = found.dtype.is_floating_point or found.dtype.is_complex
+        return f"{'unsupported' if floating else 'integer'} dtype {dtype_name(found.dtype)}"
     return None

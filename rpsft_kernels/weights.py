@@ -8,8 +8,11 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_weight(weight: object, name: str) -> None:
-    """Raise a ValueError under ``name`` unless ``weight`` is a dense 2-D floating tensor with data."""
+def check_weight(weight: object, name: str, dimensions: int = 2, sharded: bool = False) -> None:
+    """Raise a ValueError under ``name`` unless ``weight`` is a dense floating tensor with data, a matrix by default.
+
+    ``sharded`` admits a DTensor.
+    """
     if not isinstance(weight, Tensor):
         raise ValueError(f"{name}: got {type(weight).__name__}, expected a torch.Tensor of shape (m, n)")
     if weight.layout != torch.strided:
@@ -19,14 +22,16 @@ def check_weight(weight: object, name: str) -> None:
             f"{name}: got dtype {weight.dtype}, expected bfloat16, float16, float32 or float64; quantised and integer "
             "weights have no drift to penalise: leave them out (exclude=...)"
         )
-    if weight.ndim != 2:
+    if weight.ndim != dimensions:
         raise ValueError(
-            f"{name}: got {weight.ndim} dimension(s), shape {tuple(weight.shape)}, expected a matrix (m, n); "
-            "leave it out, or pass a 2-D view"
+            f"{name}: got {weight.ndim} dimension(s), shape {tuple(weight.shape)}, expected "
+            + ("a matrix (m, n); " if dimensions == 2 else "the elements of a flat range; ")
+            + "leave it out, or pass a 2-D view"
         )
     if weight.device.type == "meta":
         raise ValueError(f"{name}: got a tensor on the meta device, expected one with data; materialise it first")
-    if hasattr(weight, "placements"):
+    if not sharded and hasattr(weight, "placements"):
         raise ValueError(
-            f"{name}: got a sharded DTensor, expected a whole tensor; sharded weights are not supported by this version"
+            f"{name}: got a DTensor, expected a plain tensor; of a sharded weight pass the part at hand: "
+            f"{name}.to_local()"
         )

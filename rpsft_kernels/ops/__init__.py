@@ -6,11 +6,13 @@
 
 from .backend import arithmetic_id, available_backends, requested_backend, resolve_backend, use_backend
 from .bucket import BucketLimits, WeightSpec, plan_buckets
+from .reference import accumulation_dtype
 from .registry import project_drift, pull_back, pull_back_
 
 __all__ = [
     "BucketLimits",
     "WeightSpec",
+    "accumulation_dtype",
     "arithmetic_id",
     "available_backends",
     "plan_buckets",

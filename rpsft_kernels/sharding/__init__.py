@@ -1,0 +1,22 @@
+"""How a weight lies over processes, and what they tell each other. Knows no kernel and no anchor."""
+
+from .division import divide
+from .exchange import Exchange, PendingSum
+from .find import Found, find_parameters, locate_tensor
+from .part import Part, Tile
+from .transfer import Transfer
+from .weight import LocalWeight, ReplicatedWeight
+
+__all__ = [
+    "Exchange",
+    "Found",
+    "LocalWeight",
+    "Part",
+    "PendingSum",
+    "ReplicatedWeight",
+    "Tile",
+    "Transfer",
+    "divide",
+    "find_parameters",
+    "locate_tensor",
+]

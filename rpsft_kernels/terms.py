@@ -1,0 +1,304 @@
+"""Weights with their anchors, checked, and in buckets: what the two operations are called with."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .anchor import Anchor
+from .sharding import LocalWeight, Part, ReplicatedWeight, divide, find_parameters, locate_tensor
+from .weights import check_weight
+
+# Anchors whose foreign block has been reported: once per anchor, not once per step.
+_reported: weakref.WeakSet[Anchor] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Term:
+    """One weight with its anchor, under the name that messages give it."""
+
+    name: str
+    weight: LocalWeight
+    anchor: Anchor
+
+    @property
+    def summed(self) -> bool:
+        """Whether C is a sum over the ranks of the weight's group."""
+        return self.weight.group is not None and self.anchor.form != "full" and not self.weight.part.alone
+
+    def tiles(self, values: Tensor) -> list[TileOfTerm]:
+        """The matrices that make up ``values`` (of ``weight.part.local_shape``), with their rows of the bases."""
+        anchor, part, held = self.anchor, self.weight.part, self.anchor.held
+        bases: list[Tensor | None] = [None] * len(part.tiles)
+        if anchor.base is not None:
+            local = anchor.base if anchor.part is not None else part.of(anchor.base)
+            bases = [view for _, view in part.views(local)]
+        tiles = []
+        for (tile, view), base in zip(part.views(values), bases, strict=True):
+            left, right = anchor.left, anchor.right
+            rows, cols = tile.within(held.bounds)
+            # Slices of everything are left out: torch.compile traces fewer operations, and tensors stay themselves.
+            if left is not None and tile.shape[0] != left.shape[0]:
+                left = left[rows]
+            if right is not None and tile.shape[1] != right.shape[0]:
+                right = right[cols]
+            tiles.append(TileOfTerm(view, left, right, base))
+        return tiles
+
+
+@dataclass(frozen=True)
+class TileOfTerm:
+    """A matrix of a weight or gradient with its rows of U and V, and of W0."""
+
+    values: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    base: Tensor | None
+
+
+def paired(weights: object, anchors: object) -> list[Term]:
+    """Every accepted way to say which weights and which anchors, checked and as one list."""
+    if isinstance(weights, nn.Module):
+        return _paired_by_name(weights, anchors)
+    if isinstance(weights, Tensor):
+        if not isinstance(anchors, Anchor):
+            raise ValueError(f"anchors: got {type(anchors).__name__}, expected one Anchor for one weight tensor")
+        return [_term("weights", weights, anchors)]
+    if not isinstance(weights, Sequence):
+        raise ValueError(
+            f"weights: got {type(weights).__name__}, expected a tensor, a list of tensors or a torch.nn.Module"
+        )
+    if not isinstance(anchors, Sequence):
+        raise ValueError(
+            f"anchors: got {type(anchors).__name__}, expected a list of as many Anchors as there are weights"
+        )
+    if len(weights) != len(anchors):
+        raise ValueError(f"anchors: got {len(anchors)} for {len(weights)} weights, expected one Anchor per weight")
+    for i, anchor in enumerate(anchors):
+        if not isinstance(anchor, Anchor):
+            raise ValueError(f"anchors[{i}]: got {type(anchor).__name__}, expected an Anchor")
+    return [_term(f"weights[{i}]", w, a) for i, (w, a) in enumerate(zip(weights, anchors, strict=True))]
+
+
+def _term(name: str, weight: object, anchor: Anchor) -> Term:
+    check_weight(weight, name, sharded=True)
+    term = Term(name, locate_tensor(weight, name), anchor)  # type: ignore[arg-type]
+    _check_term(term)
+    return term
+
+
+def _paired_by_name(model: nn.Module, anchors: object) -> list[Term]:
+    if not isinstance(anchors, Mapping):
+        raise ValueError(
+            f"anchors: got {type(anchors).__name__}, expected Anchors for a module "
+            "(Anchors.from_model(model, rank) makes them)"
+        )
+    if not anchors:
+        raise ValueError(
+            "anchors: got none, expected at least one Anchor: nothing would be regularised "
+            "(Anchors.from_model(model, rank) makes them)"
+        )
+    parameters = find_parameters(model)
+    for name, anchor in anchors.items():
+        if not isinstance(anchor, Anchor):
+            raise ValueError(f"anchors[{name!r}]: got {type(anchor).__name__}, expected an Anchor")
+    gone = [name for name in anchors if name not in parameters]
+    if gone:
+        shown = ", ".join(map(repr, gone[:5])) + (", ..." if len(gone) > 5 else "")
+        raise ValueError(
+            f"model: {len(gone)} of {len(anchors)} anchored parameters are gone: {shown}; expected a parameter of each "
+            "anchor's name: anchor this model (Anchors.from_model), or leave them out of the anchors"
+        )
+    terms = []
+    for name, anchor in anchors.items():
+        found = parameters[name]
+        # A shard is of any shape; what matters is the whole.
+        check_weight(
+            found.parameter, name, dimensions=found.parameter.ndim if len(found.shape) == 2 else 2, sharded=True
+        )
+        terms.append(Term(name, found.locate(name), anchor))
+    terms = _divided(terms)
+    for term in terms:
+        _check_term(term)
+    return terms
+
+
+def _divided(terms: list[Term]) -> list[Term]:
+    """Replicated weights get their parts: what their anchors are of, or a fresh division where those are whole."""
+    replicated = [i for i, term in enumerate(terms) if isinstance(term.weight, ReplicatedWeight)]
+    groups: dict[str, list[int]] = {}
+    for i in replicated:
+        group = terms[i].weight.group
+        assert group is not None
+        groups.setdefault(group.group_name, []).append(i)
+    for members in groups.values():
+        group = terms[members[0]].weight.group
+        assert group is not None
+        anchors = [terms[i].anchor for i in members]
+        fresh = divide([a.shape for a in anchors], [a.rank for a in anchors], group.size())
+        for i, parts in zip(members, fresh, strict=True):
+            weight, own = terms[i].weight, terms[i].anchor.part
+            assert isinstance(weight, ReplicatedWeight)
+            part = parts[group.rank()] if own is None else own
+            terms[i] = Term(terms[i].name, weight.divided(part, group.size()), terms[i].anchor)
+    return terms
+
+
+def _check_term(term: Term) -> None:
+    weight, anchor = term.weight, term.anchor
+    if tuple(weight.shape) != tuple(anchor.shape):
+        raise ValueError(
+            f"{term.name}: got shape {tuple(weight.shape)}, expected {tuple(anchor.shape)}: the weight has changed "
+            "its shape since it was anchored; anchor it again"
+        )
+    if anchor.weight_dtype == torch.float64 != weight.dtype:
+        # Its pieces are in float64, which no kernel reads.
+        raise ValueError(
+            f"{term.name}: got {str(weight.dtype).removeprefix('torch.')}, expected float64 like the weight that was "
+            "anchored; anchor it again in the dtype that is trained"
+        )
+    if weight.device != anchor.device:
+        raise ValueError(
+            f"{term.name}: got a weight on {weight.device} and its anchor on {anchor.device}, expected one device; "
+            f"move the anchor: anchors.to({str(weight.device)!r})"
+        )
+    if anchor.part is not None and anchor.part != weight.part:
+        raise ValueError(
+            f"{term.name}: got an anchor of {_words(anchor.part)}, expected one of {_words(weight.part)}, which lies "
+            "here: pass the model as it was wrapped when it was anchored, or load the anchors with this one "
+            "(Anchors.load(path, model))"
+        )
+    if anchor.part is None and anchor.form == "block" and not weight.part.is_whole:
+        raise ValueError(
+            f"{term.name}: got the block of a whole weight, expected that of the part that lies here: only that "
+            "cancels exactly; anchor the sharded model (Anchors.from_model), or load the anchors with the pretrained "
+            "one (Anchors.load(path, model))"
+        )
+
+
+def _words(part: Part) -> str:
+    if not part.numel:
+        return "nothing"
+    if part.flat is not None:
+        return f"elements {part.flat[0]}:{part.flat[1]}"
+    return f"rows {part.rows[0]}:{part.rows[1]}, columns {part.cols[0]}:{part.cols[1]}"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Weights of one form, dtype, device and group: the arguments of the two operations."""
+
+    terms: list[Term]
+    backend: str
+
+    @property
+    def summed(self) -> bool:
+        return self.terms[0].summed
+
+    def project(self) -> tuple[list[Tensor], Tensor]:
+        """C (k, k) of each weight's part, and their squared norms (of full anchors: those of W - W0)."""
+        values = [term.weight.values() for term in self.terms]
+        tiles = [term.tiles(value) for term, value in zip(self.terms, values, strict=True)]
+        if all(len(each) == 1 for each in tiles):
+            return self._project([each[0] for each in tiles], [t.anchor.block for t in self.terms])
+        return self._add_up(tiles, values)
+
+    def _project(self, tiles: list[TileOfTerm], blocks: list[Tensor | None]) -> tuple[list[Tensor], Tensor]:
+        return ops.project_drift(
+            [t.values for t in tiles],
+            [t.left for t in tiles if t.left is not None],
+            [t.right for t in tiles if t.right is not None],
+            [t.base for t in tiles if t.base is not None],
+            [block for block in blocks if block is not None],
+            self.backend,
+        )
+
+    def _add_up(self, tiles: list[list[TileOfTerm]], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The same of parts that are no rectangles or empty: tile by tile, then added in their order."""
+        listed = [tile for each in tiles for tile in each]
+        first = self.terms[0]
+        dtype = ops.accumulation_dtype(first.weight.dtype)
+        found: list[Tensor] = []
+        seen = torch.zeros(0, dtype=dtype, device=first.weight.device)
+        if listed:
+            found, seen = self._project(listed, [])
+        drifts, squares, at = [], [], 0
+        for term, each, value in zip(self.terms, tiles, values, strict=True):
+            full, rank = term.anchor.form == "full", term.anchor.rank
+            own = found[at : at + len(each)]
+            # Nothing is added by an empty part but its place in the graph: its gradient is then there, and empty.
+            drift = own[0] if own else seen.new_zeros((rank, rank) if term.summed else (0, 0)) + value.sum()
+            for other in own[1:]:
+                drift = drift + other
+            if term.anchor.block is not None and own:
+                drift = drift - term.anchor.block
+            drifts.append(drift)
+            squares.append(
+                seen[at : at + len(each)].sum() + (0 if own else value.sum()) if full else drift.square().sum()
+            )
+            at += len(each)
+        return drifts, torch.stack(squares)
+
+
+def _specification(term: Term, into_gradients: bool) -> ops.WeightSpec:
+    # Of the whole weight, and of nothing that differs between ranks: they must have the same buckets.
+    anchor, weight = term.anchor, term.weight
+    left, (rows, cols) = anchor.left, weight.shape
+    key = (
+        weight.device.type if weight.group is not None else weight.device,
+        weight.dtype,
+        None if anchor.base is None else anchor.base.dtype,
+        None if left is None else left.dtype,
+        anchor.block is not None,
+        weight.gradient_dtype if into_gradients and weight.requires_grad else None,
+        None if weight.group is None else weight.group.group_name,
+        term.summed,
+    )
+    if left is None:
+        return ops.WeightSpec(rows, cols, 0, key)
+    parts = 1 if anchor.block is None and left.dtype == torch.bfloat16 else 3
+    return ops.WeightSpec(rows, cols, anchor.rank, key, parts)
+
+
+# On the CPU nothing is gained by many weights in one call but the calls' own cost, which matters at small ranks. What
+# travels between processes is better sent in few pieces.
+_CPU_LIMITS = ops.BucketLimits(drift_bytes=1 << 20, one_orientation=False)
+_CPU_LIMITS_OF_SHARDS = ops.BucketLimits(drift_bytes=16 << 20, one_orientation=False)
+
+
+def buckets_of(terms: list[Term], into_gradients: bool = False) -> list[Bucket]:
+    buckets = []
+    limits = None
+    if all(term.weight.device.type == "cpu" for term in terms):
+        limits = _CPU_LIMITS_OF_SHARDS if any(term.summed for term in terms) else _CPU_LIMITS
+    for indices in ops.plan_buckets([_specification(term, into_gradients) for term in terms], limits):
+        members = [terms[i] for i in indices]
+        weight = members[0].weight
+        backend = ops.resolve_backend(weight.device, weight.dtype)
+        if members[0].anchor.block is not None and not torch.compiler.is_compiling():
+            _report_foreign_blocks(members, ops.arithmetic_id(backend, weight.device, weight.dtype))
+        buckets.append(Bucket(members, backend))
+    return buckets
+
+
+def _report_foreign_blocks(terms: list[Term], arithmetic: str) -> None:
+    for term in terms:
+        block = term.anchor.block
+        if block is None or term.anchor.arithmetic == arithmetic or term.anchor in _reported:
+            continue
+        _reported.add(term.anchor)
+        residual = (torch.finfo(torch.float32).eps * block.norm().item()) ** 2
+        warnings.warn(
+            f"{term.name}: the anchor's block was computed by {term.anchor.arithmetic!r} and is used by "
+            f"{arithmetic!r}, which rounds differently: at the pretrained weight its penalty is not exactly 0 but of "
+            f"the order of {residual:.1e}. Rebuild it from the pretrained weight: Anchors.load(path, model) or "
+            "Anchor.rebuilt_block(weight); or keep the base",
+            UserWarning,
+            stacklevel=5,
+        )
