@@ -14,7 +14,8 @@ from torch import Tensor
 
 import rpsft_kernels.anchor_file as anchor_file
 from rpsft_kernels.anchor import Anchor
-from rpsft_kernels.anchor_file import FORMAT, Contents, read_anchors, write_anchors
+from rpsft_kernels.anchor_file import FORMAT, Contents, write_anchors
+from rpsft_kernels.anchor_load import read_anchors
 from rpsft_kernels.fingerprint import Fingerprint
 
 
@@ -60,7 +61,7 @@ def test_file_holds_unpadded_tensors_and_a_description(path: Path) -> None:
     assert description["skipped"] == {"a.bias": "1-D"}
     assert [record["name"] for record in description["weights"]] == ["a.weight", "b:weight", "c"]
     assert set(description["weights"][0]) == {
-        *("name", "shape", "dtype", "rank", "form", "energy", "arithmetic", "fingerprint")
+        *("name", "shape", "dtype", "rank", "form", "energy", "arithmetic", "fingerprint", "part", "left_out")
     }
 
 

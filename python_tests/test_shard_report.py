@@ -10,10 +10,11 @@ import rpsft_kernels as rk
 from rpsft_kernels.anchor_memory import anchor_bytes
 from rpsft_kernels.cli import main
 from rpsft_kernels.models import MODELS
-from rpsft_kernels.shard_report import LAYOUTS, Layout, parts_of, shard_costs
+from rpsft_kernels.shard_report import shard_costs
 from rpsft_kernels.sharding.division import projection_flops
 from rpsft_kernels.sharding.dtensor import shard_spans
 from rpsft_kernels.sharding.part import Part
+from rpsft_kernels.sharding.plan import LAYOUTS, Layout, parts_of
 
 LLAMA = MODELS["llama-3.1-8b"].weights()
 BLOCK = 4 * 768 * 768

@@ -13,7 +13,7 @@ from torch import Tensor
 from .anchor import Anchor
 from .fingerprint import Fingerprint
 from .pieces import base_copy, check_basis_dtype, check_finite, computed_block, padded
-from .sharding import LocalWeight, Part, ReplicatedWeight, Transfer, divide
+from .sharding import LocalWeight, Part, ReplicatedWeight, Transfer
 from .subspace import top_subspaces
 
 
@@ -60,25 +60,6 @@ def build_anchors(weights: Mapping[str, LocalWeight], request: Request) -> Itera
         yield name, anchor, Fingerprint.of(name, values)
     for names in groups.values():
         yield from _build_together({name: weights[name] for name in names}, request)
-
-
-def with_parts(weights: Mapping[str, LocalWeight], rank: int) -> dict[str, LocalWeight]:
-    """The same weights; of replicated ones each rank gets its part of the work."""
-    result = dict(weights)
-    groups: dict[str, list[str]] = {}
-    for name, weight in weights.items():
-        if isinstance(weight, ReplicatedWeight) and weight.group is not None:
-            groups.setdefault(weight.group.group_name, []).append(name)
-    for names in groups.values():
-        members = [weights[name] for name in names]
-        group = members[0].group
-        assert group is not None
-        shapes = [(weight.shape[0], weight.shape[1]) for weight in members]
-        parts = divide(shapes, [min(rank, *shape) for shape in shapes], group.size())
-        for name, weight, row in zip(names, members, parts, strict=True):
-            assert isinstance(weight, ReplicatedWeight)
-            result[name] = weight.divided(row[group.rank()], group.size())
-    return result
 
 
 def _build_together(weights: dict[str, LocalWeight], request: Request) -> Iterator[tuple[str, Anchor, Fingerprint]]:
@@ -227,7 +208,10 @@ def _sent_back(
 def _of_part(
     weight: LocalWeight, part: Part, left: Tensor | None, right: Tensor | None, solved: _Solved, request: Request
 ) -> Anchor:
-    values = weight.values().detach() if part.numel else weight.parameter.new_empty(part.local_shape)
+    if part.numel:
+        values = weight.values().detach()
+    else:
+        values = torch.empty(part.local_shape, dtype=weight.dtype, device=weight.device)
     base = block = arithmetic = None
     if left is not None and right is not None:
         left, right = padded(left), padded(right)

@@ -12,13 +12,17 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from . import ops
 from .anchor import Anchor
-from .anchor_build import Request, build_anchors, with_parts
-from .anchor_file import Contents, read_anchors, write_anchors
+from .anchor_build import Request, build_anchors
+from .anchor_file import Contents, write_anchors
+from .anchor_load import read_anchors
+from .anchor_memory import AnchorMemory, anchor_memory
+from .anchor_save import save_sharded
 from .anchor_table import in_units, table
 from .fingerprint import Fingerprint, dtype_name
 from .pieces import check_rank
 from .selection import Patterns, select_weights
-from .sharding import LocalWeight, ReplicatedWeight, find_parameters
+from .sharding import LocalWeight, ReplicatedWeight, find_parameters, with_parts
+from .sharding.plan import Layout
 from .verification import differences
 
 
@@ -100,7 +104,7 @@ class Anchors(Mapping[str, Anchor]):
         """
         check_rank(rank)
         selection = select_weights(model, include, exclude)
-        weights = with_parts(selection.chosen, rank)
+        weights = with_parts(selection.chosen, _ranks(selection.chosen, rank))
         made: dict[str, tuple[Anchor, Fingerprint]] = {}
         building = build_anchors(weights, Request(rank, keep_base, basis_dtype))
         for name, *both in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
@@ -119,34 +123,92 @@ class Anchors(Mapping[str, Anchor]):
         model: nn.Module | None = None,
         *,
         device: torch.device | str = "cpu",
+        verify: bool = True,
     ) -> Anchors:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, however many ranks wrote it.
 
         Args:
-            path: The file.
+            path: The file, or the folder that ranks of a sharded model have written.
             model: The pretrained model, if at hand: it is verified (:meth:`verify`), and blocks that another
-                backend computed are rebuilt (:meth:`rebuilt`).
+                backend or sharding computed are rebuilt (:meth:`rebuilt`). If it is sharded or replicated over
+                processes, all ranks make this call, and each reads only what belongs to its part.
             device: Where the anchors go.
+            verify: False for a ``model`` that has been trained since: it then tells only which part to read.
 
         Raises:
             ValueError: the file is not one of ours, of another version, incomplete or not finite (the message
-                names file and weight), or ``model`` is not the model that was anchored.
+                names file and weight), ``model`` is not the model that was anchored, or blocks would have to be
+                rebuilt for another sharding without the pretrained weights.
             FileNotFoundError: there is no such file.
         """
-        contents = read_anchors(path, device)
+
+        def targets(ranks: Mapping[str, int]) -> Mapping[str, LocalWeight]:
+            assert model is not None
+            found = find_parameters(model)
+            return with_parts({name: found[name].locate(name) for name in ranks if name in found}, ranks)
+
+        contents = read_anchors(path, device, None if model is None else targets)
         try:
             anchors = cls(contents.anchors, fingerprints=contents.fingerprints, skipped=contents.skipped)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
-        return anchors if model is None else anchors.rebuilt(model)
+        if model is not None and verify:
+            return anchors.rebuilt(model)
+        for name, anchor in anchors.items():
+            if anchor.part is not None and anchor.block is not None and anchor.block.numel() and not anchor.arithmetic:
+                raise ValueError(
+                    f"{os.fspath(path)}: {name}: got a block of another sharding, expected that of {anchor.part}: only "
+                    "the pretrained weights give it: load it with the pretrained model (verify=True), or on as "
+                    "many ranks as it was saved on"
+                )
+        return anchors
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all; an existing file is replaced.
 
+        Anchors of parts (of a model that lies over several ranks) are written to a folder instead, by all ranks
+        of the job together: a file per rank and an index. Any number of ranks can load it.
+
         Raises:
-            ValueError: the folder of ``path`` does not exist, or ``path`` is a folder.
+            ValueError: the folder of ``path`` does not exist, or ``path`` is a folder (a file, of anchors of parts), or
+                another rank could not write.
         """
-        write_anchors(path, Contents(self._anchors, self._fingerprints, self._skipped))
+        contents = Contents(self._anchors, self._fingerprints, self._skipped)
+        if any(anchor.part is not None for anchor in self._anchors.values()):
+            save_sharded(path, contents)
+        else:
+            write_anchors(path, contents)
+
+    @staticmethod
+    def memory(
+        model: nn.Module,
+        rank: int,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        keep_base: bool = True,
+        basis_dtype: torch.dtype = torch.bfloat16,
+        ranks: int | None = None,
+        layout: Layout = "shard0",
+    ) -> AnchorMemory:
+        """Bytes of the anchors that :meth:`from_model` would make, before anything is allocated.
+
+        Args:
+            model: As for :meth:`from_model`; the meta device serves.
+            rank, include, exclude, keep_base, basis_dtype: As for :meth:`from_model`.
+            ranks: How many ranks to plan for; None takes the model as it lies now, for this rank alone.
+            layout: Of the plan: ``"shard0"`` (FSDP2: rows), ``"replicated"`` (DDP, ZeRO-1/2) or ``"flat"`` (FSDP1,
+                ZeRO-3).
+
+        A base is counted in bfloat16 for bfloat16 weights, else in the weights' own dtype, though it is kept in
+        bfloat16 where that turns out to be exact.
+
+        Raises:
+            ValueError: as :meth:`from_model`; ``ranks`` is less than 1, or there is no such layout.
+        """
+        check_rank(rank)
+        chosen = select_weights(model, include, exclude).chosen
+        return anchor_memory(chosen, rank, keep_base, basis_dtype, ranks, layout)
 
     def verify(self, model: nn.Module) -> None:
         """Check that ``model`` holds the very weights that were anchored, bit for bit.
@@ -232,6 +294,10 @@ class Anchors(Mapping[str, Anchor]):
 
     def _with(self, anchors: Mapping[str, Anchor]) -> Anchors:
         return Anchors(anchors, fingerprints=self._fingerprints, skipped=self._skipped)
+
+
+def _ranks(weights: Mapping[str, LocalWeight], rank: int) -> dict[str, int]:
+    return {name: min(rank, *weight.shape) for name, weight in weights.items()}
 
 
 def _located(anchors: Mapping[str, Anchor], model: nn.Module) -> dict[str, LocalWeight]:

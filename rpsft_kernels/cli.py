@@ -73,7 +73,8 @@ def _schedule(options: argparse.Namespace) -> int:
 
 
 def _shards(options: argparse.Namespace) -> int:
-    from .shard_report import LAYOUTS, shard_table
+    from .shard_report import shard_table
+    from .sharding.plan import LAYOUTS
 
     for name, values in (("--rank", [options.rank]), ("--ranks", options.ranks)):
         if min(values) < 1:

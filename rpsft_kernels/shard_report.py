@@ -15,14 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from .anchor_memory import anchor_bytes, bases_bytes, is_full
-from .sharding.division import divide, projection_flops
+from .sharding.division import projection_flops
 from .sharding.part import Part
-
-Layout = Literal["shard0", "replicated", "flat"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+from .sharding.plan import Layout, parts_of
 
 
 @dataclass(frozen=True)
@@ -50,28 +47,6 @@ class ShardCosts:
     def share(self) -> float:
         """The busiest rank's FLOPs over an N-th of the undivided model's."""
         return max(self.flops) * self.ranks / self.whole_flops
-
-
-def parts_of(shapes: Sequence[tuple[int, int]], rank: int, ranks: int, layout: Layout) -> list[list[Part]]:
-    """What of each weight (m, n) each of N = ``ranks`` ranks works on: ``parts[weight][rank]``.
-
-    ``"shard0"``: chunks of ceil(m / N) rows (FSDP2). ``"replicated"``: weights whole, their work divided (DDP).
-    ``"flat"``: ranges of ceil(m n / N) elements of each weight (DeepSpeed ZeRO-3).
-
-    Raises:
-        ValueError: ``rank`` or ``ranks`` is less than 1, or the layout is none of these.
-    """
-    if rank < 1 or ranks < 1 or layout not in LAYOUTS:
-        raise ValueError(
-            f"rank, ranks, layout: got {rank}, {ranks}, {layout!r}, expected at least 1 each, and one of {LAYOUTS}"
-        )
-    if ranks == 1:
-        return [[Part.whole(shape)] for shape in shapes]
-    if layout == "replicated":
-        return divide(shapes, [min(rank, *shape) for shape in shapes], ranks)
-    if layout == "shard0":
-        return [[Part.rectangle((m, n), span, (0, n)) for span in _chunks(m, ranks)] for m, n in shapes]
-    return [[Part.range((m, n), *span) for span in _chunks(m * n, ranks)] for m, n in shapes]
 
 
 def shard_costs(
@@ -119,12 +94,6 @@ def shard_table(
             f"{'-':>8}"
         )
     return "\n".join(lines)
-
-
-def _chunks(length: int, count: int) -> list[tuple[int, int]]:
-    """As torch.chunk cuts, and empty ones at the end."""
-    size = -(-length // count)
-    return [(min(length, size * i), min(length, size * (i + 1))) for i in range(count)]
 
 
 def _flops(part: Part, rank: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .anchor import Anchor
-from .sharding import LocalWeight, Part, ReplicatedWeight, divide, find_parameters, locate_tensor
+from .sharding import LocalWeight, Part, ReplicatedWeight, find_parameters, locate_tensor, with_parts
 from .weights import check_weight
 
 # Anchors whose foreign block has been reported: once per anchor, not once per step.
@@ -131,23 +131,14 @@ def _paired_by_name(model: nn.Module, anchors: object) -> list[Term]:
 
 def _divided(terms: list[Term]) -> list[Term]:
     """Replicated weights get their parts: what their anchors are of, or a fresh division where those are whole."""
-    replicated = [i for i, term in enumerate(terms) if isinstance(term.weight, ReplicatedWeight)]
-    groups: dict[str, list[int]] = {}
-    for i in replicated:
-        group = terms[i].weight.group
-        assert group is not None
-        groups.setdefault(group.group_name, []).append(i)
-    for members in groups.values():
-        group = terms[members[0]].weight.group
-        assert group is not None
-        anchors = [terms[i].anchor for i in members]
-        fresh = divide([a.shape for a in anchors], [a.rank for a in anchors], group.size())
-        for i, parts in zip(members, fresh, strict=True):
-            weight, own = terms[i].weight, terms[i].anchor.part
-            assert isinstance(weight, ReplicatedWeight)
-            part = parts[group.rank()] if own is None else own
-            terms[i] = Term(terms[i].name, weight.divided(part, group.size()), terms[i].anchor)
-    return terms
+    weights = with_parts({t.name: t.weight for t in terms}, {t.name: t.anchor.rank for t in terms})
+    divided = []
+    for term in terms:
+        weight = weights[term.name]
+        if isinstance(weight, ReplicatedWeight) and weight.group is not None and term.anchor.part is not None:
+            weight = weight.divided(term.anchor.part, weight.group.size())
+        divided.append(Term(term.name, weight, term.anchor))
+    return divided
 
 
 def _check_term(term: Term) -> None:

@@ -15,12 +15,12 @@ RANK = 24  # of k and v projections (24, 48) the whole: a full anchor
 COEFF = 0.3
 
 
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def llama(dtype: torch.dtype = torch.float32, intermediate_size: int = 85) -> LlamaForCausalLM:
     """The pretrained model: grouped queries, tied embeddings, sizes that few numbers of ranks divide."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=48,
-        intermediate_size=85,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -1,6 +1,6 @@
 """How a weight lies over processes, and what they tell each other. Knows no kernel and no anchor."""
 
-from .division import divide
+from .division import divide, with_parts
 from .exchange import Exchange, PendingSum
 from .find import Found, find_parameters, locate_tensor
 from .part import Part, Tile
@@ -19,4 +19,5 @@ __all__ = [
     "divide",
     "find_parameters",
     "locate_tensor",
+    "with_parts",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .part import Part
+from .weight import LocalWeight, ReplicatedWeight
 
 # Of a rank's share: how far a boundary may move to fall between two weights. A weight that is not cut needs no sum of
 # its C over ranks.
@@ -62,3 +63,22 @@ def divide(shapes: Sequence[tuple[int, int]], ranks: Sequence[int], size: int) -
             row = [Part.whole(shape) if part.numel else Part.nothing(shape, alone=True) for part in row]
         parts.append(row)
     return parts
+
+
+def with_parts(weights: Mapping[str, LocalWeight], ranks: Mapping[str, int]) -> dict[str, LocalWeight]:
+    """The same weights; of replicated ones, this process's part of the work. ``ranks`` are k of their anchors."""
+    result = dict(weights)
+    groups: dict[str, list[ReplicatedWeight]] = {}
+    names: dict[str, list[str]] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, ReplicatedWeight) and weight.group is not None:
+            groups.setdefault(weight.group.group_name, []).append(weight)
+            names.setdefault(weight.group.group_name, []).append(name)
+    for key, members in groups.items():
+        group = members[0].group
+        assert group is not None
+        shapes = [(weight.shape[0], weight.shape[1]) for weight in members]
+        parts = divide(shapes, [ranks[name] for name in names[key]], group.size())
+        for name, weight, row in zip(names[key], members, parts, strict=True):
+            result[name] = weight.divided(row[group.rank()], group.size())
+    return result

@@ -52,7 +52,7 @@ def find_parameters(model: nn.Module) -> dict[str, Found]:
     replicas = _replicas(model)
     found = {}
     for name, parameter in shown_now.items():
-        if name in flattened or name.endswith("_flat_param"):
+        if name in flattened or getattr(parameter, "_is_flat_param", False):
             continue
         tensor = behind.get(id(parameter), parameter)
         locate = replicas.get(id(tensor), locate_tensor) if not is_dtensor(tensor) else locate_tensor

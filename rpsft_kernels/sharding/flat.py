@@ -21,6 +21,7 @@ class FlatParameterWeight(LocalWeight):
     ``original`` is the module's own parameter where FSDP1 keeps it (``use_orig_params=True``): a view of the shard.
     """
 
+    handle: Any = None
     index: int = 0
     offset: int = 0
     original: nn.Parameter | None = None
@@ -48,11 +49,13 @@ class FlatParameterWeight(LocalWeight):
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        grad = self._holder.grad
-        return self.dtype if grad is None else grad.dtype
+        # Not that of the gradient at hand: a rank that holds nothing of a weight has none, and must say the same.
+        handle = self.handle
+        reduced: torch.dtype | None = handle._fwd_bwd_param_dtype if handle._keep_low_precision_grads else None
+        return self.dtype if reduced is None else reduced
 
     def _slice(self, flat: Tensor) -> Tensor:
-        return flat.reshape(-1)[self.offset : self.offset + self.part.numel]
+        return flat.reshape(-1)[self.offset : self.offset + self.part.numel].view(self.part.local_shape)
 
     def values(self) -> Tensor:
         flat: Any = self.parameter
@@ -65,6 +68,12 @@ class FlatParameterWeight(LocalWeight):
 
     def check_gradient(self, name: str) -> None:
         self.values()
+        if self.handle._skipped_use_sharded_views:
+            # FSDP1 would not see a gradient that is new now.
+            raise ValueError(
+                f"{name}: got an FSDP1 parameter between its forward and its backward pass, expected it sharded: make "
+                "this call after the backward pass"
+            )
         grad = self._holder.grad
         expected = self._holder.numel()
         if grad is not None and grad.numel() != expected:
@@ -75,13 +84,15 @@ class FlatParameterWeight(LocalWeight):
 
     @torch.no_grad()
     def gradient(self) -> Tensor:
-        if self.original is not None:
-            if self.original.grad is None:
-                self.original.grad = torch.empty_like(self.original)
-            return self.original.grad.reshape(-1)
-        if self.parameter.grad is None:
-            self.parameter.grad = torch.zeros_like(self.parameter)
-        return self._slice(self.parameter.grad)
+        holder = self._holder
+        if holder.grad is None:
+            holder.grad = torch.zeros_like(holder)
+            if self.gradient_dtype != holder.dtype:
+                # As FSDP1 itself gives a parameter a gradient of another dtype.
+                holder.grad.data = holder.grad.to(self.gradient_dtype)
+        if self.original is None:
+            return self._slice(holder.grad)
+        return holder.grad.reshape(self.part.local_shape)
 
 
 def find_flat_parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], LocalWeight]]:
@@ -116,10 +127,13 @@ def _located(handle: Any, index: int, shape: tuple[int, ...], original: nn.Param
     begin, end, offset = 0, 0, 0
     if info.in_shard and len(shape) == 2:
         begin, end, offset = info.intra_param_start_idx, info.intra_param_end_idx + 1, info.offset_in_shard
-    sharded = handle.uses_sharded_strategy and handle.process_group.size() > 1
-    group = handle.process_group if sharded else None
-    part = Part.range(matrix, begin, end)
-    return FlatParameterWeight(flat, shape, part, group, index=index, offset=offset, original=original)
+    if handle.uses_sharded_strategy and handle.process_group.size() > 1:
+        part, group = Part.range(matrix, begin, end), handle.process_group
+    else:
+        part, group = Part.whole(matrix), None
+    return FlatParameterWeight(
+        flat, shape, part, group, handle=handle, index=index, offset=offset, original=original
+    )
 
 
 def is_zero3(parameter: Any) -> bool:

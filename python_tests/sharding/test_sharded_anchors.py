@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anchors_ranks
+import pytest
+import torch
+from llama import RANK, llama, whole_anchors
+from ranks import run_ranks
+
+import rpsft_kernels as rk
+
+FORMS: dict[str, dict[str, Any]] = {
+    "base": {"basis_dtype": torch.float32},
+    "block": {"basis_dtype": torch.float32, "keep_base": False},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("saved", "size", "loaded", "other"),
+    [
+        ("rows", 4, "rows", 3),
+        ("rows", 3, "columns", 4),
+        ("columns", 2, "replicated", 3),
+        ("replicated", 3, "rows", 2),
+        ("flat", 3, "rows", 2),
+        ("rows", 2, "flat", 4),
+        ("whole", 1, "rows", 3),
+        ("flat", 4, "whole", 1),
+    ],
+)
+def test_saved_on_some_ranks_loads_on_others(
+    saved: str, size: int, loaded: str, other: int, form: str, tmp_path: Path
+) -> None:
+    options, path = FORMS[form], str(tmp_path / "anchors")
+    written = run_ranks(size, anchors_ranks.save, saved, path, options)
+    for nbytes, said in written:
+        # W0 is kept in bfloat16 here, which only its values tell.
+        assert said[0] >= nbytes
+    whole = whole_anchors(llama(), **options)
+    results = run_ranks(other, anchors_ranks.load, loaded, path, options)
+    for result in results:
+        assert result["at anchor"] == 0.0
+        # The block form rounds what is as large as the weight.
+        assert abs(result["penalty"]) < (1e-5 if form == "base" else 1e-4)
+        assert result["refused"]
+        assert result["skipped"] == dict(whole.skipped)
+        same = (saved, size) == (loaded, other) or loaded == "whole"
+        if form == "base" or same:
+            assert result["unverified"] == result["bytes"]
+        else:
+            assert "got a block of another sharding, expected that of" in result["unverified"] or not result["bytes"]
+
+
+def test_a_whole_anchor_comes_back_from_parts(tmp_path: Path) -> None:
+    path = str(tmp_path / "anchors")
+    run_ranks(3, anchors_ranks.save, "rows", path, FORMS["base"])
+    whole, read = whole_anchors(llama(), **FORMS["base"]), rk.Anchors.load(path, llama())
+    assert list(read) == list(whole) and read.fingerprints == whole.fingerprints
+    for name, anchor in whole.items():
+        assert read[name].part is None and read[name].energy == anchor.energy
+        for piece, tensor in anchor.pieces().items():
+            assert torch.equal(read[name].pieces()[piece], tensor), (name, piece)
+
+
+def test_memory_is_known_before(tmp_path: Path) -> None:
+    # bfloat16 weights: the dtype of the base is certain.
+    for layout in ("shard0", "replicated", "flat"):
+        planned = rk.Anchors.memory(llama(torch.bfloat16).to("meta"), RANK, ranks=4, layout=layout)  # type: ignore[arg-type]
+        assert len(planned.per_rank) == 4
+        assert planned.per_rank == tuple(b + k for b, k in zip(planned.bases, planned.kept, strict=True))
+    whole = rk.Anchors.from_model(llama(torch.bfloat16), RANK, progress=False)
+    assert rk.Anchors.memory(llama(torch.bfloat16), RANK).per_rank == (whole.nbytes,)
+    assert rk.Anchors.memory(llama(torch.bfloat16), RANK, ranks=1).per_rank == (whole.nbytes,)
+    with pytest.raises(ValueError, match="rank, ranks, layout: got"):
+        rk.Anchors.memory(llama(), RANK, ranks=0)
+
+
+@pytest.mark.parametrize("layout", ["rows", "replicated"])
+def test_one_rank_spoils_it_for_all_by_name(layout: str) -> None:
+    first, second = run_ranks(2, anchors_ranks.spoiled, layout)
+    if layout == "rows":
+        assert "model.layers.1.mlp.up_proj.weight: weight: got NaN or infinity" in first
+        assert first == second
+    else:
+        # Replicas are equal by DDP's own doing: only the rank that computes the subspace reads its copy.
+        assert first == second and (not first or "up_proj" in first)
+
+
+def test_a_rank_that_cannot_write_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "anchors"
+    path.mkdir()
+    for message in run_ranks(2, anchors_ranks.unwritable, str(path)):
+        assert message.startswith("path: the anchors were not saved: rank 1: ")
+    assert not (path / "anchors.json").exists()
+    with pytest.raises(ValueError, match=r"without anchors\.json, expected one that Anchors\.save wrote"):
+        rk.Anchors.load(path)
+
+
+def test_files_of_different_saves_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run_ranks(2, anchors_ranks.save, "rows", str(tmp_path / name), FORMS["base"])
+    file = "rank-00001-of-00002.safetensors"
+    (tmp_path / "b" / file).replace(tmp_path / "a" / file)
+    with pytest.raises(ValueError, match="got files of different saves"):
+        rk.Anchors.load(tmp_path / "a")
