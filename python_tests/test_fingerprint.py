@@ -193,3 +193,16 @@ def test_difference_in_words() -> None:
     difference = known.difference(moved)
     assert difference is not None and difference.startswith("got other values (checksum ")
     assert replace(known, checksum=content_checksum(moved)).difference(moved) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 3, 64])
+def test_rectangles_of_a_matrix_add_up(dtype: torch.dtype, columns: int) -> None:
+    # Rows long enough for an index to pass several blocks of multipliers.
+    whole = torch.randn(130, 5000).to(dtype)
+    total = 0
+    for begin in range(0, 5000, 5000 // columns):
+        for rows in ((0, 1), (1, 97), (97, 130)):
+            piece = whole[rows[0] : rows[1], begin : begin + 5000 // columns]
+            total += content_sum(piece, rows[0] * 5000 + begin, 5000)
+    assert total % 2**64 == content_sum(whole)
