@@ -33,7 +33,18 @@ def rotation_penalty(
     Raises:
         ValueError: a weight is no dense 2-D floating tensor, has another shape or device than its anchor, was
             anchored in float64 and is not float64 now, an anchored parameter is gone from the module, there is no
-            anchor at all for a module, or the requested backend cannot serve the device or dtype.
+            anchor at all for a module, or the requested backend cannot serve the device or dtype. Of sharded weights
+            also: a rank's weights are not finite, anchors differ between ranks or are of other parts than lie here,
+            or flat shards (FSDP1, ZeRO-3) would need a gradient.
+        RuntimeError: a rank of the process group is gone; the message names it where that is known.
+
+    Of weights that lie over several processes every rank makes this call, and R is the same number on each. Parts are
+    found as they lie: DTensor (FSDP2, tensor parallel; lists of tensors too), and through a module
+    DistributedDataParallel and DeepSpeed ZeRO-1/2, whose weights are divided over ranks by cost: R's gradient on a rank
+    is then that of its own share, times the number of ranks, and exact once gradients are averaged. No weight is
+    gathered; the C of a bucket are summed by one all-reduce (docs of :mod:`rpsft_kernels.sharding.exchange` on its
+    order), and a rank that fails, or means another call, makes every rank raise. With FSDP2 on a GPU compute R after
+    the model's forward pass, not before it: its gradients then come before those that FSDP2 adds on another stream.
 
     Multiply R by the paper's lambda: ``(task_loss + coeff * R).backward()``. The gradient ``2 U C V^T`` (full:
     ``2 (W - W0)``) is computed in ``backward`` one bucket of weights at a time: where R has a backward pass of its
@@ -71,7 +82,12 @@ def accumulate_rotation_grad_(
     """Add ``coeff * dR/dW`` to every weight's ``.grad`` without autograd; returns R (not multiplied by coeff).
 
     Call it once per optimizer step, after the last ``backward`` of its micro-batches (and after
-    ``GradScaler.unscale_``, where a scaler is used) and before gradient clipping and ``optimizer.step()``.
+    ``GradScaler.unscale_``, where a scaler is used) and before gradient clipping and ``optimizer.step()``. Weights that
+    DistributedDataParallel keeps equal are the exception: there call it before the last ``backward``, the one that
+    averages (earlier micro-batches under ``no_sync()``): each rank adds its own share times the number of ranks.
+
+    Sharded weights (DTensor, FSDP1's flat parameters, DeepSpeed ZeRO-3) are served on every rank, each adding to its
+    own part of the gradient; see :func:`rotation_penalty`. Nothing is added anywhere before all sums have arrived.
 
     Args:
         weights: as for :func:`rotation_penalty`; tensors must be leaves that require grad.
@@ -83,8 +99,9 @@ def accumulate_rotation_grad_(
 
     Raises:
         ValueError: as :func:`rotation_penalty`; also where coeff is not finite, a tensor is not a leaf
-            that requires grad, every anchored weight of a module is frozen, or a gradient is sparse. No
-            gradient has changed then.
+            that requires grad, every anchored weight of a module is frozen, a gradient is sparse or averaged over ranks
+            already, or DeepSpeed ZeRO-1/2 keeps it to itself. No gradient has changed then.
+        RuntimeError: as :func:`rotation_penalty`.
 
     The product is added inside the kernel, summed in float32 and rounded once to the gradient's own dtype; no tensor as
     large as a weight is allocated, except a ``.grad`` that did not exist yet. Frozen weights of a module

@@ -71,9 +71,11 @@ def gradients(model: Any) -> dict[str, Tensor]:
             continue
         prefix = clean(path.removesuffix("_fsdp_wrapped_module") + "." if path else "")
         flat = handle.flat_param
-        shards = [torch.empty_like(flat.grad) for _ in range(handle.process_group.size())]
-        dist.all_gather(shards, flat.grad, group=handle.process_group)
-        whole, at = torch.cat(shards) if handle.uses_sharded_strategy else flat.grad, 0
+        shards, at = [flat.grad], 0
+        if handle.uses_sharded_strategy:
+            shards = [torch.empty_like(flat.grad) for _ in range(handle.process_group.size())]
+            dist.all_gather(shards, flat.grad, group=handle.process_group)
+        whole = torch.cat(shards)
         for name, shape, numel in zip(flat._fqns, flat._shapes, flat._numels, strict=True):
             found[prefix + name] = whole[at : at + numel].view(shape)
             at += numel
@@ -96,18 +98,27 @@ def refused(call: Any) -> str:
     return "accepted"
 
 
-def compare(sharded_anchors: bool, anchor_options: dict[str, Any], **options: Any) -> dict[str, Any]:
+def pretrained(tied: bool) -> Any:
+    model = llama()
+    if not tied:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def compare(
+    sharded_anchors: bool, anchor_options: dict[str, Any], tied: bool = True, **options: Any
+) -> dict[str, Any]:
     """Both calls at the anchor and on a drifted model against float64; everything that a test looks at."""
-    anchors = whole_anchors(llama(), **anchor_options)
-    moved = llama()
+    anchors = whole_anchors(pretrained(tied), **anchor_options)
+    moved = pretrained(tied)
     drift(moved)
     # In the block form the bases alone decide what the penalty is.
     form = {key: value for key, value in anchor_options.items() if key != "keep_base"}
-    penalty, wanted = expected(moved, whole_anchors(llama(), **form))
+    penalty, wanted = expected(moved, whole_anchors(pretrained(tied), **form))
     frozen = options.get("frozen", ())
     wanted = {name: COEFF * g for name, g in wanted.items() if not name.startswith(frozen)}
 
-    model = wrapped(llama(), **options)
+    model = wrapped(pretrained(tied), **options)
     if sharded_anchors:
         anchors = rk.Anchors.from_model(model, RANK, progress=False, **{"basis_dtype": torch.float32, **anchor_options})
     anchors.verify(model)
@@ -136,7 +147,8 @@ def compare(sharded_anchors: bool, anchor_options: dict[str, Any], **options: An
     penalties.append(rk.accumulate_rotation_grad_(model, anchors, COEFF))
     found = gradients(model)
     result["added"] = errors(found, {name: task[name].double() + g for name, g in wanted.items()})
-    result["with gradient"] = sorted(found)
+    # Gathered, frozen ones have zeros.
+    result["with gradient"] = [clean(name) for name, parameter in model.named_parameters() if parameter.grad is not None]
     result["others changed"] = [name for name in task if name not in wanted and not torch.equal(task[name], found[name])]
     with FullyShardedDataParallel.summon_full_params(model):
         result["gathered"] = refused(lambda: rk.accumulate_rotation_grad_(model, anchors, COEFF))
