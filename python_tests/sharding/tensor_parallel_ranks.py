@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def _layers() -> nn.Module:
     torch.manual_seed(0)
     sizes = (20, 50, 31, 4, 25, 7)
     layers: list[nn.Module] = []
-    for inner, outer in zip(sizes, sizes[1:], strict=False):
+    for inner, outer in pairwise(sizes):
         layers += [nn.Linear(inner, outer), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 

@@ -1,0 +1,255 @@
+"""What each rank does in the tests of replicated weights: DistributedDataParallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from llama import COEFF, RANK, batch, distance, drift, errors, expected, llama, own_batch, task_loss, train_alone
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import rpsft_kernels as rk
+
+FROZEN = "2.weight"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, its loss on inputs, and the inputs; each rank gets a share."""
+
+    model: Callable[[], Any]
+    loss: Callable[[Any, Tensor], Tensor]
+    inputs: Callable[[], Tensor]
+    rank: int
+    compiled: bool = False
+
+    def wrapped(self, model: Any) -> Any:
+        if self.compiled:
+            model = torch.compile(model, backend="aot_eager")
+        return DistributedDataParallel(model)
+
+    def own_inputs(self) -> Tensor:
+        return self.inputs().chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def _layers(sizes: tuple[int, ...]) -> Any:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inner, outer in pairwise(sizes):
+        layers += [nn.Linear(inner, outer), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _long() -> Any:
+    """Weights (512, 96) and (96, 512): cut through rows and through columns."""
+    return _layers((96, 512, 96, 512))
+
+
+def _partly_frozen() -> Any:
+    model = _long()
+    model.get_parameter(FROZEN).requires_grad_(False)
+    return model
+
+
+def _two_small() -> Any:
+    """Weights too small to be cut: of 4 ranks, some have nothing to do."""
+    return _layers((60, 40, 30))
+
+
+def _mean_square(model: Any, inputs: Tensor) -> Tensor:
+    result: Tensor = model(inputs).square().mean()
+    return result
+
+
+def _vectors() -> Tensor:
+    return torch.randn(12, 96, generator=torch.Generator().manual_seed(2))
+
+
+SETTINGS = {
+    "llama": Setting(llama, task_loss, batch, RANK),
+    "cut weights": Setting(_long, _mean_square, _vectors, RANK),
+    "a frozen weight": Setting(_partly_frozen, _mean_square, _vectors, RANK),
+    "fewer weights than ranks": Setting(_two_small, _mean_square, lambda: _vectors()[:, :60], RANK),
+    "compiled": Setting(_long, _mean_square, _vectors, RANK, compiled=True),
+}
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Copies under the names of the unwrapped model."""
+    return {
+        name.replace("module.", "").replace("_orig_mod.", ""): p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A pretrained model and a drifted one, both replicated, with what the calls must give for the latter."""
+
+    pretrained: Any
+    model: Any
+    loss: Callable[[], Tensor]
+    penalty: float
+    gradients: dict[str, Tensor]
+
+    def compared(self, anchors: rk.Anchors) -> dict[str, Any]:
+        """Every way of calling against float64; everything that a test looks at."""
+        at_anchor = [
+            rk.rotation_penalty(self.pretrained, anchors),
+            rk.accumulate_rotation_grad_(self.pretrained, anchors, COEFF),
+        ]
+        result: dict[str, Any] = {
+            "at anchor": [p.item() for p in at_anchor],
+            "gradient at anchor": max([float(g.abs().max()) for g in _gradients(self.pretrained).values()], default=0),
+        }
+        self.pretrained.zero_grad()
+        penalties: list[Tensor] = []
+        bits: list[float] = []
+        # What the calls add to the task's gradients: these come out the same without them, to the last bit.
+        tasks = {several: self._step(several, lambda: 0.0, lambda: None) for several in (False, True)}
+        for several, task in tasks.items():
+            ways = {
+                "autograd": (lambda: self._penalty(anchors, penalties), lambda: None),
+                "accumulated": (lambda: 0.0, lambda: self._accumulate(anchors, penalties)),
+            }
+            for way, (extra, before) in ways.items():
+                found = self._step(several, extra, before)
+                added = {name: found[name].double() - gradient.double() for name, gradient in task.items()}
+                result[f"{way}, two micro-batches" if several else way] = errors(added, self.gradients)
+                # Averaged over ranks: replicas go on with the same numbers.
+                bits += [float(gradient.sum()) for gradient in found.values()]
+        result["penalty"] = max(abs(p.item() / self.penalty - 1) for p in penalties)
+        result["bits"] = [p.item() for p in penalties] + bits
+        result["refused"] = self._refused(anchors)
+        return result
+
+    def _penalty(self, anchors: rk.Anchors, penalties: list[Tensor]) -> Tensor:
+        penalties.append(rk.rotation_penalty(self.model, anchors))
+        return COEFF * penalties[-1]
+
+    def _accumulate(self, anchors: rk.Anchors, penalties: list[Tensor]) -> None:
+        penalties.append(rk.accumulate_rotation_grad_(self.model, anchors, COEFF))
+
+    def _step(self, several: bool, extra: Callable[[], Any], before: Callable[[], None]) -> dict[str, Tensor]:
+        """Gradients of one or two micro-batches, with ``before`` called before the backward pass that averages: where
+        there are two, between that one's forward pass and it; else before either, with no gradient there."""
+        self.model.zero_grad()
+        if not several:
+            before()
+            (self.loss() + extra()).backward()
+            return _gradients(self.model)
+        with self.model.no_sync():
+            self.loss().backward()
+        loss = self.loss()
+        before()
+        (loss + extra()).backward()
+        return _gradients(self.model)
+
+    def _refused(self, anchors: rk.Anchors) -> tuple[str, bool]:
+        """What the call raises after the backward pass that averages, and whether gradients are as they were."""
+        before = self._step(False, lambda: 0.0, lambda: None)
+        try:
+            rk.accumulate_rotation_grad_(self.model, anchors, COEFF)
+        except ValueError as error:
+            after = _gradients(self.model)
+            return str(error), set(after) == set(before) and all(torch.equal(after[n], g) for n, g in before.items())
+        return "", False
+
+
+def compare_all(cases: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """:func:`compare` of several cases in one group: processes cost more to start than cases to compute."""
+    return {case: compare(case, kinds) for case, kinds in cases.items()}
+
+
+def compare(case: str, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Results by kind of anchor, each made before the model was wrapped and after; and how work is divided."""
+    setting = SETTINGS[case]
+    kinds = {kind: {"basis_dtype": torch.float32, "progress": False, **options} for kind, options in kinds.items()}
+    pretrained, moved = setting.model(), setting.model()
+    drift(moved)
+    whole = {kind: rk.Anchors.from_model(pretrained, setting.rank, **options) for kind, options in kinds.items()}
+    reference = rk.Anchors.from_model(pretrained, setting.rank, basis_dtype=torch.float32, progress=False)
+    penalty, gradients = expected(moved, reference)
+    trained = {name for name, p in moved.named_parameters() if p.requires_grad}
+    wanted = {name: COEFF * gradient for name, gradient in gradients.items() if name in trained}
+    pretrained, model = setting.wrapped(pretrained), setting.wrapped(moved)
+    inputs = setting.own_inputs()
+    subject = Moved(pretrained, model, lambda: setting.loss(model, inputs), penalty, wanted)
+    found: dict[str, Any] = {"results": {}, "held": {}}
+    for kind, options in kinds.items():
+        anchors = rk.Anchors.from_model(pretrained, setting.rank, **options)
+        anchors.verify(pretrained)
+        found["held"][kind] = {
+            "whole": whole[kind].nbytes,
+            "here": anchors.nbytes,
+            "parts": {name: (a.held.rows, a.held.cols) for name, a in anchors.items() if a.held.numel},
+            # Of U and V, those rows that other holders of a cut weight have too; and blocks, one for each holder.
+            "shared": {name: _shared_bytes(a) for name, a in anchors.items() if a.held.numel},
+        }
+        found["results"][f"{kind}, divided"] = subject.compared(anchors)
+        if options.get("keep_base", True):
+            found["results"][f"{kind}, whole"] = subject.compared(whole[kind])
+    found["gradients"] = sorted(_gradients(model))
+    return found
+
+
+def _shared_bytes(anchor: rk.Anchor) -> int:
+    shared = 0
+    for basis, size in ((anchor.left, anchor.shape[0]), (anchor.right, anchor.shape[1])):
+        if basis is not None and basis.shape[0] == size and not anchor.held.is_whole:
+            shared += size * basis.stride(0) * basis.element_size()
+    return shared + (0 if anchor.block is None or anchor.held.is_whole else anchor.block.nbytes)
+
+
+def train(steps: int) -> dict[str, tuple[float, list[float]]]:
+    """By call: how far a replicated run comes from that of one process, and what its parameters sum to."""
+    return {
+        "rotation_penalty": _distance_of_run(steps, accumulate=False),
+        "accumulate_rotation_grad_": _distance_of_run(steps, accumulate=True),
+    }
+
+
+def _distance_of_run(steps: int, accumulate: bool) -> tuple[float, list[float]]:
+    alone = train_alone(steps, accumulate)
+    model = DistributedDataParallel(llama())
+    anchors = rk.Anchors.from_model(model, RANK, progress=False, basis_dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        if accumulate:
+            rk.accumulate_rotation_grad_(model, anchors, COEFF)
+            task_loss(model, own_batch()).backward()
+        else:
+            (task_loss(model, own_batch()) + COEFF * rk.rotation_penalty(model, anchors)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
+    return distance(found, alone), [float(p.double().sum()) for p in found.values()]
+
+
+def refusals() -> dict[str, list[str]]:
+    """What this rank raises, and whether any gradient was made, where models and anchors do not go together."""
+    pretrained = llama()
+    whole_blocks = rk.Anchors.from_model(pretrained, RANK, keep_base=False, progress=False)
+    model = DistributedDataParallel(pretrained)
+    divided = rk.Anchors.from_model(model, RANK, progress=False)
+    cases = {"divided anchors": (model.module, divided), "whole blocks": (model, whole_blocks)}
+    messages = {name: [_raised(*case, accumulate=call) for call in (False, True)] for name, case in cases.items()}
+    assert not _gradients(model)
+    return messages
+
+
+def _raised(model: nn.Module, anchors: rk.Anchors, accumulate: bool) -> str:
+    try:
+        if accumulate:
+            rk.accumulate_rotation_grad_(model, anchors, COEFF)
+        else:
+            rk.rotation_penalty(model, anchors)
+    except ValueError as error:
+        return str(error)
+    return ""
