@@ -1,4 +1,4 @@
-"""``python -m rpsft_kernels``: the kernels' schedule and each rank's costs, compilation for absent GPUs, and tuning."""
+"""``python -m rpsft_kernels``: the kernels' schedule, each rank's costs, a roofline, compilation, and tuning."""
 
 from __future__ import annotations
 
@@ -33,12 +33,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     shards.add_argument("--block-form", action="store_true", help="anchors without the base")
 
+    roofline = commands.add_parser("roofline", help="predicted time of each phase on a GPU, beside the published way")
+    roofline.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
+    roofline.add_argument("--rank", type=int, default=768)
+    roofline.add_argument("--gpu", default="h100", help="a100, h100, h200, b200 or mi300x (default: h100)")
+    roofline.add_argument("--ranks", type=int, default=1, help="number of processes (default: 1)")
+    roofline.add_argument("--layout", choices=("shard0", "replicated", "flat"), default="shard0")
+    roofline.add_argument("--block-form", action="store_true", help="anchors without the base")
+    roofline.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+
     build = commands.add_parser("compile", help="compile every kernel variant, print what each uses as JSON lines")
     build.add_argument("--arch", default="sm_90", help="sm_80, sm_86, sm_90, sm_100, sm_120 or gfx942")
     build.add_argument(
         "--rank", type=int, action="append", help="rank that chooses tile shapes (default: 768); repeatable"
     )
     build.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+
+    kernels = commands.add_parser("kernels", help="the kernels compiled ahead of time in this installation")
+    kernels.add_argument("--build", metavar="ARCH", help='compile them instead, for architectures such as "8.0;9.0"')
+    kernels.add_argument("--output", help="the folder to build (default: this installation's)")
+    kernels.add_argument("--only", default="", help="globs on variants' labels, separated by semicolons")
+    kernels.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
 
     tune = commands.add_parser("tune", help="time tile shapes on this GPU and write a table for RPSFT_TILES")
     tune.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
@@ -50,7 +65,15 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
-    return {"schedule": _schedule, "shards": _shards, "compile": _compile, "tune": _tune}[options.command](options)
+    commands = {
+        "schedule": _schedule,
+        "shards": _shards,
+        "roofline": _roofline,
+        "compile": _compile,
+        "kernels": _kernels,
+        "tune": _tune,
+    }
+    return commands[options.command](options)
 
 
 def _schedule(options: argparse.Namespace) -> int:
@@ -90,6 +113,40 @@ def _shards(options: argparse.Namespace) -> int:
     return 0
 
 
+def _roofline(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import roofline as r
+
+    if options.gpu not in r.GPUS:
+        raise SystemExit(f"--gpu: got {options.gpu!r}, expected one of {', '.join(r.GPUS)}")
+    for name, value in (("--rank", options.rank), ("--ranks", options.ranks)):
+        if value < 1:
+            raise SystemExit(f"{name}: got {value}, expected at least 1")
+    gpu, form = r.GPUS[options.gpu], "block" if options.block_form else "base"
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
+    shapes = MODELS[options.model].weights()
+    job = r.Job(shapes, options.rank, gpu, options.ranks, options.layout, not options.block_form, dtype)
+    (busiest, ours), published = r.our_phases(job), r.published_phases(job)
+    print(f"{options.model} at rank {options.rank}, {form} form, {options.dtype} weights, {options.ranks} x {gpu.name}")
+    print(
+        f"a prediction, nothing is timed. {gpu.name}'s data sheet: {gpu.tensor / 1e12:g} TFLOP/s dense bfloat16, "
+        f"{gpu.dram / 1e12:g} TB/s, link {gpu.link / 1e9:g} GB/s one way"
+    )
+    print(
+        f"assumed: {r.TENSOR_SHARE:.0%} of the tensor cores' peak, {r.DRAM_SHARE:.0%} of DRAM's, {r.LINK_SHARE:.0%} of "
+        f"the link's (one that joins all ranks), {r.LAUNCH_SECONDS * 1e6:g} us a launch, "
+        f"{r.OPERATOR_SECONDS * 1e6:g} us of the host an operator of PyTorch"
+    )
+    print(f"\nthis package, prediction per step: rank {busiest}, the busiest of {options.ranks} ({options.layout})")
+    print(r.phase_table(ours, gpu))
+    print("\npublished way, prediction per micro-batch: every rank")
+    print(r.phase_table(published, gpu))
+    ratio = r.total_seconds(published, gpu) / r.total_seconds(ours, gpu)
+    print(f"\npredicted ratio of the sums, at one micro-batch a step: {ratio:.2f}")
+    return 0
+
+
 def _compile(options: argparse.Namespace) -> int:
     # The interpreter replaces the compiler where this is set; it is read when the kernels are imported.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -99,6 +156,23 @@ def _compile(options: argparse.Namespace) -> int:
         raise SystemExit(f"--arch: got {options.arch!r}, expected one of {', '.join(TARGETS)}")
     for resources in survey(options.arch, tuple(options.rank or (768,)), options.jobs):
         print(json.dumps(dataclasses.asdict(resources)), flush=True)
+    return 0
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    from . import aot
+
+    if options.build is not None:
+        from .aot_build import build_kernels
+
+        try:
+            built = build_kernels(options.build, options.output or aot.FOLDER, jobs=options.jobs, only=options.only)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        print(built)
+        return 0
+    library = aot.installed()
+    print(library if isinstance(library, str) else library.summary())
     return 0
 
 
