@@ -8,7 +8,7 @@ ARGS ?=
 CTEST = $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(CMAKE_ARGS) && \
 	$(BIN)/cmake --build build/$@ && $(BIN)/ctest --test-dir build/$@ --output-on-failure
 
-.PHONY: demo test ctest sanitize lint wheel clean
+.PHONY: demo test bench bench-gpu ctest sanitize lint wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m rpsft_kernels.demo $(ARGS)
@@ -29,8 +29,18 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Both end with the status of the measurements: red where this package is wrong. A report is made in any case.
+bench: BENCH_DEVICE = auto
+bench-gpu: BENCH_DEVICE = cuda
+bench bench-gpu: $(VENV)/ready
+	file=$$($(BIN)/python benchmarks/machine.py --device $(BENCH_DEVICE)) || exit 2; \
+	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -vv --benchmark-quiet \
+		--bench-device $(BENCH_DEVICE) --bench-output $$file $(ARGS); status=$$?; \
+	test ! -f $$file || $(BIN)/python benchmarks/report.py $$file || exit 1; exit $$status
+
+# TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" make wheel: with the GPU kernels compiled ahead of time; -v shows how that went.
 wheel: $(VENV)/ready
-	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
+	$(BIN)/pip wheel $(if $(TORCH_CUDA_ARCH_LIST),-v) --no-deps --no-build-isolation -w dist .
 
 $(VENV)/requirements: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
