@@ -1,4 +1,5 @@
 // The engine's Python module: addresses, shapes and strides cross here, tensors do not.
+// cuda/bindings.cpp adds the submodule `cuda`.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,6 +7,8 @@
 #include "team.hpp"
 
 namespace py = pybind11;
+
+void bind_cuda(py::module_ module);
 
 namespace {
 
@@ -30,7 +33,7 @@ rpsft::Pullback pullback(const rpsft::Matrix& grad, const rpsft::Matrix& left, c
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "The CPU engine of rpsft_kernels; rpsft_kernels.ops.native is its caller.";
+  module.doc() = "The CPU engine of rpsft_kernels, whose caller is rpsft_kernels.ops.native, and the submodule cuda.";
 
   py::enum_<rpsft::Dtype>(module, "Dtype")
       .value("bfloat16", rpsft::Dtype::bfloat16)
@@ -56,4 +59,6 @@ PYBIND11_MODULE(_native, module) {
              py::call_guard<py::gil_scoped_release>());
   module.def("pull_back", &rpsft::pull_back, py::arg("shards"), py::arg("accumulate"), py::arg("instruction_set"),
              py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  bind_cuda(module.def_submodule("cuda"));
 }

@@ -1,0 +1,48 @@
+// The launcher's Python submodule. Nothing here touches the driver until one of its functions is called; those calls
+// run without the interpreter's lock.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <tuple>
+#include <utility>
+
+#include "cuda/launcher.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using rpsft::cuda::Kernel;
+
+std::unique_ptr<Kernel> kernel(const py::bytes& image, std::string entry, std::string name, std::int64_t threads,
+                               std::int64_t shared, const std::vector<std::pair<std::int64_t, std::int64_t>>& layout) {
+  std::vector<rpsft::cuda::Parameter> parameters;
+  for (const auto& [offset, size] : layout) parameters.push_back({offset, size});
+  return std::make_unique<Kernel>(image, std::move(entry), std::move(name), threads, shared, std::move(parameters));
+}
+
+std::tuple<int, int, int> resources(Kernel& kernel, int device) {
+  const rpsft::cuda::Resources found = kernel.resources(device);
+  return {found.registers, found.local_bytes, found.shared_bytes};
+}
+
+}  // namespace
+
+void bind_cuda(py::module_ module) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  module.doc() = "Starts CUDA kernels that were compiled ahead of time; the driver is opened at first use.";
+
+  py::class_<Kernel>(module, "Kernel", "One entry of a cubin, a fat binary or PTX; layout: (offset, size) each.")
+      .def(py::init(&kernel), py::arg("image"), py::arg("entry"), py::arg("name"), py::arg("threads"),
+           py::arg("shared"), py::arg("layout"))
+      .def("launch", &Kernel::launch, py::arg("device"), py::arg("stream"), py::arg("grid"), py::arg("arguments"),
+           Unlocked(), "Queues it on a stream of a device. The first time on a device loads it.")
+      .def("resources", &resources, py::arg("device"), Unlocked(),
+           "(registers, local bytes, static shared bytes): of a thread, of a thread, of a block. Loads the kernel.");
+
+  module.def("driver_version", &rpsft::cuda::driver_version, Unlocked(), "12040 is CUDA 12.4.");
+  module.def("device_count", &rpsft::cuda::device_count, Unlocked(), "0 where the driver finds no GPU.");
+  module.def("device_name", &rpsft::cuda::device_name, py::arg("device"), Unlocked());
+  module.def("compute_capability", &rpsft::cuda::compute_capability, py::arg("device"), Unlocked(), "(major, minor)");
+}

@@ -1,0 +1,111 @@
+// The part of the CUDA driver's interface that the launcher uses, declared by hand: building needs no CUDA toolkit, and
+// importing neither a GPU nor a driver. The driver's library is opened when it is first used.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+
+struct CUctx_st;
+struct CUmod_st;
+struct CUfunc_st;
+struct CUstream_st;
+
+namespace rpsft::cuda {
+
+// In the driver's own header CUresult and the attributes are enums, which are as large as an int.
+using CUresult = int;
+using CUdevice = int;
+using CUcontext = CUctx_st*;
+using CUmodule = CUmod_st*;
+using CUfunction = CUfunc_st*;
+using CUstream = CUstream_st*;
+
+constexpr CUresult success = 0;
+constexpr CUresult no_device = 100;
+
+constexpr int capability_major = 75, capability_minor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+
+constexpr int function_shared = 1;           // CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+constexpr int function_local = 3;            // CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+constexpr int function_registers = 4;        // CU_FUNC_ATTRIBUTE_NUM_REGS
+constexpr int function_dynamic_shared = 8;   // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int function_shared_carveout = 9;  // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+
+constexpr int jit_error_log = 5, jit_error_log_bytes = 6;  // CU_JIT_ERROR_LOG_BUFFER, ..._SIZE_BYTES
+
+constexpr std::size_t launch_end = 0, launch_buffer = 1, launch_buffer_bytes = 2;  // CU_LAUNCH_PARAM_*
+
+// Every function by the name that the library exports it under.
+#define RPSFT_CUDA_CALLS(CALL)                                                                                    \
+  CALL(cuInit, unsigned flags)                                                                                    \
+  CALL(cuDriverGetVersion, int* version)                                                                          \
+  CALL(cuDeviceGet, CUdevice* device, int ordinal)                                                                \
+  CALL(cuDeviceGetCount, int* count)                                                                              \
+  CALL(cuDeviceGetName, char* name, int size, CUdevice device)                                                    \
+  CALL(cuDeviceGetAttribute, int* value, int attribute, CUdevice device)                                          \
+  CALL(cuDevicePrimaryCtxRetain, CUcontext* context, CUdevice device)                                             \
+  CALL(cuCtxGetCurrent, CUcontext* context)                                                                       \
+  CALL(cuCtxPushCurrent_v2, CUcontext context)                                                                    \
+  CALL(cuCtxPopCurrent_v2, CUcontext* context)                                                                    \
+  CALL(cuModuleLoadDataEx, CUmodule* module, const void* image, unsigned options, int* names, void** values)      \
+  CALL(cuModuleUnload, CUmodule module)                                                                           \
+  CALL(cuModuleGetFunction, CUfunction* function, CUmodule module, const char* name)                              \
+  CALL(cuFuncSetAttribute, CUfunction function, int attribute, int value)                                         \
+  CALL(cuFuncGetAttribute, int* value, int attribute, CUfunction function)                                        \
+  CALL(cuLaunchKernel, CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,  \
+       unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void** parameters, void** extra)     \
+  CALL(cuGetErrorName, CUresult result, const char** name)                                                        \
+  CALL(cuGetErrorString, CUresult result, const char** words)
+
+struct Calls {
+#define RPSFT_CUDA_MEMBER(name, ...) CUresult (*name)(__VA_ARGS__) = nullptr;
+  RPSFT_CUDA_CALLS(RPSFT_CUDA_MEMBER)
+#undef RPSFT_CUDA_MEMBER
+};
+
+// What a call is made for, as far as there is a kernel or a device yet: the message of its failure says so.
+struct Subject {
+  int device = -1;
+  const std::string* kernel = nullptr;
+};
+
+// The driver of this process, opened. Its functions are called as members; check() turns what they return into
+// exceptions.
+class Driver : public Calls {
+ public:
+  // libcuda.so.1, or the library that the environment variable RPSFT_CUDA_DRIVER names. Throws std::runtime_error where
+  // it cannot be opened or lacks a function; nothing is remembered of that, so the next call tries again.
+  static Driver& get();
+
+  // Throws std::runtime_error for anything but success. `call` is the function's name; `detail` is added to what the
+  // driver says of the result.
+  void check(CUresult result, const char* call, const Subject& subject, const std::string& detail = "") const;
+
+  CUdevice device(int ordinal, const Subject& subject) const;
+
+  // The context that the CUDA runtime, and so torch, works in. It is kept once per device and never given back: torch
+  // keeps it as long.
+  CUcontext primary_context(const Subject& subject);
+
+ private:
+  Driver();
+
+  std::string describe(const Subject& subject) const;
+
+  std::mutex mutex_;
+  std::map<int, CUcontext> contexts_;
+};
+
+// CUDA's version times 1000, as the driver says it: 12040 is 12.4.
+int driver_version();
+
+// 0 where there is a driver that finds no GPU.
+int device_count();
+
+std::string device_name(int ordinal);
+std::pair<int, int> compute_capability(int ordinal);
+
+}  // namespace rpsft::cuda
