@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from .anchor import Anchor
 from .fingerprint import content_sum, dtype_name
-from .sharding import Exchange, PendingSum, ReplicatedWeight
-from .terms import Bucket, Term, buckets_of
+from .sharding import Exchange, Found, LocalWeight, PendingSum, ReplicatedWeight, find_parameters, locate_tensor
+from .sharding.dtensor import is_dtensor
+from .terms import Bucket, Term, buckets_of, paired
 
 _MASK = (1 << 62) - 1
 # Contents of the bases of whole anchors, once per anchor.
@@ -22,58 +25,122 @@ _contents: weakref.WeakKeyDictionary[Anchor, int] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """R, and for each bucket the C of its weights (k, k), summed over ranks."""
+class Prepared:
+    """A call that every rank has checked, and in which all ranks agree."""
 
-    penalty: Tensor
-    drifts: list[list[Tensor]]
-
-
-def exchanges_of(terms: list[Term]) -> dict[str, Exchange]:
-    """One for each group that holds parts of the weights, by its name; the same order on every rank."""
-    exchanges: dict[str, Exchange] = {}
-    for term in terms:
-        group = term.weight.group
-        if group is not None and group.group_name not in exchanges:
-            exchanges[group.group_name] = Exchange(group, term.weight.device)
-    return exchanges
+    terms: list[Term]
+    buckets: list[Bucket]
+    exchanges: dict[str, Exchange]
 
 
-def agree(
-    terms: list[Term], exchanges: dict[str, Exchange], call: str, check: Callable[[], None], gradients: bool = False
-) -> None:
-    """Run ``check`` on every rank and go on only if all ranks pass it and mean the same call.
+def prepare(
+    weights: object,
+    anchors: object,
+    call: str,
+    check: Callable[[list[Term]], None],
+    into_gradients: bool = False,
+) -> Prepared:
+    """Pair weights with anchors and run ``check`` on every rank; go on only if all ranks pass and mean the same call.
 
     Args:
         call: what else must be the same on every rank.
-        gradients: gradients are to be added to: refuse where they have been averaged already.
+        check: raises where this rank must refuse.
+        into_gradients: gradients are to be added to: refuse where they have been averaged already.
 
     Raises:
-        ValueError: what ``check`` raises; or another rank's check failed, or ranks differ in their anchors.
+        ValueError: what pairing and ``check`` raise; or another rank refused, or ranks differ in their anchors.
     """
-    failure: ValueError | None = None
+    parameters = find_parameters(weights) if isinstance(weights, nn.Module) else None
+    # Of all weights, not of those that have anchors: a rank that refuses does so in the groups where others wait.
+    exchanges = _exchanges_of(weights, parameters)
+    failure: Exception | None = None
+    terms: list[Term] = []
+    buckets: list[Bucket] = []
     try:
-        check()
-    except ValueError as error:
+        terms = paired(weights, anchors, parameters)
+        check(terms)
+        buckets = buckets_of(terms, into_gradients)
+    except Exception as error:
+        if not exchanges:
+            raise
         failure = error
-    for name, exchange in exchanges.items():
-        members = [term for term in terms if term.weight.group is not None and term.weight.group.group_name == name]
-        covered = sum(term.weight.part.numel for term in members)
-        if exchange.rank == 0:
-            covered -= sum(term.weight.shape[0] * term.weight.shape[1] for term in members)
-        sample = _gradient_sample(members) if gradients and failure is None else 0
-        samples = exchange.agree(_digest(members, call), covered, sample, failure is not None)
-        if failure is None and samples[0] and len(set(samples)) == 1:
-            failure = ValueError(
-                f"{members[0].name}.grad: got gradients that are averaged over ranks already, expected those before "
-                "the backward pass that averages them: call accumulate_rotation_grad_ before the last "
-                "micro-batch's backward (each rank adds its own weights' share), or put rotation_penalty into the loss"
-            )
+    # Ranks of several groups carry a refusal of one into the others: those hear of it the second time at the latest.
+    for _ in range(min(2, len(exchanges))):
+        for name, exchange in exchanges.items():
+            try:
+                _agree([] if failure else _of_group(terms, name), buckets, exchange, call, into_gradients, failure)
+            except ValueError as error:
+                failure = failure or error
     if failure is not None:
         raise failure
+    return Prepared(terms, buckets, exchanges)
 
 
-def _digest(terms: list[Term], call: str) -> int:
+def _exchanges_of(weights: object, parameters: Mapping[str, Found] | None) -> dict[str, Exchange]:
+    """One for each group that holds parts of the weights, by its name; the same order on every rank."""
+    exchanges: dict[str, Exchange] = {}
+    if not (dist.is_available() and dist.is_initialized()):
+        return exchanges
+    # Whatever lies on one mesh in one way has one group.
+    seen: set[Any] = set()
+    for name, tensor, locate in _located(weights, parameters):
+        kind = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else id(tensor)  # type: ignore[attr-defined]
+        if kind in seen:
+            continue
+        seen.add(kind)
+        try:
+            weight = locate(name)
+        except ValueError:
+            # Pairing says what is wrong with it, where it has an anchor.
+            continue
+        if weight.group is not None and weight.group.group_name not in exchanges:
+            exchanges[weight.group.group_name] = Exchange(weight.group, weight.device)
+    return exchanges
+
+
+def _located(
+    weights: object, parameters: Mapping[str, Found] | None
+) -> Iterable[tuple[str, Tensor, Callable[[str], LocalWeight]]]:
+    """What may lie on several ranks: name, tensor, and how to tell."""
+    if parameters is not None:
+        for name, found in parameters.items():
+            if len(found.shape) == 2 and found.dtype.is_floating_point:
+                yield name, found.parameter, found.locate
+        return
+    for tensor in weights if isinstance(weights, Sequence) else [weights]:
+        if isinstance(tensor, Tensor) and is_dtensor(tensor):
+            yield "weights", tensor, partial(locate_tensor, tensor)
+
+
+def _of_group(terms: list[Term], name: str) -> list[Term]:
+    return [term for term in terms if term.weight.group is not None and term.weight.group.group_name == name]
+
+
+def _agree(
+    members: list[Term],
+    buckets: list[Bucket],
+    exchange: Exchange,
+    call: str,
+    into_gradients: bool,
+    failure: Exception | None,
+) -> None:
+    if failure is not None:
+        exchange.agree(0, {}, failed=True)
+        return
+    sample = _gradient_sample(members) if into_gradients else 0
+    # A weight may be listed under one name only: those of lists are numbered.
+    parts = {term.name: term.weight.part for term in members}
+    samples = exchange.agree(_digest(members, buckets, call), parts, sample)
+    if samples[0] and len(set(samples)) == 1:
+        raise ValueError(
+            f"{members[0].name}.grad: got gradients that are averaged over ranks already, expected those before "
+            "the backward pass that averages them: call accumulate_rotation_grad_ before the last "
+            "micro-batch's backward (each rank adds its own weights' share), or put rotation_penalty into the loss. "
+            "Every rank has seen the very same batch? Then they look alike"
+        )
+
+
+def _digest(terms: list[Term], buckets: list[Bucket], call: str) -> int:
     words = [call]
     for term in terms:
         anchor = term.anchor
@@ -82,6 +149,9 @@ def _digest(terms: list[Term], call: str) -> int:
         words.append(
             f"{term.name} {anchor.shape} {anchor.rank} {term.weight.dtype} {dtypes} {anchor.energy!r} {content}"
         )
+    # What is summed in one piece: it also depends on which weights are frozen, and on the dtypes of gradients.
+    mine = {id(term) for term in terms}
+    words += [str([t.name for t in b.terms]) for b in buckets if b.summed and id(b.terms[0]) in mine]
     return int.from_bytes(hashlib.blake2b("\n".join(words).encode(), digest_size=8).digest(), "little") & _MASK
 
 
@@ -94,13 +164,11 @@ def _content(anchor: Anchor) -> int:
 
 
 def _gradient_sample(terms: list[Term]) -> int:
-    """Of the smallest gradient that there is, its checksum; 0 where the wrapper knows that none is averaged yet."""
+    """Of the smallest gradient that there is, its checksum: the same on all ranks where they are averaged."""
     found = [
         term.weight.parameter.grad
         for term in terms
-        if isinstance(term.weight, ReplicatedWeight)
-        and term.weight.parameter.grad is not None
-        and term.weight.averaged()
+        if isinstance(term.weight, ReplicatedWeight) and term.weight.parameter.grad is not None
     ]
     return content_sum(min(found, key=torch.Tensor.numel)) & _MASK if found else 0
 
@@ -133,69 +201,98 @@ class _Projected:
     pending: PendingSum | None = None
 
 
-def evaluate(
-    terms: list[Term], exchanges: dict[str, Exchange], into_gradients: bool = False
-) -> tuple[list[Bucket], Evaluation]:
-    """Project all buckets; each one's C travels while the next is projected.
+def evaluate(prepared: Prepared, use: Callable[[Bucket, list[Tensor]], None] | None = None) -> Tensor:
+    """R. Buckets whose C are sums over ranks are projected first; each one's C travels while the next is projected.
 
-    Nothing is returned before every sum has arrived and every rank's drifts are known to be finite.
+    Args:
+        prepared: the call.
+        use: called with each bucket and its C (k, k), summed over ranks; for the first time when every sum has arrived
+            and every rank's drifts are known to be finite. C of weights that lie whole in this process are
+            computed when it is their turn, and dropped.
 
     Raises:
         ValueError: a rank of a group has weights that are not finite.
         RuntimeError: a group failed.
     """
-    device = terms[0].weight.device
-    projected = []
-    for bucket in buckets_of(terms, into_gradients):
+    shared = []
+    for bucket in prepared.buckets:
+        if bucket.group_name is None:
+            continue
         one = _Projected(bucket, *bucket.project())
         if bucket.summed:
             one.flat = torch.cat([drift.reshape(-1) for drift in one.drifts])
             # Summed in place: nothing before it in the graph needs these numbers.
             one.drifts = []
-            one.pending = _exchange(bucket, exchanges).start(one.flat.detach())
-        projected.append(one)
-    parts = [one.squares for one in projected if one.bucket.terms[0].weight.group is None]
-    for name, exchange in exchanges.items():
-        members = [p for p in projected if _group_name(p.bucket) == name]
-        parts += _sums(exchange, members)
+            one.pending = prepared.exchanges[bucket.group_name].start(one.flat.detach())
+        shared.append(one)
+    sums = [
+        _Sums.of(exchange, members, shared)
+        for name, exchange in prepared.exchanges.items()
+        if (members := [p for p in shared if p.bucket.group_name == name])
+    ]
+    for group in sums:
+        group.finish()
+    # Where one group's ranks refuse, none waits for them in another.
+    for group in sums:
+        group.exchange.check_health(group.scalars[1:].tolist())
+    summands = [summand for group in sums for summand in group.summands()]
+    if use is not None:
+        for one in shared:
+            use(one.bucket, one.drifts)
+    squares = []
+    for bucket in prepared.buckets:
+        if bucket.group_name is None:
+            drifts, square = bucket.project()
+            squares.append(square)
+            if use is not None:
+                use(bucket, drifts)
+    device = prepared.terms[0].weight.device
     # One concatenation and one sum, in a fixed order.
-    total = torch.cat([part.reshape(-1).to(device) for part in parts]).sum()
-    return [one.bucket for one in projected], Evaluation(total, [one.drifts for one in projected])
+    return torch.cat([part.reshape(-1).to(device) for part in squares + summands]).sum()
 
 
-def _group_name(bucket: Bucket) -> str | None:
-    group = bucket.terms[0].weight.group
-    return None if group is None else group.group_name
+@dataclass
+class _Sums:
+    """One group's sums on their way."""
 
+    exchange: Exchange
+    members: list[_Projected]
+    # R of what each rank computes whole, where there is any.
+    local: Tensor | None
+    # Summed over ranks: ``local``, then a number of each rank that is finite where its weights are.
+    scalars: Tensor
+    pending: PendingSum
 
-def _exchange(bucket: Bucket, exchanges: dict[str, Exchange]) -> Exchange:
-    name = _group_name(bucket)
-    assert name is not None
-    return exchanges[name]
+    @classmethod
+    def of(cls, exchange: Exchange, members: list[_Projected], shared: list[_Projected]) -> _Sums:
+        own = [one.squares.sum() for one in members if one.pending is None]
+        dtype = max((one.squares.dtype for one in members), key=lambda dtype: dtype.itemsize)
+        scalars = torch.zeros(1 + exchange.size, dtype=dtype, device=exchange.device)
+        local = None
+        if own:
+            local = torch.stack(own).to(exchange.device, dtype).sum()
+            scalars[0] = local.detach()
+        # Of all that this rank computes, so that every group of a rank hears of its NaN.
+        seen = [one.squares.detach().sum().to(exchange.device, dtype) for one in shared]
+        scalars[1 + exchange.rank] = torch.stack(seen).sum()
+        return cls(exchange, members, local, scalars, exchange.start(scalars))
 
+    def finish(self) -> None:
+        for one in self.members:
+            if one.pending is not None:
+                self.exchange.finish(one.pending)
+        self.exchange.finish(self.pending)
 
-def _sums(exchange: Exchange, members: list[_Projected]) -> list[Tensor]:
-    """R of one group's weights, in summands; the drifts of ``members`` become the sums over ranks."""
-    own = [one.squares.sum() for one in members if one.pending is None]
-    dtype = max((one.squares.dtype for one in members), key=lambda dtype: dtype.itemsize)
-    local = torch.stack(own).to(exchange.device, dtype).sum() if own else torch.zeros((), dtype=dtype)
-    local = local.to(exchange.device)
-    scalars = torch.zeros(1 + exchange.size, dtype=dtype, device=exchange.device)
-    scalars[0] = local.detach()
-    scalars[1 + exchange.rank] = torch.stack([one.squares.detach().sum().to(exchange.device) for one in members]).sum()
-    pending = exchange.start(scalars)
-    for one in members:
-        if one.pending is not None:
-            exchange.finish(one.pending)
-    exchange.check_health(exchange.finish(pending)[1:].tolist())
-    factor = members[0].bucket.terms[0].weight.factor
-    found = [_summed(local, scalars[0], factor)] if own else [scalars[0]]
-    for one in members:
-        if one.pending is None or one.flat is None:
-            continue
-        summed = _summed(one.flat, one.pending.tensor, factor)
-        found.append(summed.square().sum())
-        sizes = [term.anchor.rank for term in one.bucket.terms]
-        pieces = torch.split(summed.detach(), [size * size for size in sizes])
-        one.drifts = [piece.view(size, size) for piece, size in zip(pieces, sizes, strict=True)]
-    return found
+    def summands(self) -> list[Tensor]:
+        """R of the group's weights, in summands; the drifts of ``members`` become the sums over ranks."""
+        factor = self.members[0].bucket.terms[0].weight.factor
+        found = [self.scalars[0] if self.local is None else _summed(self.local, self.scalars[0], factor)]
+        for one in self.members:
+            if one.pending is None or one.flat is None:
+                continue
+            summed = _summed(one.flat, one.pending.tensor, factor)
+            found.append(summed.square().sum())
+            sizes = [term.anchor.rank for term in one.bucket.terms]
+            pieces = torch.split(summed.detach(), [size * size for size in sizes])
+            one.drifts = [piece.view(size, size) for piece, size in zip(pieces, sizes, strict=True)]
+        return found

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .anchor import Anchor
-from .evaluation import agree, evaluate, exchanges_of
-from .terms import Bucket, Term, TileOfTerm, paired
+from .evaluation import evaluate, prepare
+from .terms import Bucket, Term, TileOfTerm
 from .weights import check_weight
 
 
@@ -53,13 +54,10 @@ def rotation_penalty(
     (of earlier micro-batches) then have a second set beside them, as large as the anchored weights.
     :func:`accumulate_rotation_grad_` needs neither.
     """
-    terms = paired(weights, anchors)
-    if not terms:
+    prepared = prepare(weights, anchors, "rotation_penalty", _check_differentiable)
+    if not prepared.terms:
         return torch.zeros(())
-    exchanges = exchanges_of(terms)
-    agree(terms, exchanges, "rotation_penalty", lambda: _check_differentiable(terms))
-    _, evaluation = evaluate(terms, exchanges)
-    return evaluation.penalty
+    return evaluate(prepared)
 
 
 def _check_differentiable(terms: list[Term]) -> None:
@@ -107,25 +105,23 @@ def accumulate_rotation_grad_(
     large as a weight is allocated, except a ``.grad`` that did not exist yet. Frozen weights of a module
     count towards R and get no gradient.
     """
+    whole_module = isinstance(weights, nn.Module)
+
+    def check(terms: list[Term]) -> None:
+        _check_coeff(coeff)
+        if terms:
+            _check_gradients(terms, whole_module)
+
+    prepared = prepare(weights, anchors, f"accumulate {coeff!r}", check, into_gradients=True)
+    if not prepared.terms:
+        return torch.zeros(())
+    with torch.no_grad():
+        return evaluate(prepared, partial(_accumulate, float(coeff)))
+
+
+def _check_coeff(coeff: object) -> None:
     if isinstance(coeff, bool) or not isinstance(coeff, (int, float)) or not abs(coeff) <= sys.float_info.max:
         raise ValueError(f"coeff: got {coeff!r}, expected a finite Python number (the paper's lambda)")
-    terms = paired(weights, anchors)
-    if not terms:
-        return torch.zeros(())
-    exchanges = exchanges_of(terms)
-    whole_module = isinstance(weights, nn.Module)
-    agree(
-        terms,
-        exchanges,
-        f"accumulate {coeff!r}",
-        lambda: _check_gradients(terms, whole_module=whole_module),
-        gradients=True,
-    )
-    with torch.no_grad():
-        buckets, evaluation = evaluate(terms, exchanges, into_gradients=True)
-        for bucket, drifts in zip(buckets, evaluation.drifts, strict=True):
-            _accumulate(bucket, drifts, float(coeff))
-        return evaluation.penalty
 
 
 def _check_gradients(terms: list[Term], whole_module: bool) -> None:
@@ -144,7 +140,7 @@ def _check_gradients(terms: list[Term], whole_module: bool) -> None:
         )
 
 
-def _accumulate(bucket: Bucket, drifts: list[Tensor], coeff: float) -> None:
+def _accumulate(coeff: float, bucket: Bucket, drifts: list[Tensor]) -> None:
     """Pull a bucket's drifts back into the gradients: added where one exists, written where it is new."""
     left = []
     for i, term in enumerate(bucket.terms):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .anchor import Anchor
-from .sharding import LocalWeight, Part, ReplicatedWeight, find_parameters, locate_tensor, with_parts
+from .sharding import Found, LocalWeight, Part, ReplicatedWeight, find_parameters, locate_tensor, with_parts
 from .weights import check_weight
 
 # Anchors whose foreign block has been reported: once per anchor, not once per step.
@@ -62,10 +62,14 @@ class TileOfTerm:
     base: Tensor | None
 
 
-def paired(weights: object, anchors: object) -> list[Term]:
-    """Every accepted way to say which weights and which anchors, checked and as one list."""
+def paired(weights: object, anchors: object, parameters: Mapping[str, Found] | None = None) -> list[Term]:
+    """Every accepted way to say which weights and which anchors, checked and as one list.
+
+    Args:
+        parameters: those of a module, where they have been found already.
+    """
     if isinstance(weights, nn.Module):
-        return _paired_by_name(weights, anchors)
+        return _paired_by_name(anchors, find_parameters(weights) if parameters is None else parameters)
     if isinstance(weights, Tensor):
         if not isinstance(anchors, Anchor):
             raise ValueError(f"anchors: got {type(anchors).__name__}, expected one Anchor for one weight tensor")
@@ -93,7 +97,7 @@ def _term(name: str, weight: object, anchor: Anchor) -> Term:
     return term
 
 
-def _paired_by_name(model: nn.Module, anchors: object) -> list[Term]:
+def _paired_by_name(anchors: object, parameters: Mapping[str, Found]) -> list[Term]:
     if not isinstance(anchors, Mapping):
         raise ValueError(
             f"anchors: got {type(anchors).__name__}, expected Anchors for a module "
@@ -104,7 +108,6 @@ def _paired_by_name(model: nn.Module, anchors: object) -> list[Term]:
             "anchors: got none, expected at least one Anchor: nothing would be regularised "
             "(Anchors.from_model(model, rank) makes them)"
         )
-    parameters = find_parameters(model)
     for name, anchor in anchors.items():
         if not isinstance(anchor, Anchor):
             raise ValueError(f"anchors[{name!r}]: got {type(anchor).__name__}, expected an Anchor")
@@ -159,7 +162,7 @@ def _check_term(term: Term) -> None:
             f"{term.name}: got a weight on {weight.device} and its anchor on {anchor.device}, expected one device; "
             f"move the anchor: anchors.to({str(weight.device)!r})"
         )
-    if anchor.part is not None and anchor.part != weight.part:
+    if anchor.part is not None and (anchor.part != weight.part or weight.group is None):
         raise ValueError(
             f"{term.name}: got an anchor of {_words(anchor.part)}, expected one of {_words(weight.part)}, which lies "
             "here: pass the model as it was wrapped when it was anchored, or load the anchors with this one "
@@ -192,8 +195,21 @@ class Bucket:
     def summed(self) -> bool:
         return self.terms[0].summed
 
+    @property
+    def group_name(self) -> str | None:
+        """Of the processes that these weights lie over; None where this one holds all of them."""
+        group = self.terms[0].weight.group
+        return None if group is None else group.group_name
+
     def project(self) -> tuple[list[Tensor], Tensor]:
-        """C (k, k) of each weight's part, and their squared norms (of full anchors: those of W - W0)."""
+        """C (k, k) of each weight's part, and their squared norms (of full anchors: those of W - W0).
+
+        C is (0, 0) where it is not needed: of full anchors, and of weights that another rank works on alone, which have
+        no norm among the others' either.
+        """
+        busy = [term for term in self.terms if term.weight.part.numel or not term.weight.part.alone]
+        if len(busy) < len(self.terms):
+            return self._project_some(busy)
         values = [term.weight.values() for term in self.terms]
         tiles = [term.tiles(value) for term, value in zip(self.terms, values, strict=True)]
         if all(len(each) == 1 for each in tiles):
@@ -209,6 +225,15 @@ class Bucket:
             [block for block in blocks if block is not None],
             self.backend,
         )
+
+    def _project_some(self, busy: list[Term]) -> tuple[list[Tensor], Tensor]:
+        first = self.terms[0].weight
+        nothing = torch.zeros((0, 0), dtype=ops.accumulation_dtype(first.dtype), device=first.device)
+        if not busy:
+            return [nothing] * len(self.terms), nothing.new_zeros(0)
+        drifts, squares = Bucket(busy, self.backend).project()
+        found = {id(term): drift for term, drift in zip(busy, drifts, strict=True)}
+        return [found.get(id(term), nothing) for term in self.terms], squares
 
     def _add_up(self, tiles: list[list[TileOfTerm]], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The same of parts that are no rectangles or empty: tile by tile, then added in their order."""
@@ -281,7 +306,7 @@ def buckets_of(terms: list[Term], into_gradients: bool = False) -> list[Bucket]:
 def _report_foreign_blocks(terms: list[Term], arithmetic: str) -> None:
     for term in terms:
         block = term.anchor.block
-        if block is None or term.anchor.arithmetic == arithmetic or term.anchor in _reported:
+        if block is None or not block.numel() or term.anchor.arithmetic == arithmetic or term.anchor in _reported:
             continue
         _reported.add(term.anchor)
         residual = (torch.finfo(torch.float32).eps * block.norm().item()) ** 2

@@ -6,8 +6,11 @@ size, and every rank receives the same bits.
 
 from __future__ import annotations
 
+import hashlib
+import threading
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Calls of this process by group: every rank of a group makes the same ones in the same order.
+from .part import Part
+
+# Calls of this process by group. Every rank of a group makes the same ones in the same order; one that missed some
+# takes up the others' count when it next agrees with them.
 _calls: Counter[str] = Counter()
-_FAILED = 1
+# A prime; sums of what 2^23 ranks hold modulo it stay within an int64.
+_MODULUS = (1 << 40) - 87
+# Once a group has failed, how long its ranks wait for each other's word. Those that are only late, or learn of it
+# later, are else taken for the one that is gone.
+_PATIENCE = 3.0
+_POLL = 0.02
 
 
 @dataclass
@@ -32,7 +43,8 @@ class Exchange:
     """One call's traffic within one process group.
 
     Raises (every method):
-        RuntimeError: the group failed; the message names the ranks that did not get as far as this call.
+        RuntimeError: the group failed; the message names the ranks that did not get as far as this call, or that did
+            and fell silent in it.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -42,28 +54,27 @@ class Exchange:
         self._call = _calls[group.group_name]
         self._report()
 
-    def agree(self, digest: int, covered: int, sample: int = 0, failed: bool = False) -> list[int]:
-        """Refuse together to go on where ranks disagree; costs one all-reduce of 3 integers per rank.
+    def agree(self, digest: int, parts: Mapping[str, Part], sample: int = 0, failed: bool = False) -> list[int]:
+        """Refuse together to go on where ranks disagree; costs one all-reduce of 3 integers per rank, and 3.
 
         Args:
             digest: of everything that must be the same on all ranks, in [0, 2^62).
-            covered: elements that this rank works on less its share of those that there are: sums to 0.
+            parts: what this rank works on of each weight; together they must make up the weights.
             sample: anything in [0, 2^62), returned from every rank.
             failed: this rank refuses for a reason of its own, which the caller will raise.
 
         Raises:
             ValueError: another rank failed, digests differ (the message names the ranks), or elements are covered
-                twice or not at all.
+                twice or not at all (it names the weights).
         """
         table = torch.zeros(self.size + 1, 3, dtype=torch.int64)
-        table[self.rank] = torch.tensor([digest, sample, _FAILED if failed else 0])
-        table[self.size, 0] = covered
-        pending = self.start(table.to(self.device))
-        self.finish(pending)
-        rows = pending.tensor.tolist()
+        table[self.rank] = torch.tensor([digest, sample, 2 * self._call + failed])
+        table[self.size, 0] = sum(self._excess(name, part) for name, part in parts.items()) % _MODULUS
+        rows = self.finish(self.start(table.to(self.device))).tolist()
+        self._catch_up(max(row[2] // 2 for row in rows[: self.size]))
         if failed:
             return []
-        refusing = [i for i in range(self.size) if rows[i][2]]
+        refusing = [i for i in range(self.size) if rows[i][2] % 2]
         if refusing:
             raise ValueError(
                 f"{self._named(refusing)} refused this call for a reason that it raises itself; no rank has gone on"
@@ -74,15 +85,12 @@ class Exchange:
             odd = [i for i, other in enumerate(digests) if other != common]
             raise ValueError(
                 f"anchors: got others on {self._named(odd)} than on the rest of {self.size} ranks (names, shapes, "
-                "ranks, forms, dtypes, contents or coeff differ), expected the same call with the same anchors on "
-                "every rank: make them together (Anchors.from_model on all ranks), or load one file on all of them"
+                "ranks, forms, dtypes, contents, what is frozen or coeff differ), expected the same call with the same "
+                "anchors on every rank: make them together (Anchors.from_model on all ranks), or load one file on all "
+                "of them"
             )
-        if rows[self.size][0]:
-            raise ValueError(
-                "anchors: got parts that do not make up the whole weights "
-                f"({rows[self.size][0]:+d} elements), expected each element on exactly one rank: make or load the "
-                "anchors with this model as it is sharded now"
-            )
+        if rows[self.size][0] % _MODULUS:
+            self._refuse_parts(parts)
         return [row[1] for row in rows[: self.size]]
 
     def start(self, tensor: Tensor) -> PendingSum:
@@ -113,38 +121,103 @@ class Exchange:
                 "rank; no gradient was changed"
             )
 
+    def _excess(self, name: str, part: Part) -> int:
+        """The measure of this rank's part less its share of the whole weight's: 0 in the sum over ranks."""
+        return _measure(name, part) - (_measure(name, Part.whole(part.shape)) if self.rank == 0 else 0)
+
+    def _refuse_parts(self, parts: Mapping[str, Part]) -> None:
+        # All ranks get here, with the same names: their digests were equal.
+        own = [[self._excess(name, part) % _MODULUS, part.numel] for name, part in parts.items()]
+        found = self.finish(self.start(torch.tensor(own, dtype=torch.int64).to(self.device))).tolist()
+        wrong = [
+            f"{name} ({count} of {part.shape[0] * part.shape[1]} elements)"
+            for (name, part), (excess, count) in zip(parts.items(), found, strict=True)
+            if excess % _MODULUS
+        ]
+        shown = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+        raise ValueError(
+            f"anchors: got parts that do not make up the whole weights: {shown}; expected each element on exactly one "
+            "rank: make or load the anchors with this model as it is sharded now"
+        )
+
     def _named(self, members: Sequence[int]) -> str:
         ranks = [str(dist.get_global_rank(self.group, member)) for member in members]
         return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(ranks)
 
     def _key(self, member: int) -> str:
-        return f"rpsft_kernels/{self.group.group_name}/{member}"
+        # By global rank: groups that were split off together have one name.
+        return f"rpsft_kernels/{self.group.group_name}/{dist.get_global_rank(self.group, member)}"
 
     def _report(self) -> None:
         """Leave word in the job's store that this rank has come as far as this call."""
         store = _store()
-        if store is not None:
-            store.set(self._key(self.rank), str(self._call))
+        try:
+            if store is not None:
+                store.set(self._key(self.rank), str(self._call))
+        except RuntimeError:
+            # Who keeps the store is gone. The sum will fail, and say more.
+            pass
+
+    def _catch_up(self, call: int) -> None:
+        if call > self._call:
+            _calls[self.group.group_name] = self._call = call
+            self._report()
 
     def _lost(self, error: RuntimeError) -> RuntimeError:
-        """What to raise when the group failed, by what the ranks have left in the store."""
-        behind, store = [], _store()
-        try:
-            for member in range(self.size) if store is not None else ():
-                key = self._key(member)
-                if not store.check([key]) or int(store.get(key)) < self._call:
-                    behind.append(member)
-            who = (
-                f"{self._named(behind)} never came to this call"
-                if behind
-                else "every rank had come to this call: one stopped in the middle of it"
-            )
-        except RuntimeError:
-            who = "the job's store, which rank 0 or the launcher keeps, is gone too"
+        """What to raise when the group failed, by what the ranks leave in the store."""
+        found: list[str] = []
+        # On a thread: a store whose keeper is gone may not answer at all.
+        thread = threading.Thread(target=lambda: found.append(self._whereabouts()), daemon=True)
+        thread.start()
+        thread.join(2 * _PATIENCE)
+        who = found[0] if found else "the job's store, which rank 0 or the launcher keeps, does not answer"
         return RuntimeError(
             f"rotation penalty: the sum over {self.size} ranks failed on rank {dist.get_rank()}: {who}; no gradient "
             f"was changed. The process group said: {error}"
         )
+
+    def _whereabouts(self) -> str:
+        store = _store()
+        if store is None:
+            return "which rank is missing is not known"
+        others = [member for member in range(self.size) if member != self.rank]
+        # Ranks that live fail as this one does, and say so.
+        words = {member: f"{self._key(member)}/{self._call}/lost" for member in range(self.size)}
+        absent: list[int] = []
+        silent: list[int] = []
+        try:
+            store.set(words[self.rank], "1")
+            until = time.monotonic() + _PATIENCE
+            while not store.check([words[member] for member in others]) and time.monotonic() < until:
+                time.sleep(_POLL)
+            for member in others:
+                if not store.check([words[member]]):
+                    key = self._key(member)
+                    came = store.check([key]) and int(store.get(key)) >= self._call
+                    (silent if came else absent).append(member)
+        except RuntimeError:
+            if not absent and not silent:
+                return "the job's store, which rank 0 or the launcher keeps, is gone too"
+        # Those that are silent may only wait, for what the backend has not told them yet.
+        if absent:
+            return f"{self._named(absent)} never came to this call"
+        if len(silent) == 1:
+            return f"{self._named(silent)} came to this call and fell silent in the middle of it"
+        if silent:
+            return f"at least one of {self._named(silent)} came to this call and stopped in the middle of it"
+        return "every rank came to this call and lost its connections to the others"
+
+
+def _measure(name: str, part: Part) -> int:
+    """A number that adds up over parts of the weight ``name`` and tells any two sets of elements apart, nearly surely:
+    the sum over their rows r and columns c of x^r y^c, times (x - 1) (y - 1), modulo a prime."""
+    seed = hashlib.blake2b(name.encode(), digest_size=16).digest()
+    x, y = (int.from_bytes(half, "little") % (_MODULUS - 2) + 2 for half in (seed[:8], seed[8:]))
+    return sum(
+        (pow(x, tile.rows[1], _MODULUS) - pow(x, tile.rows[0], _MODULUS))
+        * (pow(y, tile.cols[1], _MODULUS) - pow(y, tile.cols[0], _MODULUS))
+        for tile in part.tiles
+    )
 
 
 def _store() -> Any:

@@ -89,10 +89,6 @@ def _replicas(model: nn.Module) -> dict[int, Callable[[Tensor, str], LocalWeight
 
 
 def _replica_of(wrapper: Any) -> Callable[[Tensor, str], LocalWeight]:
-    def averaged() -> bool:
-        # Set by a forward pass whose backward pass averages, cleared by one under no_sync().
-        return bool(wrapper.require_forward_param_sync)
-
     def locate(tensor: Tensor, name: str) -> LocalWeight:
         shape = tuple(tensor.shape)
         return ReplicatedWeight(
@@ -100,7 +96,6 @@ def _replica_of(wrapper: Any) -> Callable[[Tensor, str], LocalWeight]:
             shape,
             Part.whole(shape),  # type: ignore[arg-type]
             wrapper.process_group,
-            averaged=averaged,
         )
 
     return locate

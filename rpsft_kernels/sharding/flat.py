@@ -131,9 +131,7 @@ def _located(handle: Any, index: int, shape: tuple[int, ...], original: nn.Param
         part, group = Part.range(matrix, begin, end), handle.process_group
     else:
         part, group = Part.whole(matrix), None
-    return FlatParameterWeight(
-        flat, shape, part, group, handle=handle, index=index, offset=offset, original=original
-    )
+    return FlatParameterWeight(flat, shape, part, group, handle=handle, index=index, offset=offset, original=original)
 
 
 def is_zero3(parameter: Any) -> bool:
@@ -159,33 +157,57 @@ class ZeroWeight(LocalWeight):
 
     @property
     def has_gradient(self) -> bool:
-        return True
+        # Without a gradient in this step's backward passes, the last step's is still in its place.
+        reduced = getattr(self._optimizer, "_offload_boundary_param_ids", None)
+        return reduced is None or self._deepspeed.ds_id in reduced
 
     @property
     def gradient_dtype(self) -> torch.dtype:
         return torch.float32
 
+    @property
+    def _optimizer(self) -> Any:
+        return self._deepspeed._z3_optimizer
+
     def values(self) -> Tensor:
         values: Tensor = self._deepspeed.ds_tensor.detach()
-        return values[: self.part.numel]
+        return values[: self.part.numel].view(self.part.local_shape)
 
     def check_gradient(self, name: str) -> None:
-        if self.requires_grad and not hasattr(self.parameter, "_z3_optimizer"):
+        if not self.requires_grad:
+            return
+        if not hasattr(self.parameter, "_z3_optimizer"):
             raise ValueError(f"{name}: got a parameter without DeepSpeed's optimizer; call deepspeed.initialize first")
+        optimizer = self._optimizer
+        if optimizer.offload_optimizer:
+            # Gradients reach the optimizer's side with the last micro-batch.
+            seen = optimizer._epilogue_ran_this_backward or optimizer.micro_step_id > 0
+            ready = seen and optimizer.is_gradient_accumulation_boundary()
+        else:
+            ready = bool(optimizer.averaged_gradients)
+        if not ready:
+            # DeepSpeed's next backward pass would write over what is added now.
+            raise ValueError(
+                f"{name}: got a DeepSpeed ZeRO-3 parameter without a gradient for the next step, expected this call "
+                "between engine.backward of the last micro-batch and engine.step"
+            )
 
     def gradient(self) -> Tensor:
         from deepspeed.utils import safe_get_local_grad
 
         gradient: Tensor = safe_get_local_grad(self.parameter)
-        return gradient.reshape(-1)[: self.part.numel]
+        return gradient.reshape(-1)[: self.part.numel].view(self.part.local_shape)
 
     def store(self, gradient: Tensor) -> None:
         from deepspeed.utils import safe_set_local_grad
 
         # The last ranks' partitions are padded.
         padded = gradient.new_zeros(self._deepspeed.ds_tensor.numel())
-        padded[: gradient.numel()] = gradient
+        padded[: gradient.numel()] = gradient.reshape(-1)
         safe_set_local_grad(self.parameter, padded)
+        reduced = getattr(self._optimizer, "_offload_boundary_param_ids", None)
+        if reduced is not None:
+            reduced.add(self._deepspeed.ds_id)
 
 
 def locate_zero3(parameter: Tensor, name: str) -> ZeroWeight:
@@ -194,8 +216,11 @@ def locate_zero3(parameter: Tensor, name: str) -> ZeroWeight:
     shape, group = tuple(deepspeed.ds_shape), deepspeed.ds_process_group
     length, total = deepspeed.ds_tensor.ds_numel, deepspeed.ds_numel
     begin = min(total, length * group.rank())
-    part = Part.range(shape, begin, min(total, begin + length))  # type: ignore[arg-type]
+    if group.size() > 1:
+        part = Part.range(shape, begin, min(total, begin + length))  # type: ignore[arg-type]
+    else:
+        part, group = Part.whole(shape), None  # type: ignore[arg-type]
     optimizer = getattr(parameter, "_z3_optimizer", None)
     # In float16 DeepSpeed keeps gradients multiplied by its loss scale until the step.
     factor = float(getattr(optimizer, "loss_scale", 1.0))
-    return ZeroWeight(parameter, shape, part, group if group.size() > 1 else None, factor)
+    return ZeroWeight(parameter, shape, part, group, factor)

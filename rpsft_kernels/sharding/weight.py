@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,11 +102,9 @@ class ReplicatedWeight(LocalWeight):
     """A weight that every rank of ``group`` holds whole and whose gradients are averaged over them by others.
 
     The work is divided: this rank's part is computed here alone, and its gradient multiplied by the group's size.
-    ``averaged`` says whether gradients have been averaged already, as far as the wrapper knows; ``unreachable`` why
-    they cannot be added to.
+    ``unreachable`` says why gradients cannot be added to.
     """
 
-    averaged: Callable[[], bool] = bool
     unreachable: str = ""
 
     def divided(self, part: Part, size: int) -> ReplicatedWeight:
