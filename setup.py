@@ -1,7 +1,11 @@
-"""Builds the optional CPU engine, rpsft_kernels._native, from csrc. All else about the package is in pyproject.toml.
+"""Builds the optional CPU engine, rpsft_kernels._native, from csrc, and GPU kernels ahead of time where they are asked
+for. All else about the package is in pyproject.toml.
 
 Without a compiler the package is pure Python and rpsft_kernels/_native_build.txt says why. RPSFT_NATIVE=0 leaves the
 engine out; RPSFT_NATIVE=1 makes its absence an error; CXX names the compiler.
+
+TORCH_CUDA_ARCH_LIST="8.0;9.0" compiles the GPU kernels for these architectures into rpsft_kernels/kernels of a wheel
+and names them in its local version; MAX_JOBS processes compile. RPSFT_AOT_KERNELS restricts them (globs, for tests).
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,10 +24,12 @@ from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 SOURCES: dict[str, list[dict[str, Any]]] = json.loads(Path("csrc/sources.json").read_text(encoding="utf-8"))
 WISH = os.environ.get("RPSFT_NATIVE", "")
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
 REASON = "_native_build.txt"
 COMPILE = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # NDEBUG: pybind11's assertions would put the paths of its headers here into the module.
@@ -131,7 +138,37 @@ class BuildNative(build_ext):
         self.extensions = [e for e in self.extensions if Path(self.build_lib, self.get_ext_filename(e.name)).exists()]
 
 
+class BuildPython(build_py):
+    def run(self) -> None:
+        super().run()
+        folder = Path(self.build_lib, "rpsft_kernels", "kernels")
+        # Kernels of an earlier build may not pass for this one's.
+        shutil.rmtree(folder, ignore_errors=True)
+        if not ARCHITECTURES:
+            return
+        if self.editable_mode:
+            print("TORCH_CUDA_ARCH_LIST: editable installs get none; python -m rpsft_kernels kernels --build")
+            return
+        # In a process of its own: the package is not installed yet, and Triton wants an environment of its own.
+        paths = [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        command = [sys.executable, "-m", "rpsft_kernels.aot_build", "--arch", ARCHITECTURES, "--output", str(folder)]
+        sys.stdout.flush()
+        if subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode != 0:
+            raise CompileError("the GPU kernels that TORCH_CUDA_ARCH_LIST asks for were not built: see above")
+
+
+def local_version() -> str:
+    """What the version says of the kernels inside: "+sm80.sm90" for "8.0;9.0". A source distribution has none."""
+    words = re.split(r"[;,\s]+", ARCHITECTURES.lower().replace("+ptx", ""))
+    plain = [re.sub(r"[^a-z0-9]", "", word) for word in words]
+    names = [word if word.startswith("gfx") else f"sm{word}" for word in plain if word]
+    return "+" + ".".join(dict.fromkeys(names)) if names and "sdist" not in sys.argv else ""
+
+
 setup(
+    # Importing the package and compiling its kernels take more than a plain build.
+    setup_requires=["triton>=3.6", "torch>=2.6", "numpy", "safetensors", "tqdm"] if ARCHITECTURES else [],
+    options={"egg_info": {"tag_build": local_version()}},
     ext_modules=[
         Extension(
             "rpsft_kernels._native",
@@ -139,5 +176,5 @@ setup(
             optional=WISH != "1",
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
 )

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rpsft_kernels.ops.triton.compile import DESCRIPTORS, SHARED_LIMIT
+from rpsft_kernels.ops.triton.compile import SHARED_LIMIT
+from rpsft_kernels.ops.triton.profile import DESCRIPTORS
 from rpsft_kernels.ops.triton.variant import list_variants
 
 # The matrix instructions of each generation.

@@ -296,3 +296,20 @@ def test_inputs_are_not_written(device: torch.device) -> None:
     project(problems)
     for kind, copy in zip(pieces, copies, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(kind, copy, strict=True))
+
+
+def test_blocks_and_drifts_may_lie_anywhere(device: torch.device) -> None:
+    """At any address, they give the bits that they give at a multiple of 16 bytes."""
+
+    def moved(matrix: Tensor) -> Tensor:
+        lies = torch.empty(matrix.numel() + 1, device=device)[1:].view(matrix.shape).copy_(matrix)
+        assert lies.data_ptr() % 16 != 0
+        return lies
+
+    weights, lefts, rights, _, blocks = lists(problems_of(((33, 257, 16), (200, 64, 48)), "block", HALF[0], device))
+    drifts, squares = ops.project_drift(weights, lefts, rights, [], blocks, "triton")
+    others, _ = ops.project_drift(weights, lefts, rights, [], [moved(block) for block in blocks], "triton")
+    grads = ops.pull_back([], lefts, rights, [], drifts, squares, HALF[0], "triton")
+    pulled = ops.pull_back([], lefts, rights, [], [moved(drift) for drift in drifts], squares, HALF[0], "triton")
+    for one, other in zip(drifts + grads, others + pulled, strict=True):
+        assert torch.equal(one, other)

@@ -7,21 +7,28 @@ pull       ``P = scale * U C``                 variant per layout and dtype (``v
 gradient   ``G (+)= P V^T``
 ========== ================================== =================================================
 
-Triton is imported by this package alone, and only when it is first asked for.
+Triton is imported by ``kernels``, ``jit`` and ``compile`` alone, and only for what it has to compile or interpret:
+planning does without, and so do kernels compiled ahead of time (``rpsft_kernels.aot``).
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ... import aot
+
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton)"
+    if not aot.triton_installed():
+        missing = "the package triton is not installed (pip install triton)"
+        if device.type != "cuda":
+            return missing
+        reason = aot.unavailable(device)
+        if reason is not None:
+            return f"{missing}, and {reason}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return "its kernels take bfloat16, float16 and float32"
     if device.type == "cuda":

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .forward import access_of, addresses, static_columns, up
+from .forward import access_of, addresses, static_columns, up, vectors
 from .launch import launch
 from .problem import Problem, PullGroup, is_transposed, lies
 from .profile import Profile, device_profile, rank_class
@@ -51,10 +51,9 @@ def plan_backward(
         return pull_variant(arch, basis, rank, group.transposed, access, drift_aligned)
 
     def gradient_of(even: bool) -> Variant:
-        access = access_of(profile, group.aligned, even)
-        return gradient_variant(
-            arch, basis, group.grad, rank, group.rows_contiguous, access, group.grad_aligned, accumulate
-        )
+        aligned = group.aligned and group.grad_aligned
+        access = access_of(profile, aligned, even)
+        return gradient_variant(arch, basis, group.grad, rank, group.rows_contiguous, access, aligned, accumulate)
 
     pm, pn, pk = pull_of(False).blocks
     gm, gn, gk = gradient_of(False).blocks
@@ -101,6 +100,8 @@ def describe(left: Tensor, right: Tensor, grad: Tensor, profile: Profile) -> tup
     aligned = all((b.descriptor if profile.descriptors else b.pointer) and not b.rows_contiguous for b in bases)
     place = lies(grad, transposed)
     rank = left.shape[1]
+    # C is read in vectors where all else is.
+    aligned = aligned and rank % 4 == 0
     rows, cols = sorted(grad.shape)
     group = PullGroup(
         left.dtype, grad.dtype, rank_class(rank), transposed, place.rows_contiguous, aligned, place.pointer
@@ -119,7 +120,7 @@ def run_backward(
     """``grads = scale * U C V^T``, or ``+=``."""
     device = scales.device
     profile = device_profile(device)
-    drifts = [c.to(torch.float32).contiguous() for c in drifts]
+    drifts = [vectors(c) for c in drifts]
     scales = scales.to(torch.float32).contiguous()
     groups: dict[PullGroup, list[tuple[int, Problem]]] = {}
     for i, grad in enumerate(grads):
@@ -127,8 +128,7 @@ def run_backward(
         groups.setdefault(group, []).append((i, problem))
     for group, entries in groups.items():
         members = [i for i, _ in entries]
-        drift_aligned = all(p.rank % 4 == 0 and drifts[i].data_ptr() % 16 == 0 for i, p in entries)
-        plan = plan_backward(profile, group, tuple(p for _, p in entries), drift_aligned, accumulate)
+        plan = plan_backward(profile, group, tuple(p for _, p in entries), group.aligned, accumulate)
         planes = torch.empty(plan.planes_size, dtype=torch.bfloat16, device=device)
         first, second = (rights, lefts) if group.transposed else (lefts, rights)
         columns = dict(plan.columns)

@@ -17,8 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .profile import interpreted
-from .variant import ARGUMENT_TYPES, ARGUMENTS, KERNELS, Variant, list_variants
+from .kernels import KERNELS, kernel_constants
+from .profile import DESCRIPTORS, interpreted
+from .variant import ARGUMENT_TYPES, ARGUMENTS, Variant, list_variants
 
 # Name of a tile table -> the compiler's target.
 TARGETS = {
@@ -29,7 +30,6 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DESCRIPTORS = {"sm_80": False, "sm_86": False, "sm_90": True, "sm_100": True, "sm_120": True, "gfx942": False}
 # Bytes of shared memory that one block may use.
 SHARED_LIMIT = {
     "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,
@@ -56,7 +56,9 @@ class Resources:
 
 
 def compile_variant(variant: Variant, architecture: str) -> Any:
-    """Triton's compiled kernel (``.asm`` holds "ttgir", "ptx", "cubin" or "hsaco")."""
+    """Triton's compiled kernel (``.asm`` holds "ttgir", "ptx", "cubin" or "hsaco"), for one of ``TARGETS`` or any other
+    compute capability by the same way of naming.
+    """
     if interpreted():
         raise ValueError("TRITON_INTERPRET is set: the interpreter cannot compile; unset it")
     names = ARGUMENTS[variant.kernel]
@@ -64,11 +66,15 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     signature |= {name: "constexpr" for name, _ in variant.constants}
     # torch allocates every argument at a multiple of 16 bytes at least.
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(names))}
-    source = ASTSource(KERNELS[variant.kernel], signature, constexprs=dict(variant.constants), attrs=attributes)
+    source = ASTSource(KERNELS[variant.kernel], signature, constexprs=kernel_constants(variant), attrs=attributes)
     options = variant.options()
     if architecture.startswith("sm_"):
         options["maxnreg"] = variant.registers
-    return triton.compile(source, target=TARGETS[architecture], options=options)
+    return triton.compile(source, target=_target(architecture), options=options)
+
+
+def _target(architecture: str) -> GPUTarget:
+    return TARGETS.get(architecture) or GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
 
 
 def read_resources(variant: Variant, architecture: str) -> Resources:

@@ -152,6 +152,8 @@ def describe(
     bases = [lies(left, False), lies(right, False)]
     aligned = all(p.descriptor if profile.descriptors else p.pointer for p in pieces + bases)
     aligned = aligned and len({p.rows_contiguous for p in pieces}) == 1 and not any(b.rows_contiguous for b in bases)
+    # C and B are read and written in vectors where all else is.
+    aligned = aligned and rank % 4 == 0
     form = Form(weight.dtype, None if base is None else base.dtype, left.dtype)
     rows, cols = sorted(weight.shape)
     group = Group(form, rank_class(rank), transposed, aligned and pieces[0].rows_contiguous, aligned)
@@ -161,6 +163,12 @@ def describe(
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [t.data_ptr() for t in tensors]
+
+
+def vectors(square: Tensor) -> Tensor:
+    """A k x k matrix in float32, contiguous, and at a multiple of 16 bytes as fresh tensors are."""
+    square = square.to(torch.float32).contiguous()
+    return square if square.data_ptr() % 16 == 0 else square.clone()
 
 
 def run_forward(
@@ -175,19 +183,14 @@ def run_forward(
     profile = device_profile(device)
     drifts = [w.new_empty((u.shape[1], u.shape[1]), dtype=torch.float32) for w, u in zip(weights, lefts, strict=True)]
     squares = weights[0].new_empty((len(weights),), dtype=torch.float32)
-    blocks = [b.contiguous() for b in blocks]
+    blocks = [vectors(b) for b in blocks]
     groups: dict[Group, list[tuple[int, Problem]]] = {}
     for i, weight in enumerate(weights):
         group, problem = describe(weight, lefts[i], rights[i], bases[i] if bases else None, profile)
         groups.setdefault(group, []).append((i, problem))
     for group, entries in groups.items():
         members = [i for i, _ in entries]
-        # C is read and written in vectors where its rows begin at 16 bytes.
-        drift_aligned = all(
-            p.rank % 4 == 0 and drifts[i].data_ptr() % 16 == 0 and (not blocks or blocks[i].data_ptr() % 16 == 0)
-            for i, p in entries
-        )
-        plan = plan_forward(profile, group, tuple(p for _, p in entries), bool(blocks), drift_aligned)
+        plan = plan_forward(profile, group, tuple(p for _, p in entries), bool(blocks), group.aligned)
         planes = torch.empty(plan.planes_size, dtype=torch.bfloat16, device=device)
         partial = torch.empty(plan.partial_size, dtype=torch.float32, device=device)
         slots = torch.empty(plan.slots, dtype=torch.float32, device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import fields as f
+from . import columns as f
 from .tile import address, extent, inlined, narrow, read_tile, strides
 
 

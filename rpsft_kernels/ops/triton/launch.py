@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
 from torch import Tensor
 
-from .variant import KERNELS, Variant
-
-
-def _scratch(device: torch.device) -> Any:
-    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
-
-    return allocate
+from ... import aot
+from .variant import Variant
 
 
 def launch(variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
-    """Run ``programs`` programs of a variant on the current stream of ``device``; nothing to do for none."""
-    if programs == 0:
+    """Run ``programs`` programs of a variant on the current stream of ``device``; nothing to do for none.
+
+    A kernel compiled ahead of time serves the launch where there is one, else Triton compiles it.
+    """
+    if programs == 0 or (device.type == "cuda" and aot.start(variant, programs, device, arguments)):
         return
-    if device.type == "cuda":
-        # Descriptors made inside a kernel live in scratch memory that Triton asks of its caller.
-        triton.set_allocator(_scratch(device))
-        with torch.cuda.device(device):
-            options = variant.options()
-            if torch.version.hip is None:
-                options["maxnreg"] = variant.registers
-            _start(variant, programs, arguments, options)
-    else:
-        _start(variant, programs, arguments, variant.options())
+    # Here, not above: triton is imported for what only it can launch.
+    from .jit import launch_jit
 
-
-def _start(variant: Variant, programs: int, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-    KERNELS[variant.kernel][(programs,)](*arguments, **dict(variant.constants), **options)
+    launch_jit(variant, programs, device, arguments)

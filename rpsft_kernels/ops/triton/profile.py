@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .tile import INTERPRETED
+from ... import aot
 
 _TABLES = Path(__file__).with_name("tiles")
 PHASES = ("project", "drift", "pull", "gradient", "full")
@@ -39,6 +40,8 @@ class TileConfig:
     per_multiprocessor: int
 
 
+# Whether an architecture reads aligned operands through tensor descriptors.
+DESCRIPTORS = {"sm_80": False, "sm_86": False, "sm_90": True, "sm_100": True, "sm_120": True, "gfx942": False}
 # Newest first: a device takes the table of the newest architecture that is not newer than itself.
 _CUDA_TABLES = ((120, "sm_120"), (100, "sm_100"), (90, "sm_90"), (86, "sm_86"), (80, "sm_80"))
 
@@ -51,17 +54,25 @@ def cuda_architecture(capability: int) -> str:
     raise ValueError(f"compute capability {capability / 10:.1f}: the kernels need 8.0 (bfloat16 tensor cores) or newer")
 
 
-@lru_cache(maxsize=64)
 def device_profile(device: torch.device) -> Profile:
     """The profile of a GPU, or the interpreter's for the CPU."""
+    profile = _own_profile(device)
+    if device.type == "cpu" or torch.version.hip is not None:
+        return profile
+    table = aot.table_for(device, profile.architecture)
+    return Profile(table, profile.multiprocessors, DESCRIPTORS[table])
+
+
+@lru_cache(maxsize=64)
+def _own_profile(device: torch.device) -> Profile:
     if device.type == "cpu":
         # Few programs, so that each walks several tiles and weights, as on a GPU.
         return Profile("interpreter", 3, False)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Profile("gfx942", properties.multi_processor_count, False)
-    capability = properties.major * 10 + properties.minor
-    return Profile(cuda_architecture(capability), properties.multi_processor_count, capability >= 90)
+    architecture = cuda_architecture(properties.major * 10 + properties.minor)
+    return Profile(architecture, properties.multi_processor_count, DESCRIPTORS[architecture])
 
 
 @lru_cache(maxsize=16)
@@ -91,6 +102,11 @@ def rank_class(rank: int) -> int:
     return next((bound for bound in _RANK_CLASSES if rank <= bound), _RANK_CLASSES[-1] + 1)
 
 
+def rank_classes() -> tuple[int, ...]:
+    """One rank of each class."""
+    return (*_RANK_CLASSES, _RANK_CLASSES[-1] + 1)
+
+
 def tile_config(architecture: str, phase: str, rank: int, operands: str) -> TileConfig:
     """The tile shape of a phase for weights of ``rank`` whose operands are of a class of the table:
 
@@ -106,5 +122,12 @@ def tile_config(architecture: str, phase: str, rank: int, operands: str) -> Tile
 
 
 def interpreted() -> bool:
-    """Whether Triton runs in its interpreter (``TRITON_INTERPRET=1`` when triton was imported)."""
-    return bool(INTERPRETED.value)
+    """Whether Triton runs in its interpreter: ``TRITON_INTERPRET=1`` when the kernels were imported, or would be now.
+
+    Asked without importing triton, which planning and ahead-of-time kernels do without.
+    """
+    tile = sys.modules.get(f"{__package__}.tile")
+    if tile is not None:
+        return bool(tile.INTERPRETED.value)
+    # What Triton takes for yes.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

@@ -8,25 +8,9 @@ from itertools import product
 from typing import Any
 
 import torch
-import triton.language as tl
 
-from .drift import drift_kernel, reduce_kernel, squares_kernel
-from .full import full_drift_kernel, full_gradient_kernel
-from .gradient import gradient_kernel
 from .profile import TileConfig, tile_config
-from .project import project_kernel
-from .pull import pull_kernel
 
-KERNELS = {
-    "project": project_kernel,
-    "drift": drift_kernel,
-    "reduce": reduce_kernel,
-    "squares": squares_kernel,
-    "pull": pull_kernel,
-    "gradient": gradient_kernel,
-    "full_drift": full_drift_kernel,
-    "full_gradient": full_gradient_kernel,
-}
 # The arguments that are not compile-time constants: int64 table, int32 schedule, float32 vectors.
 ARGUMENTS = {
     "project": ("table", "starts", "runs", "order"),
@@ -47,17 +31,14 @@ ARGUMENT_TYPES = {
     "totals": "*fp32",
     "scales": "*fp32",
 }
-TYPES: dict[torch.dtype, tl.dtype] = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-}
+# The names by which constants hold dtypes; ``kernels`` turns them into Triton's own.
+TYPES: dict[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel: its name in ``KERNELS``, its constants, warps and pipeline stages, and how many of its
-    programs share a multiprocessor.
+    """One compiled kernel: its name in ``ARGUMENTS``, its constants (plain values), warps and pipeline stages, and how
+    many of its programs share a multiprocessor.
     """
 
     kernel: str
@@ -337,5 +318,5 @@ def _all_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...]) 
     for (weight, base), aligned in product(WEIGHT_AND_BASE, _BOTH):
         if base is not None:
             yield full_drift_variant(architecture, weight, base, aligned)
-            for accumulate in _BOTH:
-                yield full_gradient_variant(architecture, weight, base, weight, aligned, accumulate)
+            for grad, accumulate in product(_GRADS, _BOTH):
+                yield full_gradient_variant(architecture, weight, base, grad, aligned, accumulate)

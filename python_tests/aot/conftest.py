@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rpsft_kernels import aot
+from rpsft_kernels.aot_build import build_kernels
+
+ARCHITECTURES = "8.0;9.0"
+# A few of each kind: with masks and without, through pointers and descriptors, elementwise.
+ONLY = (
+    "squares*;"
+    "project(weight_type=bf16, base_type=bf16, basis_type=bf16, rows_contiguous=True, aligned=True*;"
+    "pull(basis_type=bf16, transposed=True, aligned=True*;"
+    "gradient(grad_type=fp32, basis_type=bf16, aligned=True*accumulate=True*;"
+    "gradient(grad_type=bf16, basis_type=bf16, basis_parts*;"
+    "full_gradient(weight_type=bf16, base_type=bf16, grad_type=fp32, aligned=True, accumulate=True*"
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(_chosen_by_the_test: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the environment asks for, and what was logged or decided before, must not decide what a test tests."""
+    for name in ("RPSFT_AOT", "RPSFT_AOT_KERNELS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(aot, "_said", set())
+    for cached in (aot._chosen, aot._loaded):
+        cached.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of kernels for sm_80 and sm_90 at ranks up to 32."""
+    folder = tmp_path_factory.mktemp("aot") / "kernels"
+    build_kernels(ARCHITECTURES, folder, ranks=(32,), jobs=2, only=ONLY)
+    return folder

@@ -1,0 +1,205 @@
+"""What a build writes: every entry of a manifest against the file that it describes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from rpsft_kernels import aot
+from rpsft_kernels.aot_build import build_kernels, parameter_table, parse_architectures, wanted_variants
+from rpsft_kernels.cli import main
+from rpsft_kernels.ops.triton.compile import SHARED_LIMIT
+from rpsft_kernels.ops.triton.variant import ARGUMENTS, list_variants
+
+# One worker for what shares the built folder.
+pytestmark = pytest.mark.xdist_group("aot")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / aot.MANIFEST).read_text())
+    return loaded
+
+
+def cuobjdump(option: str, path: Path) -> str:
+    return subprocess.run([str(CUOBJDUMP), option, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def test_every_file_is_the_one_that_the_manifest_describes(kernels: Path) -> None:
+    described = {aot.MANIFEST}
+    for entry in manifest(kernels)["kernels"]:
+        for file in [entry] + ([entry["ptx"]] if "ptx" in entry else []):
+            assert hashlib.sha256((kernels / file["file"]).read_bytes()).hexdigest() == file["sha256"]
+            described.add(file["file"])
+    assert {path.name for path in kernels.iterdir()} == described
+
+
+def test_machine_code_is_what_its_entry_says(kernels: Path) -> None:
+    entries = manifest(kernels)["kernels"]
+    assert {entry["kernel"] for entry in entries} == {"squares", "project", "pull", "gradient", "full_gradient"}
+    for entry in entries:
+        assert entry["format"] == "cubin"
+        path = kernels / entry["file"]
+        text = cuobjdump("-elf", path)
+        number = entry["arch"].removeprefix("sm_").rstrip("a")
+        assert re.search(
+            rf"arch = sm_{number}\b|-arch {entry['arch']}\b|sm_{number}a?\b", cuobjdump("-lelf", path) + text
+        )
+        assert f".text.{entry['entry']}" in text
+        usage = cuobjdump("-res-usage", path)
+        assert f"Function {entry['entry']}" in usage
+        assert f"REG:{entry['registers']} " in usage
+        assert "STACK:0 " in usage
+        assert entry["spilled"] == 0
+        assert 0 < entry["registers"] <= entry["maximal_registers"]
+        assert entry["registers"] * entry["threads"] * entry["residents"] <= 64 << 10
+        assert entry["threads"] == 32 * entry["warps"]
+        assert entry["shared"] * entry["residents"] <= SHARED_LIMIT[entry["table"]] + (1 << 10)
+
+
+def test_what_a_launch_packs_is_what_the_code_reads(kernels: Path) -> None:
+    for entry in manifest(kernels)["kernels"]:
+        text = cuobjdump("-elf", kernels / entry["file"])
+        records = re.findall(r"Ordinal\s*:\s*(0x\w+)\s+Offset\s*:\s*(0x\w+)\s+Size\s*:\s*(0x\w+)", text)
+        read = {int(ordinal, 16): [int(offset, 16), int(size, 16)] for ordinal, offset, size in records}
+        assert [read[i] for i in range(len(read))] == entry["layout"]
+        assert [argument["name"] for argument in entry["arguments"]] == list(ARGUMENTS[entry["kernel"]])
+        # The declared pointers, and Triton's two: scratch memory and its profiler's.
+        assert entry["layout"] == [[8 * i, 8] for i in range(len(entry["arguments"]) + 2)]
+        assert all(argument["divisibility"] == 16 for argument in entry["arguments"])
+
+
+def test_descriptors_live_in_scratch_memory(kernels: Path) -> None:
+    sizes = {entry["constants"].get("DESCRIPTOR", False): entry["scratch"] for entry in manifest(kernels)["kernels"]}
+    assert sizes[True]["size"] > 0
+    assert sizes[True]["alignment"] <= 512
+    assert sizes[False]["size"] == 0
+
+
+def test_ptx_is_kept_of_the_newest_architecture_whose_ptx_others_can_take(kernels: Path) -> None:
+    for entry in manifest(kernels)["kernels"]:
+        assert ("ptx" in entry) == (entry["arch"] == "sm_80")
+        if "ptx" in entry:
+            text = (kernels / entry["ptx"]["file"]).read_text()
+            assert re.search(r"^\.target sm_80$", text, re.M)
+            assert f".entry {entry['entry']}(" in text
+
+
+def test_no_path_of_this_machine_is_in_a_file(kernels: Path) -> None:
+    for path in kernels.iterdir():
+        for place in (REPOSITORY, Path(sys.prefix), kernels.parent):
+            assert os.fsencode(place) not in path.read_bytes(), path.name
+
+
+def test_two_builds_are_the_same_to_the_last_byte(kernels: Path, tmp_path: Path) -> None:
+    """In another working directory, with another cache, in one process after the other, from the command line."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "temporary").mkdir()
+    found = manifest(kernels)
+    command = [sys.executable, "-m", "rpsft_kernels.aot_build", "--arch", "9.0a 8.0", "--output", "again"]
+    command += ["--rank", "32", "--jobs", "1", "--only", found["only"]]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(REPOSITORY)}
+    run = subprocess.run(command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert re.search(r"\d+ kernels in \d+ files, [\d.]+ MB, \d+ s; peak memory \d+ MiB in the largest", run.stdout)
+    again = tmp_path / "elsewhere" / "again"
+    assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in kernels.iterdir()}
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_ids_tell_variants_and_architectures_apart() -> None:
+    variants = list(list_variants("sm_90", True, (32, 768)))
+    ids = {aot.kernel_id(variant, arch) for variant in variants for arch in ("sm_90a", "sm_80")}
+    assert len(ids) == 2 * len(variants)
+
+
+def test_a_library_opens_what_was_built(kernels: Path) -> None:
+    library = aot.Library.open(kernels)
+    assert [name for name, _ in library.arches()] == ["sm_90a", "sm_80"]
+    for table, descriptors, arch in (("sm_90", True, "sm_90a"), ("sm_80", False, "sm_80")):
+        wanted = wanted_variants(table, (32,), library.manifest["only"])
+        assert len(wanted) >= 6
+        assert set(wanted) <= set(list_variants(table, descriptors, (32,)))
+        assert all(aot.kernel_id(variant, arch) in library.by_id for variant in wanted)
+    assert re.search(r"sm_90a +\d+ kernels in \d+ files", library.summary())
+    for entry in library.manifest["kernels"]:
+        assert parameter_table((kernels / entry["file"]).read_bytes(), entry["entry"])
+    with pytest.raises(ValueError, match=r"has no section \.nv\.info\.absent_kernel"):
+        parameter_table((kernels / library.manifest["kernels"][0]["file"]).read_bytes(), "absent_kernel")
+
+
+def test_kernels_of_other_sources_are_refused(kernels: Path, tmp_path: Path) -> None:
+    found = manifest(kernels)
+    for change, message in (
+        ({"sources": "0" * 64}, "were compiled from other sources"),
+        ({"schema": 99}, "got schema 99, expected 1"),
+    ):
+        (tmp_path / aot.MANIFEST).write_text(json.dumps(found | change))
+        with pytest.raises(ValueError, match=message):
+            aot.Library.open(tmp_path)
+    (tmp_path / aot.MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json: "):
+        aot.Library.open(tmp_path)
+    with pytest.raises(ValueError, match="carries no kernels compiled ahead of time"):
+        aot.Library.open(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("word", ["7.5", "9.5", "8.0a", "Hopper", "sm_90", "gfx90a", "gfx942+PTX", "8.0+ptx", ""])
+def test_unknown_architectures_are_refused_by_name(word: str) -> None:
+    with pytest.raises(ValueError, match=rf"TORCH_CUDA_ARCH_LIST: got {re.escape(repr(word))}, expected some of 8\.0"):
+        parse_architectures(f"9.0;{word}" if word else "")
+
+
+def test_architectures_are_read_as_torch_writes_them() -> None:
+    def read(text: str) -> list[tuple[str, str, bool]]:
+        return [(target.arch, target.table, target.ptx) for target in parse_architectures(text)]
+
+    assert read("8.0;9.0;10.0") == [
+        ("sm_80", "sm_80", True), ("sm_90a", "sm_90", False), ("sm_100a", "sm_100", False)
+    ]  # fmt: skip
+    assert read("gfx942 10.0a, 8.9") == [
+        ("sm_89", "sm_86", True), ("sm_100a", "sm_100", False), ("gfx942", "gfx942", False)
+    ]  # fmt: skip
+    assert read("9.0 9.0+PTX 9.0a") == [("sm_90a", "sm_90", True)]
+    assert read("8.6 8.0+PTX") == [("sm_80", "sm_80", True), ("sm_86", "sm_86", True)]
+
+
+def test_a_build_replaces_builds_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(ValueError, match="folder: .* holds something other than kernels"):
+        build_kernels("8.0", tmp_path, ranks=(32,), only="squares*")
+    with pytest.raises(ValueError, match="only: no variant's label matches 'nothing'"):
+        build_kernels("8.0", tmp_path / "new", ranks=(32,), only="nothing")
+    for arch in ("8.0", "9.0;gfx942"):
+        assert main(["kernels", "--build", arch, "--output", str(tmp_path / "new"), "--only", "squares*"]) == 0
+    assert "2 kernels in 3 files" in capsys.readouterr().out
+    assert manifest(tmp_path / "new")["architectures"] == ["sm_90a", "gfx942"]
+    amd = manifest(tmp_path / "new")["kernels"][1]
+    assert (amd["format"], amd["threads"], amd["layout"]) == ("hsaco", 256, [[8 * i, 8] for i in range(5)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"]
+    with pytest.raises(SystemExit, match=r"got '7\.0'"):
+        main(["kernels", "--build", "7.0"])
+
+
+def test_the_native_launcher_takes_every_kernel(kernels: Path) -> None:
+    """What needs no driver: the layouts are accepted, and a grid of nothing is done."""
+    launcher = getattr(pytest.importorskip("rpsft_kernels._native"), "cuda", None)
+    if launcher is None:
+        pytest.skip("the native module has no CUDA launcher")
+    for entry in manifest(kernels)["kernels"]:
+        layout = [(offset, size) for offset, size in entry["layout"]]
+        image = (kernels / entry["file"]).read_bytes()
+        kernel = launcher.Kernel(image, entry["entry"], entry["id"], entry["threads"], entry["shared"], layout)
+        kernel.launch(0, 0, (0, 1, 1), [0] * len(layout))
+        with pytest.raises(ValueError, match=rf"arguments: got 1, expected {len(layout)}"):
+            kernel.launch(0, 0, (0, 1, 1), [0])

@@ -1,0 +1,84 @@
+"""Planning takes torch and the standard library alone, and asks for no kernel that a build leaves out."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from rpsft_kernels.ops.triton import backward, forward, whole
+from rpsft_kernels.ops.triton.profile import DESCRIPTORS, Profile, rank_classes
+from rpsft_kernels.ops.triton.variant import WEIGHT_AND_BASE, Variant, list_variants
+
+WITHOUT_TRITON = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def run_without_triton(program: str, **environment: str) -> str:
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON + program], env=variables, capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_planning_imports_no_triton() -> None:
+    program = """
+from rpsft_kernels import aot, aot_build
+from rpsft_kernels.ops.triton import (
+    backward, fields, forward, launch, problem, profile, report, schedule, table, tune, variant, whole
+)
+assert not any(name.split(".")[0] == "triton" for name in sys.modules)
+print(len(list(variant.list_variants("sm_90", True, profile.rank_classes()))) > 100)
+print(report.schedule_report([(4096, 4096)], 768).launches)
+print(profile.interpreted())
+"""
+    assert run_without_triton(program).split() == ["True", "5", "False"]
+    assert run_without_triton(program, TRITON_INTERPRET="1").split() == ["True", "5", "True"]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_every_launch_of_anchors_that_the_package_makes_is_listed(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes, ranks, dtypes and layouts of all kinds: their kernels are among those that are compiled ahead of time."""
+    descriptors = DESCRIPTORS[architecture]
+    asked: dict[Variant, Any] = {}
+    case: Any = None
+    for module in (forward, backward, whole):
+        monkeypatch.setattr(module, "device_profile", lambda _: Profile(architecture, 8, descriptors))
+        monkeypatch.setattr(module, "launch", lambda variant, *_: asked.setdefault(variant, case))
+    shapes = ((200, 328), (328, 200), (201, 330), (328, 201))
+    for (m, n), rank, (dtype, base), basis, padded in itertools.product(
+        shapes, (16, 20, 65, 144), WEIGHT_AND_BASE, (torch.bfloat16, torch.float32), (False, True)
+    ):
+        case = (m, n, rank, dtype, base, basis, padded)
+        weight = torch.zeros(m, n, dtype=dtype)
+        width = -(-rank // 8) * 8 if padded else rank
+        left, right = (torch.zeros(size, width, dtype=basis)[:, :rank] for size in (m, n))
+        bases = [] if base is None else [weight.to(base)]
+        blocks = [torch.zeros(rank, rank)] if base is None else []
+        drifts, _ = forward.run_forward([weight], [left], [right], bases, blocks)
+        for grad, accumulate in itertools.product((dtype, torch.float32), (False, True)):
+            grads = [torch.zeros(m, n, dtype=grad)]
+            backward.run_backward(grads, [left], [right], drifts, torch.ones(1), accumulate)
+            if bases:
+                whole.run_whole_forward([weight], bases)
+                whole.run_whole_backward(grads, [weight], bases, torch.ones(1), accumulate)
+    listed = set(list_variants(architecture, descriptors, rank_classes()))
+    assert len(asked) > 100
+    assert {variant.label(): case for variant, case in asked.items() if variant not in listed} == {}
