@@ -225,11 +225,11 @@ def evaluate(prepared: Prepared, use: Callable[[Bucket, list[Tensor]], None] | N
             one.drifts = []
             one.pending = prepared.exchanges[bucket.group_name].start(one.flat.detach())
         shared.append(one)
-    sums = [
-        _Sums.of(exchange, members, shared)
-        for name, exchange in prepared.exchanges.items()
-        if (members := [p for p in shared if p.bucket.group_name == name])
-    ]
+    sums = []
+    for name, exchange in prepared.exchanges.items():
+        members = _of_group_projected(shared, name)
+        if members:
+            sums.append(_Sums.of(exchange, members, shared))
     for group in sums:
         group.finish()
     # Where one group's ranks refuse, none waits for them in another.
@@ -249,6 +249,10 @@ def evaluate(prepared: Prepared, use: Callable[[Bucket, list[Tensor]], None] | N
     device = prepared.terms[0].weight.device
     # One concatenation and one sum, in a fixed order.
     return torch.cat([part.reshape(-1).to(device) for part in squares + summands]).sum()
+
+
+def _of_group_projected(projected: list[_Projected], name: str) -> list[_Projected]:
+    return [one for one in projected if one.bucket.group_name == name]
 
 
 @dataclass
