@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import rpsft_kernels
 from rpsft_kernels.cli import main
 
 
@@ -15,3 +17,16 @@ def test_schedule_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_targets_are_refused() -> None:
     with pytest.raises(SystemExit, match="--arch: got 'sm_70', expected one of sm_80"):
         main(["compile", "--arch", "sm_70"])
+
+
+def test_env_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RPSFT_ISA", "portable")
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    lines = {line[:24].strip(): line[24:] for line in printed.splitlines() if line[0] != " "}
+    assert lines["rpsft_kernels"] == rpsft_kernels.__version__
+    assert lines["torch"].startswith(torch.__version__)
+    assert lines["RPSFT_ISA"] == "portable"
+    assert lines["cpu torch"] == "available"
+    assert "portable" in lines["instruction sets"] or "not built" in lines["instruction sets"]
+    assert "kernels" in lines and "triton" in lines

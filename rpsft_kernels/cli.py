@@ -1,4 +1,5 @@
-"""``python -m rpsft_kernels``: the kernels' schedule, each rank's costs, a roofline, compilation, and tuning."""
+"""``python -m rpsft_kernels``: the kernels' schedule, each rank's costs, a roofline, compilation, tuning,
+and what a bug report needs."""
 
 from __future__ import annotations
 
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--only", default="", help="globs on variants' labels, separated by semicolons")
     kernels.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
 
+    commands.add_parser("env", help="what a bug report needs: versions, backends, kernels, devices")
+
     tune = commands.add_parser("tune", help="time tile shapes on this GPU and write a table for RPSFT_TILES")
     tune.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
     tune.add_argument("--rank", type=int, default=768)
@@ -71,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "roofline": _roofline,
         "compile": _compile,
         "kernels": _kernels,
+        "env": _env,
         "tune": _tune,
     }
     return commands[options.command](options)
@@ -173,6 +177,13 @@ def _kernels(options: argparse.Namespace) -> int:
         return 0
     library = aot.installed()
     print(library if isinstance(library, str) else library.summary())
+    return 0
+
+
+def _env(options: argparse.Namespace) -> int:
+    from .environment import environment_report
+
+    print(environment_report())
     return 0
 
 

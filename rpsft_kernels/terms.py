@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,6 +185,20 @@ def _words(part: Part) -> str:
     return f"rows {part.rows[0]}:{part.rows[1]}, columns {part.cols[0]}:{part.cols[1]}"
 
 
+class _Together(torch.autograd.Function):
+    """Tensors as they are, after an empty one. Their gradients are passed on together and in their order, on every
+    rank alike whatever it works on: DeepSpeed ZeRO-2 averages gradients in the order in which they come."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tensors[0].new_zeros(0, dtype=dtype), *(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, joint: Tensor | None, *grads: Tensor | None) -> Any:  # type: ignore[override]
+        return None, *grads
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Weights of one form, dtype, device and group: the arguments of the two operations."""
@@ -207,10 +222,25 @@ class Bucket:
         C is (0, 0) where it is not needed: of full anchors, and of weights that another rank works on alone, which have
         no norm among the others' either.
         """
-        busy = [term for term in self.terms if term.weight.part.numel or not term.weight.part.alone]
+        values, joint = self._values()
+        drifts, squares = self._project_values(values)
+        return drifts, squares if joint is None else torch.cat([squares, joint])
+
+    def _values(self) -> tuple[list[Tensor], Tensor | None]:
+        """The parts' values. Those of replicas are tied together in the graph, by an empty summand of the norms."""
+        weights = [term.weight for term in self.terms]
+        replicated = all(isinstance(weight, ReplicatedWeight) for weight in weights)
+        if not replicated or not torch.is_grad_enabled() or not any(weight.requires_grad for weight in weights):
+            return [weight.values() for weight in weights], None
+        joint, *shown = _Together.apply(  # type: ignore[no-untyped-call, unused-ignore]
+            ops.accumulation_dtype(weights[0].dtype), *[weight.parameter for weight in weights]
+        )
+        return [weight.part.of(tensor) for weight, tensor in zip(weights, shown, strict=True)], joint
+
+    def _project_values(self, values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        busy = [i for i, t in enumerate(self.terms) if t.weight.part.numel or not t.weight.part.alone]
         if len(busy) < len(self.terms):
-            return self._project_some(busy)
-        values = [term.weight.values() for term in self.terms]
+            return self._project_some(busy, values)
         tiles = [term.tiles(value) for term, value in zip(self.terms, values, strict=True)]
         if all(len(each) == 1 for each in tiles):
             return self._project([each[0] for each in tiles], [t.anchor.block for t in self.terms])
@@ -226,14 +256,15 @@ class Bucket:
             self.backend,
         )
 
-    def _project_some(self, busy: list[Term]) -> tuple[list[Tensor], Tensor]:
+    def _project_some(self, busy: list[int], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         first = self.terms[0].weight
         nothing = torch.zeros((0, 0), dtype=ops.accumulation_dtype(first.dtype), device=first.device)
         if not busy:
             return [nothing] * len(self.terms), nothing.new_zeros(0)
-        drifts, squares = Bucket(busy, self.backend).project()
-        found = {id(term): drift for term, drift in zip(busy, drifts, strict=True)}
-        return [found.get(id(term), nothing) for term in self.terms], squares
+        some = Bucket([self.terms[i] for i in busy], self.backend)
+        drifts, squares = some._project_values([values[i] for i in busy])
+        found = dict(zip(busy, drifts, strict=True))
+        return [found.get(i, nothing) for i in range(len(self.terms))], squares
 
     def _add_up(self, tiles: list[list[TileOfTerm]], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The same of parts that are no rectangles or empty: tile by tile, then added in their order."""
