@@ -10,7 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,17 +19,29 @@ import torch.distributed as dist
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.tensor", "transformers", "rpsft_kernels"])
 _SECONDS = 180
+# Who keeps the store: a file; a server that outlives the ranks, as torchrun's does; or rank 0.
+Keeper = Literal["file", "launcher", "rank 0"]
 
 
-def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, killed: tuple[int, ...] = ()) -> list[Any]:
+def run_ranks(
+    size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    killed: tuple[int, ...] = (),
+    timeout: float = 60,
+    keeper: Keeper = "file",
+) -> list[Any]:
     """``function(*arguments)`` on ``size`` ranks; its results in their order, None for ranks that were ``killed``.
 
-    ``function`` must be a module's own. Fails with the traceback of any rank that raised.
+    ``function`` must be a module's own; ``timeout`` is the group's, in seconds. Fails with the traceback of any rank
+    that raised.
     """
     results: Any = _context.Queue()
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if keeper == "launcher" else None
     with tempfile.TemporaryDirectory() as folder:
+        place = (f"{folder}/store", keeper, None if server is None else server.port)
         ranks = [
-            _context.Process(target=_rank, args=(rank, size, f"{folder}/store", results, function, arguments))
+            _context.Process(target=_rank, args=(rank, size, place, timeout, results, function, arguments))
             for rank in range(size)
         ]
         for process in ranks:
@@ -51,16 +63,24 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, killed: 
     return [found.get(rank) for rank in range(size)]
 
 
-def _rank(rank: int, size: int, store: str, results: Any, function: Callable[..., Any], arguments: Any) -> None:
+def _rank(
+    rank: int,
+    size: int,
+    place: tuple[str, Keeper, int | None],
+    timeout: float,
+    results: Any,
+    function: Callable[..., Any],
+    arguments: Any,
+) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("LOCAL_RANK", str(rank))
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, size),
+            store=_store(rank, size, *place),
             rank=rank,
             world_size=size,
-            timeout=datetime.timedelta(seconds=60),
+            timeout=datetime.timedelta(seconds=timeout),
         )
         value = function(*arguments)
         results.put((rank, None, value))
@@ -68,6 +88,20 @@ def _rank(rank: int, size: int, store: str, results: Any, function: Callable[...
             dist.destroy_process_group()
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
+
+
+def _store(rank: int, size: int, path: str, keeper: Keeper, port: int | None) -> dist.Store:
+    file = dist.FileStore(path, size)
+    if keeper == "file":
+        return file
+    if keeper == "rank 0":
+        if rank == 0:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            file.set("port", str(store.port))
+            return store
+        port = int(file.get("port"))
+    assert port is not None
+    return dist.TCPStore("127.0.0.1", port, is_master=False)
 
 
 def scratch(folder: Path, name: str) -> str:

@@ -187,16 +187,23 @@ def _words(part: Part) -> str:
 
 class _Together(torch.autograd.Function):
     """Tensors as they are, after an empty one. Their gradients are passed on together and in their order, on every
-    rank alike whatever it works on: DeepSpeed ZeRO-2 averages gradients in the order in which they come."""
+    rank alike whatever it works on: DeepSpeed ZeRO-2 averages gradients in the order in which they come. With
+    ``complete`` none is missing."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, complete: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
+        ctx.kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors] if complete else []
         return tensors[0].new_zeros(0, dtype=dtype), *(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, joint: Tensor | None, *grads: Tensor | None) -> Any:  # type: ignore[override]
-        return None, *grads
+        found = list(grads)
+        for i, (shape, dtype, device) in enumerate(ctx.kinds):
+            if found[i] is None and ctx.needs_input_grad[i + 2]:
+                # One zero, seen as many.
+                found[i] = torch.zeros((), dtype=dtype, device=device).expand(shape)
+        return None, None, *found
 
 
 @dataclass(frozen=True)
@@ -229,11 +236,13 @@ class Bucket:
     def _values(self) -> tuple[list[Tensor], Tensor | None]:
         """The parts' values. Those of replicas are tied together in the graph, by an empty summand of the norms."""
         weights = [term.weight for term in self.terms]
-        replicated = all(isinstance(weight, ReplicatedWeight) for weight in weights)
-        if not replicated or not torch.is_grad_enabled() or not any(weight.requires_grad for weight in weights):
+        replicas = [weight for weight in weights if isinstance(weight, ReplicatedWeight)]
+        if not replicas or not torch.is_grad_enabled() or not any(weight.requires_grad for weight in weights):
             return [weight.values() for weight in weights], None
         joint, *shown = _Together.apply(  # type: ignore[no-untyped-call, unused-ignore]
-            ops.accumulation_dtype(weights[0].dtype), *[weight.parameter for weight in weights]
+            ops.accumulation_dtype(weights[0].dtype),
+            any(weight.unreachable for weight in replicas),
+            *[weight.parameter for weight in weights],
         )
         return [weight.part.of(tensor) for weight, tensor in zip(weights, shown, strict=True)], joint
 

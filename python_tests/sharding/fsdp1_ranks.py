@@ -59,26 +59,34 @@ def clean(name: str) -> str:
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    """Whole gradients: FSDP1's own where it can give them, else cut from its flat shards."""
-    if model._use_orig_params:
+    """Whole gradients: FSDP1's own where it can give them, else put together from every rank's."""
+    if model._use_orig_params and model.mixed_precision.param_dtype is None:
         with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-            # Frozen ones have none.
             return {clean(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     found = {}
     for path, module in model.named_modules():
         handle = getattr(module, "_handle", None)
-        if handle is None or handle.flat_param.grad is None:
+        if handle is None:
             continue
-        prefix = clean(path.removesuffix("_fsdp_wrapped_module") + "." if path else "")
         flat = handle.flat_param
-        shards, at = [flat.grad], 0
+        own = flat.grad
+        if model._use_orig_params:
+            own = torch.zeros_like(flat)
+            for info, original in zip(flat._shard_param_infos, flat._params, strict=True):
+                if original.grad is not None:
+                    assert original.grad.dtype == torch.bfloat16
+                    own[info.offset_in_shard :][: info.numel_in_shard] = original.grad
+        if own is None:
+            continue
+        shards = [own.detach()]
         if handle.uses_sharded_strategy:
-            shards = [torch.empty_like(flat.grad) for _ in range(handle.process_group.size())]
-            dist.all_gather(shards, flat.grad, group=handle.process_group)
-        whole = torch.cat(shards)
-        for name, shape, numel in zip(flat._fqns, flat._shapes, flat._numels, strict=True):
-            found[prefix + name] = whole[at : at + numel].view(shape)
-            at += numel
+            shards = [torch.empty_like(own) for _ in range(handle.process_group.size())]
+            dist.all_gather(shards, own.detach(), group=handle.process_group)
+        prefix = clean(path + "." if path else "")
+        pieces = torch.cat(shards)[: sum(flat._numels_with_padding)].split(flat._numels_with_padding)
+        real = [piece for piece, padding in zip(pieces, flat._is_padding_mask, strict=True) if not padding]
+        for name, shape, piece in zip(flat._fqns, flat._shapes, real, strict=True):
+            found[prefix + name] = piece.view(shape)
     return found
 
 
@@ -105,9 +113,7 @@ def pretrained(tied: bool) -> Any:
     return model
 
 
-def compare(
-    sharded_anchors: bool, anchor_options: dict[str, Any], tied: bool = True, **options: Any
-) -> dict[str, Any]:
+def compare(sharded_anchors: bool, anchor_options: dict[str, Any], tied: bool = True, **options: Any) -> dict[str, Any]:
     """Both calls at the anchor and on a drifted model against float64; everything that a test looks at."""
     anchors = whole_anchors(pretrained(tied), **anchor_options)
     moved = pretrained(tied)
@@ -122,7 +128,10 @@ def compare(
     if sharded_anchors:
         anchors = rk.Anchors.from_model(model, RANK, progress=False, **{"basis_dtype": torch.float32, **anchor_options})
     anchors.verify(model)
-    result: dict[str, Any] = {"names": sorted(anchors), "autograd": refused(lambda: rk.rotation_penalty(model, anchors))}
+    result: dict[str, Any] = {
+        "names": sorted(anchors),
+        "autograd": refused(lambda: rk.rotation_penalty(model, anchors)),
+    }
     with torch.no_grad():
         result["at anchor"] = [rk.rotation_penalty(model, anchors).item()]
     result["at anchor"].append(rk.accumulate_rotation_grad_(model, anchors, COEFF).item())
@@ -148,8 +157,12 @@ def compare(
     found = gradients(model)
     result["added"] = errors(found, {name: task[name].double() + g for name, g in wanted.items()})
     # Gathered, frozen ones have zeros.
-    result["with gradient"] = [clean(name) for name, parameter in model.named_parameters() if parameter.grad is not None]
-    result["others changed"] = [name for name in task if name not in wanted and not torch.equal(task[name], found[name])]
+    result["with gradient"] = [
+        clean(name) for name, parameter in model.named_parameters() if parameter.grad is not None
+    ]
+    result["others changed"] = [
+        name for name in task if name not in wanted and not torch.equal(task[name], found[name])
+    ]
     with FullyShardedDataParallel.summon_full_params(model):
         result["gathered"] = refused(lambda: rk.accumulate_rotation_grad_(model, anchors, COEFF))
     result["penalty"] = max(abs(p.item() / penalty - 1) for p in penalties)

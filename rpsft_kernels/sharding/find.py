@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from ..names import canonical_name, is_deepspeed, named_weights
 from .dtensor import gathered_by_fsdp2, is_dtensor, locate_dtensor
@@ -70,7 +70,7 @@ def _found(tensor: Tensor, locate: Callable[[Tensor, str], LocalWeight]) -> Foun
         shape = tuple(tensor.ds_shape)  # type: ignore[attr-defined]
         return Found(id(tensor), shape, tensor.dtype, tensor, lambda name: locate_zero3(tensor, name))
     # A lazy parameter has no shape yet.
-    shape = () if isinstance(tensor, UninitializedTensorMixin) else tuple(tensor.shape)
+    shape = () if isinstance(tensor, UninitializedParameter) else tuple(tensor.shape)
     return Found(id(tensor), shape, tensor.dtype, tensor, lambda name: locate(tensor, name))
 
 

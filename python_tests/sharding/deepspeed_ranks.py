@@ -1,0 +1,295 @@
+"""What each rank does in the tests of DeepSpeed; it is imported here alone, and runs on the CPU over gloo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from llama import (
+    COEFF,
+    RANK,
+    batch,
+    distance,
+    drift,
+    errors,
+    expected,
+    llama,
+    own_batch,
+    task_loss,
+    train_alone,
+    whole_anchors,
+)
+from torch import Tensor, nn
+
+import rpsft_kernels as rk
+
+
+def initialized(
+    model: nn.Module,
+    stage: int,
+    bfloat16: bool = False,
+    accumulation: int = 1,
+    offload: bool = False,
+    loss_scale: float = 1.0,
+    gradient_dtype: str | None = None,
+    lr: float = 1e-3,
+) -> Any:
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        RANK=str(dist.get_rank()),
+        WORLD_SIZE=str(dist.get_world_size()),
+        LOCAL_RANK=str(dist.get_rank()),
+        MASTER_ADDR="localhost",
+        # Never opened: the process group is there already.
+        MASTER_PORT="29500",
+    )
+    import deepspeed
+
+    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        # Not clipped; it is by default.
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if bfloat16:
+        config["bf16"] = {"enabled": True}
+    if gradient_dtype is not None:
+        config["data_types"] = {"grad_accum_dtype": gradient_dtype}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if loss_scale != 1.0:
+        # What float16 does, which DeepSpeed refuses on a CPU.
+        engine.optimizer.override_loss_scale(loss_scale)
+    return engine
+
+
+def weights(engine: Any) -> dict[str, Any]:
+    return dict(engine.module.named_parameters())
+
+
+def local_gradients(engine: Any) -> dict[str, Tensor]:
+    """Of each parameter that trains, this rank's partition with its padding."""
+    from deepspeed.utils import safe_get_local_grad
+
+    return {name: safe_get_local_grad(p).clone() for name, p in weights(engine).items() if p.requires_grad}
+
+
+def full_gradients(engine: Any) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_grad
+
+    found = {name: safe_get_full_grad(p) for name, p in weights(engine).items()}
+    return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+
+
+def whole_parameters(engine: Any) -> dict[str, Tensor]:
+    import deepspeed
+
+    parameters = weights(engine)
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def move(engine: Any, moved: nn.Module) -> None:
+    """Gives the engine's model the values of an unwrapped one."""
+    import deepspeed
+
+    whole, parameters = dict(moved.named_parameters()), weights(engine)
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0):
+        for name, parameter in parameters.items():
+            parameter.copy_(whole[name])
+
+
+def partition(whole: Tensor) -> Tensor:
+    """This rank's partition of a tensor, filled up with zeros: DeepSpeed's, by its documentation."""
+    size = dist.get_world_size()
+    length = -(-whole.numel() // size)
+    filled = torch.cat([whole.reshape(-1), whole.new_zeros(length * size - whole.numel())])
+    return filled[length * dist.get_rank() :][:length]
+
+
+def partition_errors(before: dict[str, Tensor], after: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The worst error of what a call added, relative to the whole gradient's share of one rank."""
+    size, worst = dist.get_world_size(), 0.0
+    assert set(wanted) <= set(after)
+    for name, gradient in after.items():
+        change = gradient.double() - before[name].double()
+        if name not in wanted:
+            assert not change.any(), name
+            continue
+        assert gradient.numel() == -(-wanted[name].numel() // size)
+        share = wanted[name].norm() / size**0.5
+        worst = max(worst, float((change - partition(wanted[name])).norm() / share))
+    return worst
+
+
+def refused(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def partitioned(
+    sharded_anchors: bool,
+    anchor_options: dict[str, Any],
+    bfloat16: bool = False,
+    frozen: str = "",
+    task: float = 1.0,
+    **options: Any,
+) -> dict[str, Any]:
+    """ZeRO-3: at the anchor and on a drifted model, against float64."""
+    model, moved = llama(), llama(torch.bfloat16 if bfloat16 else torch.float32)
+    drift(moved)
+    # In the block form the bases alone decide what the penalty is.
+    form = {key: value for key, value in anchor_options.items() if key != "keep_base"}
+    penalty, wanted = expected(moved, whole_anchors(model, **form))
+    scale = COEFF * options.get("loss_scale", 1.0)
+    wanted = {name: scale * g for name, g in wanted.items() if not (frozen and name.startswith(frozen))}
+    anchors = whole_anchors(model, **anchor_options)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (frozen and name.startswith(frozen)))
+    engine = initialized(model, 3, bfloat16, **options)
+    if sharded_anchors:
+        anchors = rk.Anchors.from_model(
+            engine, RANK, progress=False, **{"basis_dtype": torch.float32, **anchor_options}
+        )
+        anchors.verify(engine)
+    result: dict[str, Any] = {"names": list(anchors), "bytes": anchors.nbytes}
+    result["autograd"] = refused(lambda: rk.rotation_penalty(engine, anchors))
+    result["before backward"] = refused(lambda: rk.accumulate_rotation_grad_(engine, anchors, COEFF))
+
+    engine.backward(task * task_loss(engine, own_batch()))
+    before = local_gradients(engine)
+    with torch.no_grad():
+        result["at anchor"] = [rk.rotation_penalty(engine, anchors).item()]
+    result["at anchor"].append(rk.accumulate_rotation_grad_(engine, anchors, COEFF).item())
+    result["changed at anchor"] = [n for n, g in local_gradients(engine).items() if not torch.equal(g, before[n])]
+
+    move(engine, moved)
+    with torch.no_grad():
+        penalties = [rk.rotation_penalty(engine, anchors)]
+    engine.optimizer.zero_grad()
+    engine.backward(task * task_loss(engine, own_batch()))
+    before = local_gradients(engine)
+    penalties.append(rk.accumulate_rotation_grad_(engine, anchors, COEFF))
+    result["added"] = partition_errors(before, local_gradients(engine), wanted)
+    penalties.append(rk.accumulate_rotation_grad_(engine, anchors, COEFF))
+    twice = {name: 2 * g for name, g in wanted.items()}
+    result["twice"] = partition_errors(before, local_gradients(engine), twice)
+    result["penalty"] = max(abs(p.item() / penalty - 1) for p in penalties)
+    result["bits"] = [p.item() for p in penalties]
+    if sharded_anchors:
+        result["other values"] = refused(lambda: anchors.verify(engine))
+    return result
+
+
+class Odd(nn.Module):
+    """Weights that no number of ranks divides, one that leaves ranks empty-handed, one that no loss reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        for name, shape in {"first": (11, 7), "second": (5, 11), "small": (2, 2), "unused": (5, 4)}.items():
+            layer = nn.Linear(shape[1], shape[0], bias=False)
+            with torch.no_grad():
+                layer.weight.copy_(torch.randn(shape, generator=generator))
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Small, beside the penalty that is to be found again in the sum.
+        y: Tensor = self.second(self.first(x)).square().mean() + self.small(x[:, :2]).square().mean()
+        return 1e-3 * y
+
+
+def odd_partitions(steps: int) -> dict[str, Any]:
+    """Some steps of ZeRO-3 on :class:`Odd`, the gradients of each against float64."""
+    reference = rk.Anchors.from_model(Odd(), 3, progress=False, basis_dtype=torch.float32)
+    model = Odd()
+    drift(model, 0.1)
+    engine = initialized(Odd(), 3, lr=0.05)
+    anchors = rk.Anchors.from_model(engine, 3, progress=False, basis_dtype=torch.float32)
+    move(engine, model)
+    inputs = torch.randn(4, 7, generator=torch.Generator().manual_seed(4))
+    result: dict[str, Any] = {"errors": [], "unused": [], "held": {n: a.held.numel for n, a in anchors.items()}}
+    for _ in range(steps):
+        with torch.no_grad():
+            for name, parameter in whole_parameters(engine).items():
+                model.get_parameter(name).copy_(parameter)
+        _, wanted = expected(model, reference)
+        wanted = {name: COEFF * g for name, g in wanted.items()}
+        engine.backward(engine(inputs))
+        before = local_gradients(engine)
+        # What DeepSpeed leaves there from the step before is no gradient of this one.
+        before["unused.weight"].zero_()
+        rk.accumulate_rotation_grad_(engine, anchors, COEFF)
+        after = local_gradients(engine)
+        result["errors"].append(partition_errors(before, after, wanted))
+        engine.step()
+    return result
+
+
+def replicated(stage: int, anchor_options: dict[str, Any], bfloat16: bool = False) -> dict[str, Any]:
+    """ZeRO-1 and ZeRO-2: the penalty in the loss, against float64."""
+    model, moved = llama(), llama(torch.bfloat16 if bfloat16 else torch.float32)
+    drift(moved)
+    form = {key: value for key, value in anchor_options.items() if key != "keep_base"}
+    whole = whole_anchors(model, **anchor_options)
+    penalty, wanted = expected(moved, whole_anchors(model, **form))
+    wanted = {name: COEFF * g for name, g in wanted.items()}
+    engine = initialized(model, stage, bfloat16)
+    anchors = rk.Anchors.from_model(engine, RANK, progress=False, **{"basis_dtype": torch.float32, **anchor_options})
+    anchors.verify(engine)
+    result: dict[str, Any] = {"bytes": anchors.nbytes, "whole bytes": whole.nbytes, "names": list(anchors)}
+    zero = task_loss(engine, own_batch()) * 0
+    loss = rk.rotation_penalty(engine, anchors)
+    engine.backward(zero + COEFF * loss)
+    result["at anchor"] = [loss.item(), *(float(g.abs().max()) for g in full_gradients(engine).values())]
+    result["accumulate"] = refused(lambda: rk.accumulate_rotation_grad_(engine, anchors, COEFF))
+    engine.step()
+
+    whole_values = dict(moved.named_parameters())
+    with torch.no_grad():
+        for name, parameter in weights(engine).items():
+            parameter.copy_(whole_values[name])
+    result["other values"] = refused(lambda: anchors.verify(engine))
+    # The order in which gradients come differs; ranks must agree on it.
+    for order in ("first", "last", "alone"):
+        loss = rk.rotation_penalty(engine, anchors)
+        zero = task_loss(engine, own_batch()) * 0
+        if order == "last":
+            loss = rk.rotation_penalty(engine, anchors)
+        engine.backward(COEFF * loss if order == "alone" else zero + COEFF * loss)
+        result[f"gradient, penalty {order}"] = errors(full_gradients(engine), wanted)
+        engine.step()
+        with torch.no_grad():
+            for name, parameter in weights(engine).items():
+                parameter.copy_(whole_values[name])
+    result["penalty"] = abs(loss.item() / penalty - 1)
+    result["bits"] = [loss.item()]
+    return result
+
+
+def train(steps: int, stage: int, accumulation: int = 1, **options: Any) -> float:
+    """How far a run under DeepSpeed comes from the unsharded one."""
+    alone = train_alone(steps, stage == 3)
+    engine = initialized(llama(), stage, accumulation=accumulation, **options)
+    anchors = rk.Anchors.from_model(engine, RANK, progress=False, basis_dtype=torch.float32)
+    for _ in range(steps):
+        for i, tokens in enumerate(own_batch().chunk(accumulation)):
+            loss = task_loss(engine, tokens)
+            engine.backward(loss if stage == 3 else loss + COEFF * rk.rotation_penalty(engine, anchors))
+            if stage == 3 and i == accumulation - 1:
+                rk.accumulate_rotation_grad_(engine, anchors, COEFF)
+            engine.step()
+    assert engine.global_steps == steps and len(batch()) % (dist.get_world_size() * accumulation) == 0
+    return distance(whole_parameters(engine), alone)
