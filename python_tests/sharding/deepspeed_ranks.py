@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,8 @@ def initialized(
     )
     import deepspeed
 
+    # An all-reduce for inference, with which a compiler would be busy for a minute.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
