@@ -25,7 +25,6 @@ PARTITIONED: dict[str, tuple[int, bool, dict[str, Any], float]] = {
     # With no other gradients beside those that are rounded to bfloat16.
     "bfloat16, two ranks": (2, True, {"bfloat16": True, "task": 0.0}, 0.01),
     "bfloat16, three ranks": (3, True, {"bfloat16": True, "task": 0.0}, 0.01),
-    "bfloat16, anchored whole": (2, False, {"bfloat16": True, "task": 0.0}, 0.01),
     "bfloat16, gradients in float32": (2, True, {"bfloat16": True, "gradient_dtype": "fp32"}, 1e-4),
 }
 
@@ -101,7 +100,6 @@ def check_replicated(results: list[dict[str, Any]], tolerance: float) -> None:
 @pytest.mark.parametrize(
     ("size", "options"),
     [
-        (2, {"stage": 3}),
         (3, {"stage": 3}),
         (2, {"stage": 3, "accumulation": 2}),
         (2, {"stage": 3, "accumulation": 2, "offload": True}),
