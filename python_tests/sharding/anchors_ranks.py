@@ -103,5 +103,3 @@ def unwritable(path: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
-
-
