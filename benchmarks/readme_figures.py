@@ -101,10 +101,11 @@ def _ours(case: Case) -> Result | None:
 
 
 def _labels(cases: Sequence[Case]) -> list[str]:
-    """Model and rank, with as much besides as tells the rows apart."""
+    """Model and rank, with as much besides as tells the rows apart and what they are."""
     firsts = [case.results[0] for case in cases]
     short = [f"{first.model}, {first.rank}" if first.model else first.case for first in firsts]
-    if len(set(short)) == len(short):
+    # A dtype that most rows do not have must be told too.
+    if len(set(short)) == len(short) and len({first.dtype for first in firsts}) == 1:
         return short
     longer = [f"{label}, {first.dtype}" for label, first in zip(short, firsts, strict=True)]
     return longer if len(set(longer)) == len(longer) else [case.name for case in cases]

@@ -164,3 +164,7 @@ def test_markers_are_needed_once_each(readme: str) -> None:
 def test_a_file_without_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"r\.jsonl: got no result of suite 'layer'"):
         readme_figures.performance([load(write(tmp_path / "r.jsonl", {"suite": "model"}))])
+
+
+def test_the_readme_holds_what_the_committed_figures_say() -> None:
+    assert main(["--check"]) == 0
