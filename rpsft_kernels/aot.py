@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -196,9 +197,19 @@ def _binding() -> Any:
 
 
 @lru_cache(maxsize=1)
-def triton_installed() -> bool:
-    """Whether there is a package triton, without importing it."""
-    return importlib.util.find_spec("triton") is not None
+def triton_missing() -> str:
+    """Why the package triton cannot compile the kernels, found without importing it; "" where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        # Some builds of torch carry one under another name: of the right age, one may suppose.
+        return ""
+    numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
+    if numbers < [3, 6]:
+        return f"the package triton {version} is too old (pip install 'triton>=3.6', or a torch that brings it)"
+    return ""
 
 
 class Device(NamedTuple):
@@ -231,7 +242,7 @@ def _usable() -> Library | str:
 
 def compiles() -> bool:
     """Whether a variant without a kernel may be compiled."""
-    return mode() != "only" and triton_installed()
+    return mode() != "only" and not triton_missing()
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -325,8 +336,8 @@ def _left(device: torch.device, kind: str, variant: Variant, reason: str) -> boo
     """Leave a launch to Triton, or say why it cannot be."""
     if mode() == "only":
         way_out = "RPSFT_AOT=1 lets Triton compile it"
-    elif not triton_installed():
-        way_out = "the package triton, which could compile it, is not installed (pip install triton)"
+    elif triton_missing():
+        way_out = f"it cannot be compiled: {triton_missing()}"
     else:
         _say(device, f"jit, {kind}", f"{device}: Triton compiles {variant.label()}: {reason}")
         return False

@@ -57,7 +57,7 @@ class World:
         self.compiled: list[Variant] = []
         self.scratch: list[int] = []
         monkeypatch.setattr(aot, "_binding", lambda: self.native)
-        monkeypatch.setattr(aot, "triton_installed", lambda: True)
+        monkeypatch.setattr(aot, "triton_missing", str)
         monkeypatch.setattr(aot, "_scratch", self._scratch)
         monkeypatch.setattr(jit, "launch_jit", lambda variant, *_: self.compiled.append(variant))
         monkeypatch.setattr(torch.version, "hip", None)
@@ -276,12 +276,12 @@ def test_a_spoilt_file_is_not_launched(world: World) -> None:
 
 def test_without_the_package_triton(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.install((SQUARES, "sm_90a"))
-    monkeypatch.setattr(aot, "triton_installed", lambda: False)
+    monkeypatch.setattr(aot, "triton_missing", lambda: "the package triton is not installed (pip install triton)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(backend, "_interpreted", lambda: False)
     assert backend.unavailable(DEVICE, torch.bfloat16) is None
     assert world.launch() == "squares-sm_90a.cubin"
-    with pytest.raises(RuntimeError, match="the package triton, which could compile it, is not installed"):
+    with pytest.raises(RuntimeError, match="it cannot be compiled: the package triton is not installed"):
         world.launch(PULL)
     missing = "the package triton is not installed (pip install triton)"
     assert backend.unavailable(torch.device("cpu"), torch.bfloat16) == missing

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rpsft_kernels import aot, ops
 from rpsft_kernels.ops.triton import backward, forward, whole
 from rpsft_kernels.ops.triton.profile import DESCRIPTORS, Profile, rank_classes
 from rpsft_kernels.ops.triton.variant import WEIGHT_AND_BASE, Variant, list_variants
@@ -82,3 +83,15 @@ def test_every_launch_of_anchors_that_the_package_makes_is_listed(
     listed = set(list_variants(architecture, descriptors, rank_classes()))
     assert len(asked) > 100
     assert {variant.label(): case for variant, case in asked.items() if variant not in listed} == {}
+
+
+@pytest.mark.parametrize(("version", "words"), [("3.2.0", "3.2.0 is too old"), ("3.6.0", ""), ("3.10.1+git", "")])
+def test_an_old_triton_is_named(version: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    aot.triton_missing.cache_clear()
+    try:
+        assert (words in aot.triton_missing()) if words else aot.triton_missing() == ""
+        reason = ops.available_backends(torch.device("cpu"), torch.float32)["triton"]
+        assert not words or (reason is not None and words in reason)
+    finally:
+        aot.triton_missing.cache_clear()

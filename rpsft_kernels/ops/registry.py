@@ -133,16 +133,33 @@ def _fake_pull_back_(
 _library: Any = torch.library.Library("rpsft_kernels", "FRAGMENT")  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def _registered(name: str, run: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Any:
-    _library.define(name + torch.library.infer_schema(run, mutates_args=mutates), tags=torch.Tag.pt2_compliant_tag)
+def _registered(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    # Written out: what older torch versions infer from annotations differs.
+    _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rpsft_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.rpsft_kernels, name).default
 
 
-_project_drift = _registered("project_drift", _run_project_drift, _fake_project_drift)
-_pull_back = _registered("pull_back", _run_pull_back, _fake_pull_back)
-_pull_back_ = _registered("pull_back_", _run_pull_back_, _fake_pull_back_, mutates=["grads"])
+_ANCHORS = "Tensor[] weights, Tensor[] lefts, Tensor[] rights, Tensor[] bases"
+_project_drift = _registered(
+    "project_drift",
+    f"({_ANCHORS}, Tensor[] blocks, str backend) -> (Tensor[], Tensor)",
+    _run_project_drift,
+    _fake_project_drift,
+)
+_pull_back = _registered(
+    "pull_back",
+    f"({_ANCHORS}, Tensor[] drifts, Tensor scales, ScalarType dtype, str backend) -> Tensor[]",
+    _run_pull_back,
+    _fake_pull_back,
+)
+_pull_back_ = _registered(
+    "pull_back_",
+    f"(Tensor(a0!)[] grads, {_ANCHORS}, Tensor[] drifts, Tensor scales, bool accumulate, str backend) -> ()",
+    _run_pull_back_,
+    _fake_pull_back_,
+)
 
 
 # -- autograd: each operation is the other's adjoint -----------------------------------------------------

@@ -22,8 +22,8 @@ from ... import aot
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not aot.triton_installed():
-        missing = "the package triton is not installed (pip install triton)"
+    missing = aot.triton_missing()
+    if missing:
         if device.type != "cuda":
             return missing
         reason = aot.unavailable(device)
