@@ -9,7 +9,6 @@ import queue
 import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -102,7 +101,3 @@ def _store(rank: int, size: int, path: str, keeper: Keeper, port: int | None) ->
         port = int(file.get("port"))
     assert port is not None
     return dist.TCPStore("127.0.0.1", port, is_master=False)
-
-
-def scratch(folder: Path, name: str) -> str:
-    return str(folder / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,49 +75,38 @@ def _found(tensor: Tensor, locate: Callable[[Tensor, str], LocalWeight]) -> Foun
 
 
 def _replicas(model: nn.Module) -> dict[int, Callable[[Tensor, str], LocalWeight]]:
-    """How to locate the parameters that DistributedDataParallel keeps equal on several ranks."""
+    """How to locate the parameters that DistributedDataParallel or DeepSpeed ZeRO-1/2 keep equal on several ranks."""
     located: dict[int, Callable[[Tensor, str], LocalWeight]] = {}
     for module in model.modules():
-        if is_deepspeed(module) and module.zero_optimization_stage() < 3:  # type: ignore[operator]
-            located.update(_zero_replicas(module))
-        if not isinstance(module, DistributedDataParallel) or module.process_group.size() == 1:
+        if isinstance(module, DistributedDataParallel):
+            ignored = module.parameters_to_ignore
+            replica = _replica_of(module.process_group)
+            kept = [p for name, p in module.module.named_parameters() if name not in ignored]
+        elif is_deepspeed(module) and module.zero_optimization_stage() < 3:  # type: ignore[operator]
+            replica = _replica_of(module.data_parallel_group, _unreachable(module))
+            # Experts are averaged over other groups: each rank does all of their work.
+            kept = [p for p in module.module.parameters() if getattr(p, "allreduce", True)]  # type: ignore[union-attr]
+        else:
             continue
-        for name, parameter in module.module.named_parameters():
-            if name not in module.parameters_to_ignore:
-                located[id(parameter)] = _replica_of(module)
+        if replica is not None:
+            located.update((id(parameter), replica) for parameter in kept)
     return located
 
 
-def _replica_of(wrapper: Any) -> Callable[[Tensor, str], LocalWeight]:
+def _unreachable(engine: Any) -> str:
+    return (
+        f"got a parameter whose gradient DeepSpeed ZeRO-{engine.zero_optimization_stage()} keeps to itself, expected "
+        "one that can be added to; put rotation_penalty into the loss of engine.backward"
+    )
+
+
+def _replica_of(group: Any, unreachable: str = "") -> Callable[[Tensor, str], LocalWeight] | None:
+    """None where there is but one rank."""
+    if group.size() == 1:
+        return None
+
     def locate(tensor: Tensor, name: str) -> LocalWeight:
         shape = tuple(tensor.shape)
-        return ReplicatedWeight(
-            tensor,
-            shape,
-            Part.whole(shape),  # type: ignore[arg-type]
-            wrapper.process_group,
-        )
+        return ReplicatedWeight(tensor, shape, Part.whole(shape), group, unreachable=unreachable)  # type: ignore[arg-type]
 
     return locate
-
-
-def _zero_replicas(engine: Any) -> Iterator[tuple[int, Callable[[Tensor, str], LocalWeight]]]:
-    group = engine.data_parallel_group
-
-    def locate(tensor: Tensor, name: str) -> LocalWeight:
-        shape = tuple(tensor.shape)
-        return ReplicatedWeight(
-            tensor,
-            shape,
-            Part.whole(shape),  # type: ignore[arg-type]
-            group,
-            unreachable=(
-                f"got a parameter whose gradient DeepSpeed ZeRO-{engine.zero_optimization_stage()} keeps to itself, "
-                "expected one that can be added to; put rotation_penalty into the loss of engine.backward"
-            ),
-        )
-
-    for parameter in engine.module.parameters():
-        # Experts are averaged over other groups: each rank does all of their work.
-        if group.size() > 1 and getattr(parameter, "allreduce", True):
-            yield id(parameter), locate

@@ -42,10 +42,6 @@ class LocalWeight:
         return self.parameter.device
 
     @property
-    def layout(self) -> torch.layout:
-        return self.parameter.layout
-
-    @property
     def requires_grad(self) -> bool:
         return self.parameter.requires_grad
 
