@@ -86,12 +86,8 @@ Rooms rooms(std::int64_t units, std::int64_t sums) {
   return {reinterpret_cast<std::uint32_t*>(memory + head), reinterpret_cast<double*>(memory)};
 }
 
-template <class Shard>
-std::int64_t largest_rank(const std::vector<Shard>& shards) {
-  std::int64_t rank = 0;
-  for (const Shard& shard : shards) rank = std::max(rank, shard.left.cols);
-  return rank;
-}
+// A side so long that no other needs more room.
+constexpr std::int64_t longest = std::int64_t{1} << 40;
 
 }  // namespace
 
@@ -103,8 +99,13 @@ std::vector<std::string> instruction_sets() {
 
 void project_drift(const std::vector<Projection>& shards, const std::string& instruction_set, int threads) {
   const Kernels& chosen = kernels_of(instruction_set);
-  const std::int64_t rank = largest_rank(shards);
-  const std::int64_t units = rank > 0 ? chosen.project_units(rank, std::max(threads, 1)) : 0;
+  std::int64_t rank = 0, units = 0;
+  for (const Projection& shard : shards) {
+    if (shard.left.cols <= 0) continue;
+    rank = std::max(rank, shard.left.cols);
+    const std::int64_t long_size = std::max(shard.weight.rows, shard.weight.cols);
+    units = std::max(units, chosen.project_units(shard.left.cols, long_size, std::max(threads, 1)));
+  }
   const Rooms room = rooms(units, std::max(rank, full_strips));
   run_team(threads, [&](Team& team) {
     for (const Projection& shard : shards) chosen.project(shard, room.units, room.sums, team);
@@ -113,8 +114,10 @@ void project_drift(const std::vector<Projection>& shards, const std::string& ins
 
 void pull_back(const std::vector<Pullback>& shards, bool accumulate, const std::string& instruction_set, int threads) {
   const Kernels& chosen = kernels_of(instruction_set);
-  const std::int64_t rank = largest_rank(shards);
-  const Rooms room = rooms(rank > 0 ? chosen.pull_units(rank, std::max(threads, 1)) : 0, 0);
+  std::int64_t units = 0;
+  for (const Pullback& shard : shards)
+    if (shard.left.cols > 0) units = std::max(units, chosen.pull_units(shard.left.cols, std::max(threads, 1)));
+  const Rooms room = rooms(units, 0);
   run_team(threads, [&](Team& team) {
     for (const Pullback& shard : shards) chosen.pull(shard, accumulate, room.units, team);
   });
@@ -122,7 +125,7 @@ void pull_back(const std::vector<Pullback>& shards, bool accumulate, const std::
 
 std::size_t workspace_bytes(std::int64_t rank, const std::string& instruction_set, int threads) {
   const Kernels& chosen = kernels_of(instruction_set);
-  const std::int64_t units = std::max(chosen.project_units(rank, threads), chosen.pull_units(rank, threads));
+  const std::int64_t units = std::max(chosen.project_units(rank, longest, threads), chosen.pull_units(rank, threads));
   return sizeof(std::uint32_t) * static_cast<std::size_t>(units) +
          sizeof(double) * static_cast<std::size_t>(std::max(rank, full_strips));
 }

@@ -239,16 +239,18 @@ def evaluate(prepared: Prepared, use: Callable[[Bucket, list[Tensor]], None] | N
     if use is not None:
         for one in shared:
             use(one.bucket, one.drifts)
-    squares = []
-    for bucket in prepared.buckets:
-        if bucket.group_name is None:
-            drifts, square = bucket.project()
-            squares.append(square)
-            if use is not None:
-                use(bucket, drifts)
+    squares = [_project_whole(bucket, use) for bucket in prepared.buckets if bucket.group_name is None]
     device = prepared.terms[0].weight.device
     # One concatenation and one sum, in a fixed order.
     return torch.cat([part.reshape(-1).to(device) for part in squares + summands]).sum()
+
+
+def _project_whole(bucket: Bucket, use: Callable[[Bucket, list[Tensor]], None] | None) -> Tensor:
+    """Squares of a bucket that lies whole here; its C are gone before the next bucket's are made."""
+    drifts, squares = bucket.project()
+    if use is not None:
+        use(bucket, drifts)
+    return squares
 
 
 def _of_group_projected(projected: list[_Projected], name: str) -> list[_Projected]:

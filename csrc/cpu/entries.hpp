@@ -6,8 +6,8 @@
 namespace {
 
 template <class Lanes>
-Index project_units(Index rank, int threads) {
-  return ProjectLayout::of<Lanes>(rank).per_thread * threads;
+Index project_units(Index rank, Index long_size, int threads) {
+  return ProjectLayout::of<Lanes>(rank, long_size).per_thread * threads;
 }
 
 template <class Unit>

@@ -10,8 +10,8 @@ namespace rpsft {
 
 struct Kernels {
   const char* name;
-  // 32-bit units of workspace for a rank and a number of threads.
-  std::int64_t (*project_units)(std::int64_t rank, int threads);
+  // 32-bit units of workspace for a rank, the weight's longer side, and a number of threads.
+  std::int64_t (*project_units)(std::int64_t rank, std::int64_t long_size, int threads);
   std::int64_t (*pull_units)(std::int64_t rank, int threads);
   // Called by every member of a team, with the same arguments. `sums` has room for max(rank, full_strips) numbers.
   void (*project)(const Projection&, std::uint32_t* workspace, double* sums, Team&);

@@ -64,27 +64,6 @@ inline std::uint32_t unit_of(const View& view, Index lane, Index depth, Index de
   return Unit::make(first, second);
 }
 
-template <class T>
-inline void prefetch_run(const void* data, Index offset, Index run) {
-  const T* at = static_cast<const T*>(data) + offset;
-  // Into the second-level cache: rows a power of two apart would push each other out of the first.
-  for (Index i = 0; i < run; i += 64 / static_cast<Index>(sizeof(T))) __builtin_prefetch(at + i, 0, 2);
-}
-
-// Asks for lines `from` to `to` of a block that will be packed next: its runs are too short, and too far apart, for the
-// processor to foresee them. A line is a lane where depths lie side by side (`along`), else a depth.
-template <class W, class B>
-void prefetch_lines(const View& view, bool along, Index lane0, Index lanes, Index depth0, Index depth, Index from,
-                    Index to) {
-  for (Index line = from; line < to; ++line) {
-    const Index lane = lane0 + (along ? line : 0), at_depth = depth0 + (along ? 0 : line);
-    const Index run = along ? depth : lanes;
-    prefetch_run<W>(view.data, lane * view.lane_stride + at_depth * view.depth_stride, run);
-    if constexpr (!__is_same(B, NoBase))
-      prefetch_run<B>(view.base, lane * view.base_lane_stride + at_depth * view.base_depth_stride, run);
-  }
-}
-
 // units[lane][depth]: lanes [lane0, lane0 + lanes), depths [depth0, depth0 + depth).
 template <class Unit, class W, class B>
 void pack_along(const View& view, Index lane0, Index lanes, Index depth0, Index depth, std::uint32_t* units,
@@ -195,26 +174,24 @@ void pack_transposed(const View& view, Index lane0, Index lanes, Index width, In
 
 using PackAlong = void (*)(const View&, Index, Index, Index, Index, std::uint32_t*, Index);
 using PackAcross = void (*)(const View&, Index, Index, Index, Index, Index, std::uint32_t*, Index);
-using PrefetchLines = void (*)(const View&, bool, Index, Index, Index, Index, Index, Index);
 using PackTransposed = void (*)(const View&, Index, Index, Index, Index, std::uint32_t*, Index);
 
 template <class Unit>
 struct Packing {
   PackAlong along;
   PackAcross across;
-  PrefetchLines prefetch;
 };
 
 template <class Unit, class W>
 Packing<Unit> packing_of(const rpsft::Matrix& base) {
-  if (!base.data) return {pack_along<Unit, W, NoBase>, pack_across<Unit, W, NoBase>, prefetch_lines<W, NoBase>};
+  if (!base.data) return {pack_along<Unit, W, NoBase>, pack_across<Unit, W, NoBase>};
   switch (base.dtype) {
     case rpsft::Dtype::bfloat16:
-      return {pack_along<Unit, W, Bfloat16>, pack_across<Unit, W, Bfloat16>, prefetch_lines<W, Bfloat16>};
+      return {pack_along<Unit, W, Bfloat16>, pack_across<Unit, W, Bfloat16>};
     case rpsft::Dtype::float16:
-      return {pack_along<Unit, W, Float16>, pack_across<Unit, W, Float16>, prefetch_lines<W, Float16>};
+      return {pack_along<Unit, W, Float16>, pack_across<Unit, W, Float16>};
     default:
-      return {pack_along<Unit, W, float>, pack_across<Unit, W, float>, prefetch_lines<W, float>};
+      return {pack_along<Unit, W, float>, pack_across<Unit, W, float>};
   }
 }
 

@@ -7,37 +7,41 @@
 #pragma once
 
 #include "../team.hpp"
+#include "ahead.hpp"
 #include "kernels.hpp"
-#include "tile.hpp"
 
 namespace {
 
 using rpsft::Matrix;
 using rpsft::Projection;
 
-constexpr Index block_rows = 192;   // of the shorter side, at most; a multiple of every tile's rows, and even
-constexpr Index chunk_units = 192;  // of the longer side: a packed panel of a basis then fits the first-level cache
 constexpr Index fold_columns = 96;  // of a basis packed at a time
-constexpr Index drift_stride = chunk_units + 16;
-// Beyond the padded rank, so that rows do not all fall into one set of a cache.
-constexpr Index slice_padding = 16;
+// Beyond the padded extents, so that rows do not all fall into one set of a cache.
+constexpr Index padding = 16;
 
+// How large a block of the shorter side and a chunk of the longer side are at most, and a thread's room for them, in
+// units. It depends on the shape and the rank alone: C is summed block by block.
 struct ProjectLayout {
-  Index slice, drift, panel, per_thread;
+  Index block_rows, chunk_units, slice_stride, drift_stride;
+  Index slice, drift, panel, panels, per_thread;
 
   template <class Lanes>
-  static ProjectLayout of(Index rank) {
+  static ProjectLayout of(Index rank, Index long_size) {
+    constexpr Index width = panel_width<Lanes>, small_slice = 40 << 10, outer_cache = 8 << 20;
     ProjectLayout layout;
-    layout.slice = block_rows * slice_stride<Lanes>(rank);
-    layout.drift = block_rows * drift_stride;  // the other order takes less
-    layout.panel = larger(chunk_units * panel_width<Lanes>, block_rows * fold_columns);
-    layout.per_thread = layout.slice + layout.drift + layout.panel;
+    layout.slice_stride = round_up(rank, width) + padding;
+    // The longer basis is read once per block: blocks are large where that comes from memory, or costs no room.
+    const bool large = 128 * layout.slice_stride <= small_slice || 2 * long_size * rank > outer_cache;
+    layout.block_rows = large ? 128 : 64;
+    // Of a packed panel of the basis two then fit into a first-level cache, or nearly so.
+    layout.chunk_units = large ? 192 : 128;
+    layout.drift_stride = layout.chunk_units + padding;
+    layout.slice = layout.block_rows * layout.slice_stride;
+    layout.drift = layout.block_rows * layout.drift_stride;
+    layout.panel = layout.chunk_units * width;
+    layout.panels = larger(2 * layout.panel, layout.block_rows * fold_columns);
+    layout.per_thread = layout.slice + 2 * layout.drift + layout.panels;
     return layout;
-  }
-
-  template <class Lanes>
-  static Index slice_stride(Index rank) {
-    return round_up(rank, panel_width<Lanes>) + slice_padding;
   }
 };
 
@@ -69,13 +73,14 @@ struct Sides {
   }
 };
 
-// Blocks of a shorter side: enough for a few threads where it is short, and a multiple of eight where it is long, so
-// that the last round is full for the usual numbers of threads. It must not depend on their number: C is summed block
-// by block.
-inline Index block_count(Index size) {
-  const Index least = ceil_div(size, block_rows);
-  return least > 8 ? round_up(least, 8) : smaller(8, ceil_div(size, 64));
+// Blocks of a shorter side: enough for a few threads where it is short, and an even number. It must not depend on the
+// number of threads: C is summed block by block.
+inline Index block_count(Index size, Index block_rows) {
+  return larger(round_up(ceil_div(size, block_rows), 2), smaller(8, ceil_div(size, 64)));
 }
+
+// Depth of the chunks of a longer side: about equal, so that each is time enough to pack the next.
+inline Index chunk_depth(Index size, Index most) { return round_up(ceil_div(size, ceil_div(size, most)), 32); }
 
 inline View columns_of(const Matrix& basis) { return {basis.data, basis.col_stride, basis.row_stride}; }
 
@@ -86,49 +91,128 @@ struct Share {
 // Part `part` of `parts` nearly equal parts of [0, size).
 inline Share share_of(Index size, Index part, Index parts) { return {size * part / parts, size * (part + 1) / parts}; }
 
-// One thread's block of T: lanes are rows of the block, columns the panels [panels.begin, panels.end). `following` are
-// the rows of the block after it.
-template <class First>
-void form_slice(const Sides& sides, const Packing<First>& weight, const Packing<First>& basis, Index row0, Index rows,
-                Share following, Share panels, float* slice, std::uint32_t* drift, std::uint32_t* packed) {
+// Rows of a block and the thread's own room for them.
+struct Room {
+  float* slice;
+  // Two of each: one is multiplied while the other is filled.
+  std::uint32_t *drift[2], *panel[2];
+};
+
+// What lies packed in which half of a thread's room.
+struct Packed {
+  Chunk chunk;
+  int half = 0;
+};
+
+// Beside a tile: the next chunk of the weight is packed, and the next panel of the basis.
+template <class Weight, class Basis>
+struct Beside {
+  static constexpr bool idle = false;
+  Weight& weight;
+  Basis& basis;
+
+  void step() {
+    weight.step();
+    basis.step();
+  }
+};
+
+// One thread's block of T: lanes are rows of the block, columns the panels [panels.begin, panels.end). Operands are
+// packed beside the products that come before theirs; `following` are the rows of the thread's next block, whose first
+// chunk is packed in the end.
+template <class First, class W, class B, class V, Order order>
+void form_slice(const Sides& sides, const ProjectLayout& layout, Share block, Share following, Share panels,
+                const Room& room, Packed& packed) {
   using Lanes = typename First::Lanes;
-  constexpr Index width = panel_width<Lanes>, chunk = chunk_units * First::elements;
-  const Index stride = ProjectLayout::slice_stride<Lanes>(sides.rank);
+  using WeightAhead = PackAhead<First, W, B, order>;
+  using BasisAhead = PackAhead<First, V, NoBase, Order::across>;
+  constexpr Index width = panel_width<Lanes>;
+  constexpr bool along = order == Order::along;
+  const Index stride = layout.slice_stride, drift_step = along ? layout.drift_stride : layout.block_rows;
   const View columns = columns_of(*sides.longer);
-  // Rows that lie side by side are packed as they lie.
-  const bool along = sides.view.depth_stride == 1 || sides.view.lane_stride != 1;
-  for (Index depth0 = 0; depth0 < sides.long_size; depth0 += chunk) {
-    const Index depth = smaller(chunk, sides.long_size - depth0), steps = ceil_div(depth, First::elements);
-    if (along) {
-      weight.along(sides.view, row0, rows, depth0, depth, drift, drift_stride);
-    } else {
-      weight.across(sides.view, row0, rows, rows, depth0, depth, drift, block_rows);
-    }
-    // The next chunk, or the next block's first, is on its way while this one is multiplied: a few lines per tile.
-    const bool last = depth0 + depth == sides.long_size;
-    const Index next_row = last ? following.begin : row0, next_rows = last ? following.end - following.begin : rows;
-    const Index next = last ? 0 : depth0 + depth, next_depth = smaller(chunk, sides.long_size - next);
-    const Index lines = next_rows > 0 ? (along ? next_rows : next_depth) : 0;
-    const Index lines_each = ceil_div(lines, (panels.end - panels.begin) * ceil_div(rows, Lanes::tile_rows));
-    Index asked = 0;
-    for (Index panel = panels.begin; panel < panels.end; ++panel) {
-      const Index column = panel * width;
-      basis.across(columns, column, smaller(width, sides.rank - column), width, depth0, depth, packed, width);
+  const Index rows = block.end - block.begin, tiles = rows / Lanes::tile_rows;
+  const Index step = chunk_depth(sides.long_size, layout.chunk_units * First::elements);
+  const auto chunk_at = [&](Share of, Index depth0) {
+    const Index lanes = of.end - of.begin;
+    return Chunk{of.begin, lanes, lanes, depth0, smaller(step, sides.long_size - depth0)};
+  };
+  const auto after = [&](const Chunk& chunk) {
+    const Index end = chunk.depth0 + chunk.depth;
+    if (end < sides.long_size) return chunk_at(chunk.lane0 == block.begin ? block : following, end);
+    return chunk.lane0 == block.begin ? chunk_at(following, 0) : Chunk{};
+  };
+  const auto panel_of = [&](const Chunk& chunk, Index panel) {
+    const Index column = panel * width;
+    return Chunk{column, smaller(width, sides.rank - column), width, chunk.depth0, chunk.empty() ? 0 : chunk.depth};
+  };
+  Chunk chunk = chunk_at(block, 0);
+  if (!(packed.chunk == chunk)) pack_chunk<First, W, B, order>(sides.view, chunk, room.drift[packed.half], drift_step);
+  int half = 0;
+  pack_chunk<First, V, NoBase, Order::across>(columns, panel_of(chunk, panels.begin), room.panel[half], width);
+  while (chunk.lane0 == block.begin && !chunk.empty()) {
+    const Chunk next = after(chunk), later = next.empty() ? next : after(next);
+    const bool ends = next.lane0 != block.begin;
+    const Index steps = ceil_div(chunk.depth, First::elements), slots = tiles * (steps / 2);
+    const std::uint32_t* drift = room.drift[packed.half];
+    WeightAhead weight(sides.view, next, later, room.drift[1 - packed.half], drift_step,
+                       (panels.end - panels.begin) * slots);
+    for (Index panel = panels.begin; panel < panels.end; ++panel, half = 1 - half) {
+      const bool last = panel + 1 == panels.end;
+      const Chunk following_panel = last ? ends ? Chunk{} : panel_of(next, panels.begin) : panel_of(chunk, panel + 1);
+      BasisAhead basis(columns, following_panel, {}, room.panel[1 - half], width, slots);
+      Beside<WeightAhead, BasisAhead> beside{weight, basis};
       for (Index row = 0; row < rows; row += Lanes::tile_rows) {
         const Index present = smaller(Lanes::tile_rows, rows - row);
-        weight.prefetch(sides.view, along, next_row, next_rows, next, next_depth, asked,
-                        smaller(lines, asked + lines_each));
-        asked = smaller(lines, asked + lines_each);
-        const FloatSink<Lanes> sink{slice + row * stride + column, stride, depth0 > 0};
-        if (along) {
-          partial_tile<First, Order::along, Lanes::tile_rows>(present, drift + row * drift_stride, drift_stride, packed,
-                                                              width, steps, sink);
+        const std::uint32_t* one = drift + row * (along ? drift_step : 1);
+        const FloatSink<Lanes> sink{room.slice + row * stride + panel * width, stride, chunk.depth0 > 0};
+        if (present == Lanes::tile_rows) {
+          tile<First, order, Lanes::tile_rows>(one, drift_step, room.panel[half], width, steps, sink, beside);
         } else {
-          partial_tile<First, Order::across, Lanes::tile_rows>(present, drift + row, block_rows, packed, width, steps,
-                                                               sink);
+          partial_tile<First, order, Lanes::tile_rows>(present, one, drift_step, room.panel[half], width, steps, sink);
         }
       }
+      basis.finish();
     }
+    weight.finish();
+    packed = {next, 1 - packed.half};
+    chunk = next;
+  }
+}
+
+using FormSlice = void (*)(const Sides&, const ProjectLayout&, Share, Share, Share, const Room&, Packed&);
+
+template <class First, class W, class B>
+FormSlice form_slice_of(bool along, rpsft::Dtype basis) {
+  if (basis == rpsft::Dtype::bfloat16)
+    return along ? form_slice<First, W, B, Bfloat16, Order::along> : form_slice<First, W, B, Bfloat16, Order::across>;
+  return along ? form_slice<First, W, B, float, Order::along> : form_slice<First, W, B, float, Order::across>;
+}
+
+template <class First, class W>
+FormSlice form_slice_of(const Matrix& base, bool along, rpsft::Dtype basis) {
+  if (!base.data) return form_slice_of<First, W, NoBase>(along, basis);
+  switch (base.dtype) {
+    case rpsft::Dtype::bfloat16:
+      return form_slice_of<First, W, Bfloat16>(along, basis);
+    case rpsft::Dtype::float16:
+      return form_slice_of<First, W, Float16>(along, basis);
+    default:
+      return form_slice_of<First, W, float>(along, basis);
+  }
+}
+
+template <class First>
+FormSlice form_slice_of(const Projection& p, const Sides& sides) {
+  // Rows that lie side by side are packed as they lie.
+  const bool along = sides.view.depth_stride == 1 || sides.view.lane_stride != 1;
+  const rpsft::Dtype basis = sides.longer->dtype;
+  switch (p.weight.dtype) {
+    case rpsft::Dtype::bfloat16:
+      return form_slice_of<First, Bfloat16>(p.base, along, basis);
+    case rpsft::Dtype::float16:
+      return form_slice_of<First, Float16>(p.base, along, basis);
+    default:
+      return form_slice_of<First, float>(p.base, along, basis);
   }
 }
 
@@ -165,30 +249,53 @@ void fold_tile(Index present, Index lanes, const std::uint32_t* one, Index one_s
     for (Index i = 0; i < lanes; ++i) target[r * stride + i] += sums[r * width + i];
 }
 
-// C += S^T T of one block, for columns `shorts` of the shorter side's basis S and `longs` of T.
-template <class Second>
-void fold_slice(const Sides& sides, const Packing<Second>& basis, Index row0, Index rows, Share shorts, Share longs,
-                const float* slice, std::uint32_t* packed, float* drift) {
+// One block of T, as units that a tile reads.
+struct Slice {
+  Index row0, rows;
+  const std::uint32_t* units;
+};
+
+// C += S^T T of the slices in order, for columns `shorts` of the shorter side's basis S and `longs` of T. `packed` has
+// room for the columns of one slice at least, and for `room` units.
+template <class Second, class SliceAt>
+void fold_slices(const Sides& sides, const Packing<Second>& basis, const SliceAt& slice_at, Index slices, Share shorts,
+                 Share longs, Index stride, std::uint32_t* packed, Index room, float* drift) {
   using Lanes = typename Second::Lanes;
-  constexpr Index width = panel_width<Lanes>;
-  const Index stride = ProjectLayout::slice_stride<Lanes>(sides.rank), rank = sides.rank;
-  const Index slice_step = stride * Second::elements, steps = ceil_div(rows, Second::elements);
-  const std::uint32_t* units = reinterpret_cast<const std::uint32_t*>(slice);
+  constexpr Index width = panel_width<Lanes>, tile_rows = Lanes::tile_rows;
+  const Index rank = sides.rank, longs_end = smaller(longs.end, rank);
   const View columns = columns_of(*sides.shorter);
-  for (Index s0 = shorts.begin; s0 < shorts.end; s0 += fold_columns) {
-    const Index some = smaller(fold_columns, shorts.end - s0);
-    basis.across(columns, s0, smaller(some, rank - s0), round_up(some, width), row0, rows, packed, fold_columns);
-    const Index present_shorts = smaller(some, rank - s0), longs_end = smaller(longs.end, rank);
-    if (sides.wide) {
-      for (Index l = longs.begin; l < longs_end; l += width)
-        for (Index s = 0; s < present_shorts; s += Lanes::tile_rows)
-          fold_tile<Second>(smaller(Lanes::tile_rows, present_shorts - s), rank - l, packed + s, fold_columns,
-                            units + l, slice_step, steps, drift + (s0 + s) * rank + l, rank);
-    } else {
-      for (Index s = 0; s < present_shorts; s += width)
-        for (Index l = longs.begin; l < longs_end; l += Lanes::tile_rows)
-          fold_tile<Second>(smaller(Lanes::tile_rows, longs_end - l), rank - s0 - s, units + l, slice_step, packed + s,
-                            fold_columns, steps, drift + l * rank + s0 + s, rank);
+  const Index each = ceil_div(slice_at(0).rows, Second::elements) * fold_columns;
+  // As many slices at a time as fit: their sums then meet in a tile of C that is near.
+  const Index together = larger(1, room / larger(1, each));
+  for (Index first = 0; first < slices; first += together) {
+    const Index end = smaller(slices, first + together);
+    for (Index s0 = shorts.begin; s0 < shorts.end; s0 += fold_columns) {
+      const Index some = smaller(fold_columns, shorts.end - s0), present_shorts = smaller(some, rank - s0);
+      for (Index i = first; i < end; ++i)
+        basis.across(columns, s0, present_shorts, round_up(some, width), slice_at(i).row0, slice_at(i).rows,
+                     packed + (i - first) * each, fold_columns);
+      const auto fold = [&](Index s, Index l) {
+        for (Index i = first; i < end; ++i) {
+          const Slice slice = slice_at(i);
+          const std::uint32_t *basis_units = packed + (i - first) * each + s, *slice_units = slice.units + l;
+          const Index steps = ceil_div(slice.rows, Second::elements), slice_step = stride * Second::elements;
+          if (sides.wide) {
+            fold_tile<Second>(smaller(tile_rows, present_shorts - s), rank - l, basis_units, fold_columns, slice_units,
+                              slice_step, steps, drift + (s0 + s) * rank + l, rank);
+          } else {
+            fold_tile<Second>(smaller(tile_rows, longs_end - l), rank - s0 - s, slice_units, slice_step, basis_units,
+                              fold_columns, steps, drift + l * rank + s0 + s, rank);
+          }
+        }
+      };
+      // What a tile loads as vectors stays, what it broadcasts changes.
+      if (sides.wide) {
+        for (Index l = longs.begin; l < longs_end; l += width)
+          for (Index s = 0; s < present_shorts; s += tile_rows) fold(s, l);
+      } else {
+        for (Index s = 0; s < present_shorts; s += width)
+          for (Index l = longs.begin; l < longs_end; l += tile_rows) fold(s, l);
+      }
     }
   }
 }
@@ -218,46 +325,53 @@ void project_one(const Projection& p, std::uint32_t* workspace, double* row_squa
   using Lanes = typename First::Lanes;
   constexpr Index width = panel_width<Lanes>;
   const Sides sides(p);
-  const ProjectLayout layout = ProjectLayout::of<Lanes>(sides.rank);
-  const Packing<First> weight = packing_of<First>(p.weight, p.base), longer = packing_of<First>(*sides.longer);
+  const ProjectLayout layout = ProjectLayout::of<Lanes>(sides.rank, sides.long_size);
+  const FormSlice form = form_slice_of<First>(p, sides);
   const Packing<Second> shorter = packing_of<Second>(*sides.shorter);
   const Index panels = ceil_div(sides.rank, width), members = team.size(), me = team.rank();
   const Share zeroed = share_of(sides.rank * sides.rank, me, members);
   for (Index i = zeroed.begin; i < zeroed.end; ++i) p.drift[i] = 0;
 
-  const Index blocks = sides.long_size > 0 ? block_count(sides.short_size) : 0;
+  const Index blocks = sides.long_size > 0 ? block_count(sides.short_size, layout.block_rows) : 0;
   const Index rows_each = blocks > 0 ? round_up(ceil_div(sides.short_size, blocks), 2) : 0;
   const auto slice_of = [&](Index slot) { return reinterpret_cast<float*>(workspace + slot * layout.per_thread); };
   std::uint32_t* own_drift = workspace + me * layout.per_thread + layout.slice;
-  std::uint32_t* own_panel = own_drift + layout.drift;
+  std::uint32_t* own_panel = own_drift + 2 * layout.drift;
   const Index fold_groups = smaller(members, panels), other_groups = panels ? members / fold_groups : 0;
 
+  // The rows of the block that a thread works on in the round from block0 on. With fewer blocks left than threads,
+  // several threads form one slice, each some of its columns.
+  const auto rows_of = [&](Index block) {
+    return Share{smaller(block * rows_each, sides.short_size), smaller((block + 1) * rows_each, sides.short_size)};
+  };
+  const auto slots_of = [&](Index block0) { return smaller(members, blocks - block0); };
+  Packed packed;
   for (Index block0 = 0; block0 < blocks; block0 += members) {
-    // With fewer blocks left than threads, several threads form one slice, each some of its columns.
-    const Index slots = smaller(members, blocks - block0), groups = members / slots;
+    const Index slots = slots_of(block0), groups = members / slots;
     const Index slot = me % slots, group = me / slots;
-    const auto first_row = [&](Index s) { return smaller((block0 + s) * rows_each, sides.short_size); };
     if (group < groups) {
-      const Share mine = share_of(panels, group, groups);
-      const Index row0 = first_row(slot), rows = first_row(slot + 1) - row0;
-      if (mine.begin < mine.end && rows > 0) {
-        form_slice<First>(sides, weight, longer, row0, rows,
-                          {first_row(slot + members), first_row(slot + members + 1)}, mine, slice_of(slot), own_drift,
-                          own_panel);
-        pair_rows<Second>(slice_of(slot), ProjectLayout::slice_stride<Lanes>(sides.rank), rows,
+      const Share mine = share_of(panels, group, groups), rows = rows_of(block0 + slot);
+      if (mine.begin < mine.end && rows.begin < rows.end) {
+        const Index next0 = block0 + members;
+        const Share following = next0 < blocks ? rows_of(next0 + me % slots_of(next0)) : Share{0, 0};
+        form(sides, layout, rows, following, mine,
+             {slice_of(slot), {own_drift, own_drift + layout.drift}, {own_panel, own_panel + layout.panel}}, packed);
+        pair_rows<Second>(slice_of(slot), layout.slice_stride, rows.end - rows.begin,
                           {mine.begin * width, mine.end * width});
       }
     }
     team.wait();
     if (panels && me / fold_groups < other_groups) {
-      const Share shorts = share_of(panels, me % fold_groups, fold_groups);
-      const Share longs = share_of(panels, me / fold_groups, other_groups);
-      for (Index s = 0; s < slots; ++s) {
-        const Index row0 = first_row(s), rows = first_row(s + 1) - row0;
-        if (rows > 0)
-          fold_slice<Second>(sides, shorter, row0, rows, {shorts.begin * width, shorts.end * width},
-                             {longs.begin * width, longs.end * width}, slice_of(s), own_panel, p.drift);
-      }
+      // Columns of T are divided first: half of them another thread has made.
+      const Share longs = share_of(panels, me % fold_groups, fold_groups);
+      const Share shorts = share_of(panels, me / fold_groups, other_groups);
+      const auto slice_at = [&](Index s) {
+        const Share rows = rows_of(block0 + s);
+        return Slice{rows.begin, rows.end - rows.begin, reinterpret_cast<const std::uint32_t*>(slice_of(s))};
+      };
+      fold_slices<Second>(sides, shorter, slice_at, slots, {shorts.begin * width, shorts.end * width},
+                          {longs.begin * width, longs.end * width}, layout.slice_stride, own_panel, layout.panels,
+                          p.drift);
     }
     team.wait();
   }

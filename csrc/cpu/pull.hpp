@@ -10,17 +10,19 @@ namespace {
 
 using rpsft::Pullback;
 
-constexpr Index pull_rows = 384;  // of the shorter side at a time: a packed panel is used for all of them
-
+// `rows` of the shorter side are worked on at a time: a packed panel is used for all of them.
 struct PullLayout {
-  Index product_stride, product, panel, row, per_thread;
+  Index rows, product_stride, product, panel, row, per_thread;
 
   template <class Unit>
   static PullLayout of(Index rank) {
     using Lanes = typename Unit::Lanes;
+    constexpr Index room = 80 << 10;
     PullLayout layout;
-    layout.product_stride = round_up(rank, panel_width<Lanes>) / Unit::elements + slice_padding;
-    layout.product = pull_rows * layout.product_stride;
+    layout.product_stride = round_up(rank, panel_width<Lanes>) / Unit::elements + padding;
+    // A multiple of every tile's rows.
+    layout.rows = larger(192, room / layout.product_stride / 24 * 24);
+    layout.product = layout.rows * layout.product_stride;
     layout.panel = ceil_div(rank, Unit::elements) * panel_width<Lanes>;
     layout.row = Lanes::tile_rows * ceil_div(rank, Unit::elements);
     layout.per_thread = layout.panel + layout.row;
@@ -202,8 +204,11 @@ void pull_one(const Pullback& p, std::uint32_t* workspace, rpsft::Team& team) {
   const PackTransposed pack_basis = transposing_of<Unit>(col_basis.dtype);
   const auto product_row = [&](Index row) { return product + row * stride; };
 
-  for (Index row0 = 0; row0 < shorter.rows; row0 += pull_rows) {
-    const Index rows = smaller(pull_rows, shorter.rows - row0);
+  // In about equal parts.
+  const Index parts = larger(1, ceil_div(shorter.rows, layout.rows));
+  const Index rows_each = smaller(layout.rows, round_up(ceil_div(shorter.rows, parts), Lanes::tile_rows));
+  for (Index row0 = 0; row0 < shorter.rows; row0 += rows_each) {
+    const Index rows = smaller(rows_each, shorter.rows - row0);
     if (me / groups < row_groups) {
       const Share some = share_of(ceil_div(rows, Lanes::tile_rows), me / groups, row_groups);
       form_product<Unit>(shorter, drift, transposed, across, rank, p.scale,

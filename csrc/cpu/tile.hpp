@@ -17,10 +17,16 @@ enum class Order { along, across };
 template <class Lanes>
 constexpr int panel_width = Lanes::tile_vectors * Lanes::width;
 
+// What a tile does beside its products: a little, every other step, as products leave most of a processor idle.
+struct Nothing {
+  static constexpr bool idle = true;
+  void step() {}
+};
+
 // Never inlined: among the variables of a caller's loops, compilers spill the sums.
-template <class Unit, Order order, int rows, class Sink>
+template <class Unit, Order order, int rows, class Sink, class Beside>
 __attribute__((noinline)) void tile(const std::uint32_t* one, Index one_stride, const std::uint32_t* many,
-                                    Index many_stride, Index steps, const Sink& sink) {
+                                    Index many_stride, Index steps, const Sink& sink, Beside& beside) {
   using Lanes = typename Unit::Lanes;
   constexpr int vectors = Lanes::tile_vectors;
   typename Lanes::Vector sums[rows][vectors];
@@ -38,7 +44,7 @@ __attribute__((noinline)) void tile(const std::uint32_t* one, Index one_stride, 
     group[g] = reinterpret_cast<const char*>(order == Order::along ? one + 3 * g * one_stride : one + 3 * g);
   constexpr bool along = order == Order::along;
   const Index next_row = along ? 4 * one_stride : 4, next_step = along ? 4 : 4 * one_stride;
-  for (Index step = 0; step < steps; ++step, many += many_stride) {
+  const auto products = [&]() __attribute__((always_inline)) {
     typename Lanes::Vector panel[vectors];
     RPSFT_UNROLL
     for (int v = 0; v < vectors; ++v) panel[v] = Unit::load(many + v * Lanes::width);
@@ -50,12 +56,29 @@ __attribute__((noinline)) void tile(const std::uint32_t* one, Index one_stride, 
     }
     RPSFT_UNROLL
     for (int g = 0; g < groups; ++g) group[g] += next_step;
+    many += many_stride;
+  };
+  Index step = 0;
+  if constexpr (!Beside::idle) {
+    for (; step + 2 <= steps; step += 2) {
+      beside.step();
+      products();
+      products();
+    }
   }
+  for (; step < steps; ++step) products();
   RPSFT_UNROLL
   for (int r = 0; r < rows; ++r) {
     RPSFT_UNROLL
     for (int v = 0; v < vectors; ++v) sink.put(r, v * Lanes::width, sums[r][v]);
   }
+}
+
+template <class Unit, Order order, int rows, class Sink>
+void tile(const std::uint32_t* one, Index one_stride, const std::uint32_t* many, Index many_stride, Index steps,
+          const Sink& sink) {
+  Nothing nothing;
+  tile<Unit, order, rows>(one, one_stride, many, many_stride, steps, sink, nothing);
 }
 
 // A tile of fewer rows than `rows`.

@@ -1,0 +1,138 @@
+// The next part of an operand, packed while the one before it is multiplied: work for a tile to do beside its products.
+#pragma once
+
+#include "tile.hpp"
+
+namespace {
+
+// A part of an operand that is packed at a time: lanes and depths as a View has them. `width` is where zeros after the
+// lanes end, in the order across.
+struct Chunk {
+  Index lane0 = 0, lanes = 0, width = 0, depth0 = 0, depth = 0;
+
+  bool empty() const { return lanes == 0 || depth == 0; }
+  bool operator==(const Chunk& o) const {
+    return lane0 == o.lane0 && lanes == o.lanes && width == o.width && depth0 == o.depth0 && depth == o.depth;
+  }
+};
+
+template <class Unit, class W, class B, Order order>
+void pack_chunk(const View& view, const Chunk& chunk, std::uint32_t* units, Index stride) {
+  if constexpr (order == Order::along) {
+    pack_along<Unit, W, B>(view, chunk.lane0, chunk.lanes, chunk.depth0, chunk.depth, units, stride);
+  } else {
+    pack_across<Unit, W, B>(view, chunk.lane0, chunk.lanes, chunk.width, chunk.depth0, chunk.depth, units, stride);
+  }
+}
+
+// What pack_chunk does, one vector at a step, and asks the memory for what will be packed later: runs of a weight are
+// too short, and too far apart, for a processor to foresee them.
+template <class Unit, class W, class B, Order order>
+class PackAhead {
+ public:
+  static constexpr bool idle = false;
+
+  // `beyond` is packed after `chunk`; there will be about `slots` steps.
+  PackAhead(const View& view, const Chunk& chunk, const Chunk& beyond, std::uint32_t* units, Index stride, Index slots)
+      : view_(view), chunk_(chunk), units_(units), stride_(stride), slots_(slots) {
+    if (chunk.empty() || !by_vectors()) return;
+    lines_ = line_count(chunk);
+    run_ = along ? chunk.depth : chunk.lanes;
+    line_ = place_of(chunk.lane0, chunk.depth0);
+    out_ = units;
+    vectors_ = lines_ * ceil_div(run_, width);
+    const Index ahead = ceil_div(vectors_ahead, ceil_div(run_, width));
+    turn_ = lines_ - ahead;
+    far_ = turn_ > 0 ? line_.moved(step_of_line(), ahead) : place_of(beyond.lane0, beyond.depth0);
+    beyond_ = place_of(beyond.lane0, beyond.depth0);
+  }
+
+  // Evenly over the slots: all at once would ask more of the memory than it can give.
+  void step() {
+    owed_ += vectors_;
+    if (owed_ < slots_) return;
+    owed_ -= slots_;
+    if (lines_ > 0) pack();
+  }
+
+  // Whatever the tiles have left.
+  void finish() {
+    if (chunk_.empty()) return;
+    if (!out_) return pack_chunk<Unit, W, B, order>(view_, chunk_, units_, stride_);
+    while (lines_ > 0) pack();
+  }
+
+ private:
+  using Lanes = typename Unit::Lanes;
+  using Vector = typename Lanes::Vector;
+  static constexpr bool along = order == Order::along;
+  static constexpr Index width = Lanes::width;
+  // Enough of them for a line to come from memory meanwhile.
+  static constexpr Index vectors_ahead = 24;
+
+  void pack() {
+    // The last vector of a line that does not divide begins where it still fits.
+    const Index i = smaller(at_, run_ - width);
+    const Index w = line_.weight + i, b = line_.base + i;
+    const Vector first = elements_at<Lanes, W, B>(view_, w, b);
+    if constexpr (along) {
+      Unit::along(first, out_ + i / Unit::elements);
+    } else if constexpr (Unit::elements == 2) {
+      Unit::across(first, elements_at<Lanes, W, B>(view_, w + view_.depth_stride, b + view_.base_depth_stride),
+                   out_ + i);
+    } else {
+      Unit::across(first, first, out_ + i);
+    }
+    fetch(i);
+    at_ += width;
+    if (at_ >= run_) next_line();
+  }
+
+  // Offsets of an element in the weight and in its base.
+  struct Place {
+    Index weight, base;
+
+    Place moved(const Place& by, Index times = 1) const { return {weight + times * by.weight, base + times * by.base}; }
+  };
+
+  Place place_of(Index lane, Index depth) const {
+    return {lane * view_.lane_stride + depth * view_.depth_stride,
+            lane * view_.base_lane_stride + depth * view_.base_depth_stride};
+  }
+  Place step_of_line() const { return along ? place_of(1, 0) : place_of(0, Unit::elements); }
+  static Index line_count(const Chunk& chunk) { return along ? chunk.lanes : chunk.depth / Unit::elements; }
+
+  bool by_vectors() const {
+    const Index run_stride = along ? view_.depth_stride : view_.lane_stride;
+    const Index base_stride = along ? view_.base_depth_stride : view_.base_lane_stride;
+    return run_stride == 1 && (!view_.base || base_stride == 1) && (along || chunk_.lanes == chunk_.width) &&
+           chunk_.depth % Unit::elements == 0 &&
+           (along ? chunk_.depth : chunk_.lanes) >= width && view_.holds(chunk_.lane0, chunk_.depth0) &&
+           view_.holds(chunk_.lane0 + chunk_.lanes - 1, chunk_.depth0 + chunk_.depth - 1);
+  }
+
+  void next_line() {
+    at_ = 0;
+    --lines_;
+    line_ = line_.moved(step_of_line());
+    out_ += stride_;
+    far_ = --turn_ == 0 ? beyond_ : far_.moved(step_of_line());
+  }
+
+  // Always inline: GCC 12 takes a function that only prefetches for one without effect, and leaves out calls of it.
+  __attribute__((always_inline)) void fetch(Index i) const {
+    for (int e = 0; e < (along ? 1 : Unit::elements); ++e) {
+      __builtin_prefetch(static_cast<const W*>(view_.data) + far_.weight + e * view_.depth_stride + i, 0, 2);
+      if constexpr (!__is_same(B, NoBase))
+        __builtin_prefetch(static_cast<const B*>(view_.base) + far_.base + e * view_.base_depth_stride + i, 0, 2);
+    }
+  }
+
+  const View& view_;
+  const Chunk chunk_;
+  std::uint32_t *units_, *out_ = nullptr;
+  Index stride_, slots_, vectors_ = 0, owed_ = 0, lines_ = 0, run_ = 0, at_ = 0, turn_ = 0;
+  Place line_{}, far_{}, beyond_{};
+};
+
+}  // namespace
