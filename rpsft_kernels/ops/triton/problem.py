@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .variant import Form
+from .variant import WEIGHT_AND_BASE, Form
 
 Strides = tuple[int, int]
 _NONE: Strides = (0, 0)
@@ -42,6 +42,13 @@ def lies(matrix: Tensor, transposed: bool) -> Lies:
     vectors = described and matrix.shape[contiguous] % unit == 0
     strides = (across, down) if transposed else (down, across)
     return Lies(strides, (contiguous == 0) != transposed, vectors, described)
+
+
+def readable(weight: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """W and W0 in a pair of dtypes that the kernels come in: as they are, else both in float32, which is exact."""
+    if (weight.dtype, base.dtype) in WEIGHT_AND_BASE:
+        return weight, base
+    return weight.float(), base.float()
 
 
 class Problem(NamedTuple):
