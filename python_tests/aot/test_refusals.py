@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from triton.backends.nvidia.compiler import ptx_get_version
 from world import DEVICE, PULL, SQUARES, World
 
 from rpsft_kernels import aot
@@ -91,10 +92,9 @@ def test_ptx_newer_than_the_driver_is_not_even_tried(world: World) -> None:
 
 
 def test_what_drivers_read_is_what_triton_says_of_cuda() -> None:
-    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
     for version in [f"11.{minor}" for minor in range(9)] + [f"12.{minor}" for minor in range(10)] + ["13.0", "13.1"]:
         major, minor = map(int, version.split("."))
         isa = Device(90, 0, 1000 * major + 10 * minor).ptx
         assert isa is not None
-        assert 10 * isa[0] + isa[1] == compiler.ptx_get_version(version), version
+        assert 10 * isa[0] + isa[1] == ptx_get_version(version), version
     assert Device(90, 0, 0).ptx is None
