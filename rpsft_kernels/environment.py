@@ -49,7 +49,7 @@ def _facts() -> Iterator[_Fact]:
     for package in _PACKAGES:
         yield package, partial(_version, package)
     for variable in sorted(name for name in os.environ if name.startswith("RPSFT_") or name in _VARIABLES):
-        yield variable, partial(os.environ.get, variable, "")
+        yield variable, partial(os.environ.__getitem__, variable)
     yield "threads", lambda: str(torch.get_num_threads())
     yield "instruction sets", lambda: ", ".join(native.instruction_sets()) or native.missing()
     yield "kernels", _kernels
