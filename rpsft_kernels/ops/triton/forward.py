@@ -185,7 +185,7 @@ def run_forward(
     squares = weights[0].new_empty((len(weights),), dtype=torch.float32)
     blocks = [vectors(b) for b in blocks]
     if bases:
-        weights, bases = map(list, zip(*map(readable, weights, bases), strict=True))
+        bases = list(map(readable, weights, bases))
     groups: dict[Group, list[tuple[int, Problem]]] = {}
     for i, weight in enumerate(weights):
         group, problem = describe(weight, lefts[i], rights[i], bases[i] if bases else None, profile)

@@ -44,11 +44,11 @@ def lies(matrix: Tensor, transposed: bool) -> Lies:
     return Lies(strides, (contiguous == 0) != transposed, vectors, described)
 
 
-def readable(weight: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    """W and W0 in a pair of dtypes that the kernels come in: as they are, else both in float32, which is exact."""
-    if (weight.dtype, base.dtype) in WEIGHT_AND_BASE:
-        return weight, base
-    return weight.float(), base.float()
+def readable(weight: Tensor, base: Tensor) -> Tensor:
+    """W0 in a dtype that kernels for W come in: as it is, else as a weight of W's dtype holds it, which is what the
+    kernels make of it in any case.
+    """
+    return base if (weight.dtype, base.dtype) in WEIGHT_AND_BASE else base.to(weight.dtype)
 
 
 class Problem(NamedTuple):

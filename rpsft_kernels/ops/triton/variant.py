@@ -272,7 +272,7 @@ def full_gradient_variant(
 
 
 # W, W0: what training loops hold. W0 is bfloat16 where that is exact, else of the dtype that was anchored: float32 of a
-# model that was cast to bfloat16 since. Other pairs, which casts can leave behind, are widened: ``problem.readable``.
+# model that was cast to bfloat16 since. W0 of other pairs, which casts can leave behind, is cast: ``problem.readable``.
 WEIGHT_AND_BASE: tuple[tuple[torch.dtype, torch.dtype | None], ...] = (
     (torch.bfloat16, None),
     (torch.bfloat16, torch.bfloat16),

@@ -61,7 +61,7 @@ def run_whole_forward(weights: Sequence[Tensor], bases: Sequence[Tensor]) -> tup
     device = weights[0].device
     profile = device_profile(device)
     squares = weights[0].new_empty((len(weights),), dtype=torch.float32)
-    weights, bases = map(list, zip(*map(readable, weights, bases), strict=True))
+    bases = list(map(readable, weights, bases))
     for group, entries in _groups(weights, bases, None).items():
         members, problems = [i for i, _ in entries], tuple(p for _, p in entries)
         variant = full_drift_variant(profile.architecture, group.weight, group.base, group.aligned)
@@ -89,7 +89,7 @@ def run_whole_backward(
     device = scales.device
     profile = device_profile(device)
     scales = vectors(scales)
-    weights, bases = map(list, zip(*map(readable, weights, bases), strict=True))
+    bases = list(map(readable, weights, bases))
     for group, entries in _groups(weights, bases, grads).items():
         members, problems = [i for i, _ in entries], tuple(p for _, p in entries)
         assert group.grad is not None
