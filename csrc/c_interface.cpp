@@ -143,6 +143,14 @@ rpsft::Pullback pullback(const rpsft_pullback& given, std::size_t i) {
   return result;
 }
 
+void remember(const char* words) noexcept {
+  try {
+    last_error() = words;
+  } catch (...) {
+    last_error().clear();
+  }
+}
+
 // Nothing may be thrown into C.
 template <class Call>
 int guarded(const Call& call) {
@@ -150,9 +158,11 @@ int guarded(const Call& call) {
     call();
     return 0;
   } catch (const std::exception& error) {
-    last_error() = error.what();
-    return 1;
+    remember(error.what());
+  } catch (...) {
+    remember("an error of an unknown kind");
   }
+  return 1;
 }
 
 template <class Given, class Convert>
@@ -167,6 +177,8 @@ auto converted(const Given* given, std::size_t count, const Convert& convert) {
 }  // namespace
 
 extern "C" {
+
+RPSFT_EXPORT int rpsft_api_version(void) { return RPSFT_API_VERSION; }
 
 RPSFT_EXPORT int rpsft_project_drift(const rpsft_projection* shards, size_t count, const char* instruction_set,
                                      int threads) {
@@ -194,8 +206,12 @@ RPSFT_EXPORT size_t rpsft_workspace_bytes(int64_t rank, const char* instruction_
 }
 
 RPSFT_EXPORT const char* rpsft_instruction_set(size_t index) {
-  static const std::vector<std::string> names = rpsft::instruction_sets();
-  return index < names.size() ? names[index].c_str() : nullptr;
+  const char* name = nullptr;
+  guarded([&] {
+    static const std::vector<std::string> names = rpsft::instruction_sets();
+    if (index < names.size()) name = names[index].c_str();
+  });
+  return name;
 }
 
 RPSFT_EXPORT const char* rpsft_last_error(void) { return last_error().c_str(); }

@@ -34,6 +34,7 @@ typedef struct {
  *
  * base form: left U (m, k), right V (n, k), both bfloat16 or both float32, and base W0 (m, n).
  * block form: left, right and block B (k, k), float32, contiguous.
+ * bare form: left and right alone, C = U^T W V: a block is made of W0 by it.
  * full form: base alone. C is then W - W0 itself: drift is not written and may be NULL.
  *
  * head and tail: how many elements are missing at the beginning of the first row and at the end of the last, where the
@@ -61,6 +62,9 @@ typedef struct {
   float scale;
   int64_t head, tail;
 } rpsft_pullback;
+
+/* RPSFT_API_VERSION of the library that is linked, to be compared with that of this header. */
+int rpsft_api_version(void);
 
 /* instruction_set: one of rpsft_instruction_set(), or NULL for the best. threads: at least 1. Results have the same bits
  * for every number of threads; they depend on the instruction set. */

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
 import shutil
 import struct
 import subprocess
@@ -28,7 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .aot import MANIFEST, SCHEMA, Arch, kernel_id, source_digest
+from .aot_library import MANIFEST, SCHEMA, Arch, kernel_id, source_digest
 from .ops.triton.profile import DESCRIPTORS, cuda_architecture, rank_classes
 from .ops.triton.variant import ARGUMENT_TYPES, ARGUMENTS, Variant, list_variants
 
@@ -100,7 +99,8 @@ def wanted_variants(table: str, ranks: Sequence[int], only: str) -> list[Variant
 class Built:
     """One build: how many kernels, files and bytes, and what it took.
 
-    ``largest_process``: peak bytes of memory of the largest compiling process; there were ``jobs`` at a time.
+    ``largest_process``: peak bytes of memory of the largest compiling process, 0 where the system does not tell; there
+    were ``jobs`` at a time.
     """
 
     kernels: int
@@ -111,9 +111,10 @@ class Built:
     jobs: int
 
     def __str__(self) -> str:
+        peak = f"{self.largest_process / 2**20:.0f} MiB" if self.largest_process else "unknown"
         return (
             f"{self.kernels} kernels in {self.files} files, {self.size / 1e6:.1f} MB, {self.seconds:.0f} s; "
-            f"peak memory {self.largest_process / 2**20:.0f} MiB in the largest of {self.jobs} processes"
+            f"peak memory {peak} in the largest of {self.jobs} processes"
         )
 
 
@@ -146,9 +147,8 @@ def build_kernels(
     if not tasks:
         raise ValueError(f"only: no variant's label matches {only!r}; python -m rpsft_kernels compile lists them")
     began = time.monotonic()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder, which is replaced at the end: what fails or is interrupted leaves no half of a build.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+    with _beside(folder) as name:
         temporary = Path(name) / "kernels"
         temporary.mkdir()
         entries = [_written(temporary, entry, images) for entry, images in _compiled(tasks, jobs)]
@@ -167,8 +167,25 @@ def build_kernels(
     files = list(folder.iterdir())
     return Built(
         len(entries), len(files), sum(file.stat().st_size for file in files), time.monotonic() - began,
-        resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024), jobs,
+        _largest_child(), jobs,
     )  # fmt: skip
+
+
+def _beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
+    except OSError as error:
+        raise ValueError(f"folder: {folder} cannot be written ({error}); name another one (--output)") from error
+
+
+def _largest_child() -> int:
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def _written(folder: Path, entry: dict[str, Any], images: list[bytes]) -> dict[str, Any]:
@@ -246,8 +263,12 @@ def _compile(task: tuple[Variant, Target]) -> tuple[dict[str, Any], list[bytes]]
     }
     images = [image]
     if target.ptx:
-        entry["ptx"] = {}
-        images.append(compiled.asm["ptx"].encode())
+        text = compiled.asm["ptx"]
+        version = re.search(r"^\.version (\d+\.\d+)$", text, re.M)
+        if version is None:
+            raise RuntimeError(f"{variant.label()} for {target.arch}: its PTX has no version")
+        entry["ptx"] = {"isa": version[1]}
+        images.append(text.encode())
     return entry, images
 
 

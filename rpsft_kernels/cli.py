@@ -168,9 +168,11 @@ def _kernels(options: argparse.Namespace) -> int:
 
     if options.build is not None:
         from .aot_build import build_kernels
+        from .aot_library import FOLDER
 
+        folder = options.output or FOLDER
         try:
-            built = build_kernels(options.build, options.output or aot.FOLDER, jobs=options.jobs, only=options.only)
+            built = build_kernels(options.build, folder, jobs=options.jobs, only=options.only)
         except ValueError as error:
             raise SystemExit(str(error)) from None
         print(built)

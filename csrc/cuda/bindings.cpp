@@ -33,6 +33,9 @@ void bind_cuda(py::module_ module) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   module.doc() = "Starts CUDA kernels that were compiled ahead of time; the driver is opened at first use.";
 
+  py::register_exception<rpsft::cuda::LoadError>(module, "LoadError", PyExc_RuntimeError).doc() =
+      "The image does not suit the device or the driver; another one of the same kernel may.";
+
   py::class_<Kernel>(module, "Kernel", "One entry of a cubin, a fat binary or PTX; layout: (offset, size) each.")
       .def(py::init(&kernel), py::arg("image"), py::arg("entry"), py::arg("name"), py::arg("threads"),
            py::arg("shared"), py::arg("layout"))
@@ -45,4 +48,6 @@ void bind_cuda(py::module_ module) {
   module.def("device_count", &rpsft::cuda::device_count, Unlocked(), "0 where the driver finds no GPU.");
   module.def("device_name", &rpsft::cuda::device_name, py::arg("device"), Unlocked());
   module.def("compute_capability", &rpsft::cuda::compute_capability, py::arg("device"), Unlocked(), "(major, minor)");
+  module.def("shared_memory_per_block", &rpsft::cuda::shared_memory_per_block, py::arg("device"), Unlocked(),
+             "Bytes that a block may ask for.");
 }

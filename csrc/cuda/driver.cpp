@@ -1,6 +1,8 @@
 #include "cuda/driver.hpp"
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 #if !defined(_WIN32)
@@ -33,7 +35,7 @@ Calls open_driver() {
     if (void* address = dlsym(library, name)) return address;
     dlclose(library);
     throw std::runtime_error("no CUDA driver: '" + path + "' has no function " + name +
-                             ", which NVIDIA's drivers have had since CUDA 9");
+                             ", which NVIDIA's drivers have had since CUDA 10.1");
   };
   Calls calls;
 #define RPSFT_CUDA_FIND(name, ...) calls.name = reinterpret_cast<decltype(calls.name)>(find(#name));
@@ -43,6 +45,15 @@ Calls open_driver() {
 }
 
 #endif
+
+int attribute(int ordinal, int which) {
+  const Driver& driver = Driver::get();
+  const Subject subject{ordinal};
+  int value = 0;
+  const CUdevice device = driver.device(ordinal, subject);
+  driver.check(driver.cuDeviceGetAttribute(&value, which, device), "cuDeviceGetAttribute", subject);
+  return value;
+}
 
 }  // namespace
 
@@ -75,7 +86,9 @@ void Driver::check(CUresult result, const char* call, const Subject& subject, co
   message += name != nullptr ? name : "an unknown error";
   message += " (" + std::to_string(result) + ")";
   if (words != nullptr) message += ", " + std::string(words);
-  throw std::runtime_error(detail.empty() ? message : message + "; " + detail);
+  if (!detail.empty()) message += "; " + detail;
+  if (std::find(std::begin(unfit), std::end(unfit), result) != std::end(unfit)) throw LoadError(message);
+  throw std::runtime_error(message);
 }
 
 CUdevice Driver::device(int ordinal, const Subject& subject) const {
@@ -123,15 +136,9 @@ std::string device_name(int ordinal) {
 }
 
 std::pair<int, int> compute_capability(int ordinal) {
-  const Driver& driver = Driver::get();
-  const Subject subject{ordinal};
-  const CUdevice device = driver.device(ordinal, subject);
-  const auto attribute = [&](int which) {
-    int value = 0;
-    driver.check(driver.cuDeviceGetAttribute(&value, which, device), "cuDeviceGetAttribute", subject);
-    return value;
-  };
-  return {attribute(capability_major), attribute(capability_minor)};
+  return {attribute(ordinal, capability_major), attribute(ordinal, capability_minor)};
 }
+
+int shared_memory_per_block(int ordinal) { return attribute(ordinal, block_shared_optin); }
 
 }  // namespace rpsft::cuda

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -26,7 +27,14 @@ using CUstream = CUstream_st*;
 constexpr CUresult success = 0;
 constexpr CUresult no_device = 100;
 
+// The image does not suit this device or this driver, whatever is tried with it: CUDA_ERROR_INVALID_IMAGE,
+// NO_BINARY_FOR_GPU, INVALID_PTX, JIT_COMPILER_NOT_FOUND, UNSUPPORTED_PTX_VERSION, JIT_COMPILATION_DISABLED.
+constexpr CUresult unfit[] = {200, 209, 218, 221, 222, 223};
+
 constexpr int capability_major = 75, capability_minor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+constexpr int block_shared_optin = 97;  // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+
+constexpr int capture_relaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED, an enum as large as an int
 
 constexpr int function_shared = 1;           // CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 constexpr int function_local = 3;            // CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
@@ -50,6 +58,7 @@ constexpr std::size_t launch_end = 0, launch_buffer = 1, launch_buffer_bytes = 2
   CALL(cuCtxGetCurrent, CUcontext* context)                                                                       \
   CALL(cuCtxPushCurrent_v2, CUcontext context)                                                                    \
   CALL(cuCtxPopCurrent_v2, CUcontext* context)                                                                    \
+  CALL(cuThreadExchangeStreamCaptureMode, int* mode)                                                              \
   CALL(cuModuleLoadDataEx, CUmodule* module, const void* image, unsigned options, int* names, void** values)      \
   CALL(cuModuleUnload, CUmodule module)                                                                           \
   CALL(cuModuleGetFunction, CUfunction* function, CUmodule module, const char* name)                              \
@@ -72,6 +81,12 @@ struct Subject {
   const std::string* kernel = nullptr;
 };
 
+// A failure with one of `unfit`: another image of the same kernel may do.
+class LoadError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 // The driver of this process, opened. Its functions are called as members; check() turns what they return into
 // exceptions.
 class Driver : public Calls {
@@ -80,8 +95,9 @@ class Driver : public Calls {
   // it cannot be opened or lacks a function; nothing is remembered of that, so the next call tries again.
   static Driver& get();
 
-  // Throws std::runtime_error for anything but success. `call` is the function's name; `detail` is added to what the
-  // driver says of the result.
+  // Throws std::runtime_error for anything but success, of the kind LoadError for `unfit`. `call` is the function's
+  // name; `detail` is added to what the driver says of the result. Whatever the call: a driver that loads lazily finds
+  // out about an image as late as at its launch.
   void check(CUresult result, const char* call, const Subject& subject, const std::string& detail = "") const;
 
   CUdevice device(int ordinal, const Subject& subject) const;
@@ -107,5 +123,8 @@ int device_count();
 
 std::string device_name(int ordinal);
 std::pair<int, int> compute_capability(int ordinal);
+
+// Bytes of shared memory that a block may have at most, where its kernel asks for more than the plain 48 KiB.
+int shared_memory_per_block(int ordinal);
 
 }  // namespace rpsft::cuda

@@ -44,6 +44,33 @@ class Current {
   bool pushed_ = false;
 };
 
+// Lets the thread do what is forbidden while any stream is captured into a CUDA graph, such as loading: none of it
+// touches a stream.
+class Uncaptured {
+ public:
+  Uncaptured(const Driver& driver, const Subject& subject) : driver_(driver), subject_(subject) {
+    driver.check(driver.cuThreadExchangeStreamCaptureMode(&mode_), "cuThreadExchangeStreamCaptureMode", subject);
+    changed_ = true;
+  }
+  Uncaptured(const Uncaptured&) = delete;
+  Uncaptured& operator=(const Uncaptured&) = delete;
+
+  // On the way out of a failure, which is what is reported.
+  ~Uncaptured() { exchange(); }
+
+  void restore() { driver_.check(exchange(), "cuThreadExchangeStreamCaptureMode", subject_); }
+
+ private:
+  CUresult exchange() {
+    return std::exchange(changed_, false) ? driver_.cuThreadExchangeStreamCaptureMode(&mode_) : success;
+  }
+
+  const Driver& driver_;
+  const Subject& subject_;
+  int mode_ = capture_relaxed;  // while it is in force: the thread's own
+  bool changed_ = false;
+};
+
 // A module that is unloaded unless it is kept: half a load must not stay behind.
 class Module {
  public:
@@ -137,6 +164,7 @@ const Kernel::Loaded& Kernel::loaded(Driver& driver, const Subject& subject) {
 
 Kernel::Loaded Kernel::load(Driver& driver, const Subject& subject) const {
   Loaded fresh{driver.primary_context(subject), nullptr, {}};
+  Uncaptured uncaptured(driver, subject);
   Current current(driver, fresh.context, subject);
   Module module(driver, image_, subject);
   const CUresult result = driver.cuModuleGetFunction(&fresh.function, module.get(), entry_.c_str());
@@ -157,6 +185,7 @@ Kernel::Loaded Kernel::load(Driver& driver, const Subject& subject) const {
     set(function_shared_carveout, 100);
   }
   current.restore();
+  uncaptured.restore();
   module.keep();
   return fresh;
 }

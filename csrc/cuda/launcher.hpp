@@ -28,7 +28,8 @@ using Grid = std::array<std::int64_t, 3>;
 
 // One entry of one image (a cubin, a fat binary or PTX), usable on every device that the image fits.
 //
-// The image is loaded into a device's primary context at the first launch there, once, whatever the number of threads.
+// The image is loaded into a device's primary context at the first launch there, once, whatever the number of threads,
+// also where that launch is captured into a CUDA graph.
 // Of a load that fails nothing stays, and the next launch tries again: what was short then may be there now, and what
 // does not fit the device fails with the same words. A loaded module lives until the process ends, longer than its
 // Kernel: launches still queued may run it, and unloading at exit would race with the driver's own teardown.
@@ -44,10 +45,11 @@ class Kernel {
 
   // Queues the kernel on a stream of the device (0: the default stream) and returns. Arguments are in the layout's
   // order. A grid with a dimension of 0 has nothing to do and needs no driver. The calling thread's current context is
-  // afterwards the one before. Throws std::invalid_argument or std::runtime_error.
+  // afterwards the one before. Throws std::invalid_argument or std::runtime_error; LoadError where this image cannot
+  // run there, but another one might.
   void launch(int device, std::uint64_t stream, const Grid& grid, const std::vector<std::uint64_t>& arguments);
 
-  // Loads the kernel like a launch does. Loading is not allowed while a CUDA graph is captured: this comes before.
+  // Loads the kernel like a launch does.
   Resources resources(int device);
 
  private:

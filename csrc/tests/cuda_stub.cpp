@@ -1,8 +1,9 @@
 // A stand-in for libcuda.so.1 in tests: devices that compute nothing, strict about contexts, with a record of every
 // call. RPSFT_CUDA_DRIVER names it; who tests also opens it and calls the stub_ functions.
 //
-// An image is any text. One that begins with "bad" does not load, and the compiler's log says why; a module has the
-// entries whose names its image contains, and `registers=`, `local=` and `shared=` in it are what its functions take.
+// An image is any text, or an ELF file. One that begins with "bad" does not load, and the compiler's log says why; a
+// module has the entries whose names its image contains, and `registers=`, `local=` and `shared=` in it are what its
+// functions take. PTX is text that begins with ".version" or "//".
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -14,6 +15,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cuda/driver.hpp"
@@ -38,7 +40,7 @@ struct CUmod_st {
 namespace {
 
 constexpr CUresult invalid_value = 1, not_initialized = 3, invalid_device = 101, invalid_context = 201;
-constexpr CUresult invalid_ptx = 218, not_found = 500, launch_timeout = 702;
+constexpr CUresult invalid_ptx = 218, not_found = 500, launch_timeout = 702, capture_unsupported = 900;
 constexpr int most_shared = 232448;
 
 struct Error {
@@ -53,10 +55,15 @@ constexpr Error errors[] = {
     {no_device, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
     {invalid_device, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {invalid_context, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
+    {200, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
     {209, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
     {invalid_ptx, "CUDA_ERROR_INVALID_PTX", "a PTX JIT compilation failed"},
+    {221, "CUDA_ERROR_JIT_COMPILER_NOT_FOUND", "PTX JIT compiler library not found"},
+    {222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "the provided PTX was compiled with an unsupported toolchain."},
+    {223, "CUDA_ERROR_JIT_COMPILATION_DISABLED", "PTX JIT compilation was disabled"},
     {not_found, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {launch_timeout, "CUDA_ERROR_LAUNCH_TIMEOUT", "the launch timed out and was terminated"},
+    {capture_unsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
 };
 
 CUctx_st primaries[] = {{0}, {1}, {2}};
@@ -69,10 +76,11 @@ std::deque<CUmod_st> modules;
 std::deque<CUfunc_st> functions;
 std::string lines;
 int threads = 0, expected = 1, inside = 0;
-bool initialized = false;
+bool initialized = false, capturing = false;
+CUresult ptx_result = success;
 
 thread_local std::vector<CUcontext> stack;
-thread_local int thread = -1;
+thread_local int thread = -1, capture_mode = 0;
 
 std::string quoted(const std::string& text) { return '"' + text + '"'; }
 
@@ -142,6 +150,29 @@ int number_in(const std::string& image, const char* key) {
   return at == std::string::npos ? 0 : std::atoi(image.c_str() + at + std::strlen(key));
 }
 
+// The driver is not told how long an image is: of an ELF file its headers say so, text ends with a 0.
+std::string whole(const char* image) {
+  if (std::strncmp(image, "\x7f""ELF", 4) != 0) return image;
+  const auto number = [&](std::size_t at, std::size_t size) {
+    std::uint64_t value = 0;
+    std::memcpy(&value, image + at, size);
+    return value;
+  };
+  // Of a 64-bit file: e_phoff, e_shoff, e_phentsize, e_phnum, e_shentsize, e_shnum; of a section its type and extent.
+  const std::uint64_t sections = number(0x28, 8), section_size = number(0x3a, 2), count = number(0x3c, 2);
+  std::uint64_t end = std::max(sections + section_size * count, number(0x20, 8) + number(0x36, 2) * number(0x38, 2));
+  for (std::uint64_t i = 0; i < count; ++i) {
+    const std::uint64_t at = sections + section_size * i;
+    constexpr std::uint64_t occupies_nothing = 8;  // SHT_NOBITS
+    if (number(at + 4, 4) != occupies_nothing) end = std::max(end, number(at + 0x18, 8) + number(at + 0x20, 8));
+  }
+  return std::string(image, end);
+}
+
+bool is_ptx(const std::string& image) {
+  return image.compare(0, 8, ".version") == 0 || image.compare(0, 2, "//") == 0;
+}
+
 CUresult say(CUresult result, const char* Error::*which, const char** text) {
   for (const Error& error : errors)
     if (error.result == result) {
@@ -163,6 +194,23 @@ STUB void stub_reset() {
   lines.clear();
   inside = 0;
   expected = 1;
+  capturing = false;
+  ptx_result = success;
+}
+
+// Whether a stream is being captured: what is forbidden then fails in threads whose mode is not the relaxed one.
+STUB void stub_capture(int whether) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  capturing = whether != 0;
+}
+
+// The calling thread's mode of capture, which is 0 at first.
+STUB int stub_capture_mode() { return capture_mode; }
+
+// From now on loading PTX fails with `result`; 0 ends that. Machine code is not concerned.
+STUB void stub_fail_ptx(int result) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  ptx_result = result;
 }
 
 // From now on `call` does nothing but fail with `result`; 0 ends that.
@@ -238,8 +286,14 @@ STUB CUresult cuDeviceGetName(char* name, int size, CUdevice device) {
 STUB CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
   Call call("cuDeviceGetAttribute");
   if (const CUresult result = call.wrong()) return call.end(result);
-  if (attribute != capability_major && attribute != capability_minor) return call.end(invalid_value);
-  *value = attribute == capability_major ? 9 : device - 100;
+  if (attribute == capability_major)
+    *value = 9;
+  else if (attribute == capability_minor)
+    *value = device - 100;
+  else if (attribute == block_shared_optin)
+    *value = most_shared;
+  else
+    return call.end(invalid_value);
   return call.end(success, field("device", device - 100));
 }
 
@@ -271,12 +325,22 @@ STUB CUresult cuCtxPopCurrent_v2(CUcontext* context) {
   return call.end(success, field("device", (*context)->device));
 }
 
+STUB CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
+  Call call("cuThreadExchangeStreamCaptureMode");
+  if (const CUresult result = call.wrong()) return call.end(result);
+  if (*mode < 0 || *mode > capture_relaxed) return call.end(invalid_value);
+  std::swap(*mode, capture_mode);
+  return call.end(success, field("mode", capture_mode));
+}
+
 STUB CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned options, int* names, void** values) {
   // Long enough for other threads to come here too if they can.
   std::this_thread::sleep_for(std::chrono::milliseconds(30));
   Call call("cuModuleLoadDataEx");
   if (const CUresult result = call.wrong(true)) return call.end(result);
-  const std::string bytes(static_cast<const char*>(image));
+  if (capturing && capture_mode != capture_relaxed) return call.end(capture_unsupported);
+  const std::string bytes = whole(static_cast<const char*>(image));
+  if (ptx_result != success && is_ptx(bytes)) return call.end(ptx_result);
   if (bytes.compare(0, 3, "bad") == 0) {
     const std::string reason = "ptxas application ptx input, line 1; fatal: no such instruction";
     char* log = nullptr;

@@ -8,6 +8,9 @@
 #include "engine.hpp"
 #include "rotation_penalty.h"
 
+// In header.c: what a program in C sees and does; NULL, or what went wrong.
+extern "C" const char* used_from_c(void);
+
 namespace {
 
 struct Case {
@@ -125,9 +128,35 @@ void serves_the_full_form() {
   for (size_t i = 0; i < x.w.size(); ++i) CHECK(std::abs(x.g[i] - 3 * (x.w[i] - x.w0[i])) < 1e-6, "G[%zu]", i);
 }
 
+// C = U^T W V, of which a block B is made: in block form W then has no drift left, to the last bit.
+void serves_the_bare_form() {
+  const int64_t m = 9, n = 6, k = 2;
+  Case x(m, n, k);
+  rpsft_projection bare{&x.weight, nullptr, &x.left, &x.right, nullptr, x.block.data(), &x.square, 0, 0};
+  CHECK(rpsft_project_drift(&bare, 1, nullptr, 1) == 0, "%s", rpsft_last_error());
+  double total = 0;
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j < k; ++j) {
+      double sum = 0;
+      for (int64_t r = 0; r < m; ++r)
+        for (int64_t s = 0; s < n; ++s)
+          sum += double(x.u[size_t(r * k + i)]) * double(x.w[size_t(r * n + s)]) * double(x.v[size_t(s * k + j)]);
+      total += sum * sum;
+      CHECK(std::abs(x.block[size_t(i * k + j)] - sum) < 1e-5, "C[%d, %d]", int(i), int(j));
+    }
+  CHECK(total > 0 && std::abs(x.square - total) < 1e-5 * (1 + total), "%g", double(x.square));
+  rpsft_projection block{&x.weight, nullptr, &x.left, &x.right, x.block.data(), x.c.data(), &x.square, 0, 0};
+  CHECK(rpsft_project_drift(&block, 1, nullptr, 2) == 0, "%s", rpsft_last_error());
+  CHECK(x.square == 0, "%g", double(x.square));
+}
+
 }  // namespace
 
 int main() {
+  CHECK(rpsft_api_version() == RPSFT_API_VERSION, "%d", rpsft_api_version());
+  const char* wrong = used_from_c();
+  CHECK(wrong == nullptr, "%s", wrong);
+  serves_the_bare_form();
   computes_by_the_definition();
   refuses_by_name();
   tells_what_it_runs();

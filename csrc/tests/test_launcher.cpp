@@ -22,6 +22,8 @@ struct Stub {
   void (*meet)(int) = nullptr;
   int (*log)(char*, int) = nullptr;
   int (*depth)() = nullptr;
+  void (*capture)(int) = nullptr;
+  int (*capture_mode)() = nullptr;
 
   explicit Stub(const char* path) {
     void* library = dlopen(path, RTLD_NOW);
@@ -31,6 +33,8 @@ struct Stub {
     find(library, "stub_meet", meet);
     find(library, "stub_log", log);
     find(library, "stub_depth", depth);
+    find(library, "stub_capture", capture);
+    find(library, "stub_capture_mode", capture_mode);
   }
 
   template <class Function>
@@ -107,8 +111,8 @@ void loads_once_and_launches_together(const Stub& stub) {
 }
 
 void failures_leave_nothing(const Stub& stub) {
-  for (const char* call : {"cuInit", "cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuModuleLoadDataEx",
-                           "cuModuleGetFunction", "cuFuncGetAttribute", "cuFuncSetAttribute", "cuLaunchKernel"}) {
+  for (const char* call : {"cuInit", "cuThreadExchangeStreamCaptureMode", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
+                           "cuModuleLoadDataEx", "cuModuleGetFunction", "cuFuncGetAttribute", "cuFuncSetAttribute", "cuLaunchKernel"}) {
     stub.reset();
     stub.fail(call, 2);
     const auto own = kernel("entry fails", 100000);
@@ -126,6 +130,31 @@ void failures_leave_nothing(const Stub& stub) {
     stub.fail(call, 0);
     CHECK(message(launch).empty(), "%s: %s", call, message(launch).c_str());
   }
+}
+
+void loads_while_a_graph_is_captured(const Stub& stub) {
+  stub.reset();
+  stub.capture(1);
+  const auto own = kernel("entry captured");
+  const std::string said = message([&] { own->launch(0, 5, {1, 1, 1}, {}); });
+  CHECK(said.empty(), "%s", said.c_str());
+  CHECK(stub.capture_mode() == 0, "mode %d stays", stub.capture_mode());
+  CHECK(stub.count("\"cuThreadExchangeStreamCaptureMode\"") == 2, "another exchange");
+}
+
+void an_image_that_does_not_suit_has_an_error_of_its_own(const Stub& stub) {
+  for (const int code : rpsft::cuda::unfit) {
+    stub.reset();
+    stub.fail("cuModuleLoadDataEx", code);
+    bool refused = false;
+    try {
+      kernel("entry")->launch(0, 0, {1, 1, 1}, {});
+    } catch (const rpsft::cuda::LoadError& error) {
+      refused = holds(error.what(), "kernel 'tested' on CUDA device 0 (Stub GPU 0): cuModuleLoadDataEx failed with");
+    }
+    CHECK(refused, "%d", code);
+  }
+  stub.reset();
 }
 
 void threads_that_fail_together(const Stub& stub) {
@@ -163,6 +192,8 @@ int main() {
   packs_by_the_layout(stub);
   loads_once_and_launches_together(stub);
   threads_that_fail_together(stub);
+  loads_while_a_graph_is_captured(stub);
+  an_image_that_does_not_suit_has_an_error_of_its_own(stub);
   refuses_what_it_cannot_pack();
   return failures() != 0;
 }

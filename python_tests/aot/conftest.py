@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from world import World
 
-from rpsft_kernels import aot
+from rpsft_kernels import aot, aot_kernel
 from rpsft_kernels.aot_build import build_kernels
 
 ARCHITECTURES = "8.0;9.0"
@@ -25,8 +26,16 @@ def _fresh(_chosen_by_the_test: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RPSFT_AOT", "RPSFT_AOT_KERNELS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(aot, "_said", set())
-    for cached in (aot._chosen, aot._loaded):
+    monkeypatch.setattr(aot, "_refused", {})
+    monkeypatch.setattr(aot, "_reasons", {})
+    monkeypatch.setattr(aot_kernel, "_kernels", {})
+    for cached in (aot._chosen, aot._services, aot._service):
         cached.cache_clear()
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")

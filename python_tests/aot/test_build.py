@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import triton
 
-from rpsft_kernels import aot
+from rpsft_kernels import aot_library as aot
 from rpsft_kernels.aot_build import build_kernels, parameter_table, parse_architectures, wanted_variants
 from rpsft_kernels.cli import main
 from rpsft_kernels.ops.triton.compile import SHARED_LIMIT
-from rpsft_kernels.ops.triton.variant import ARGUMENTS, list_variants
+from rpsft_kernels.ops.triton.variant import ARGUMENTS, Variant, list_variants
 
 # One worker for what shares the built folder.
 pytestmark = pytest.mark.xdist_group("aot")
@@ -91,6 +91,9 @@ def test_ptx_is_kept_of_the_newest_architecture_whose_ptx_others_can_take(kernel
         assert ("ptx" in entry) == (entry["arch"] == "sm_80")
         if "ptx" in entry:
             text = (kernels / entry["ptx"]["file"]).read_text()
+            # What drivers of CUDA 12.0 read already.
+            assert entry["ptx"]["isa"] == "8.0"
+            assert re.search(r"^\.version 8\.0$", text, re.M)
             assert re.search(r"^\.target sm_80$", text, re.M)
             assert f".entry {entry['entry']}(" in text
 
@@ -142,9 +145,19 @@ def test_kernels_of_other_sources_are_refused(kernels: Path, tmp_path: Path) -> 
     found = manifest(kernels)
     for change, message in (
         ({"sources": "0" * 64}, "were compiled from other sources"),
-        ({"schema": 99}, "got schema 99, expected 1"),
+        ({"schema": 99}, "got schema 99, expected 2"),
     ):
         (tmp_path / aot.MANIFEST).write_text(json.dumps(found | change))
+        with pytest.raises(ValueError, match=message):
+            aot.Library.open(tmp_path)
+    for content, message in (
+        ([], r"manifest\.json: got list, expected a JSON object; install the package again, or build them"),
+        ({k: v for k, v in found.items() if k != "kernels"}, r"kernels: got nothing, expected list"),
+        (found | {"kernels": {}}, r"kernels: got dict, expected list"),
+        (found | {"kernels": [{"id": "x"}]}, r"kernels\[0\]: has no arch, table, "),
+        (found | {"kernels": [7]}, r"kernels\[0\]: has no id, arch, "),
+    ):
+        (tmp_path / aot.MANIFEST).write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
             aot.Library.open(tmp_path)
     (tmp_path / aot.MANIFEST).write_text("{")
@@ -152,6 +165,31 @@ def test_kernels_of_other_sources_are_refused(kernels: Path, tmp_path: Path) -> 
         aot.Library.open(tmp_path)
     with pytest.raises(ValueError, match="carries no kernels compiled ahead of time"):
         aot.Library.open(tmp_path / "absent")
+
+
+def test_other_options_of_the_compiler_are_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that were built here before must not pass for what the package asks for now."""
+    (variant, *_) = list_variants("sm_80", False, (32,))
+    before = aot.kernel_id(variant, "sm_80")
+    monkeypatch.setattr(Variant, "options", lambda self: {"num_warps": self.warps, "enable_fp_fusion": True})
+    assert aot.kernel_id(variant, "sm_80") != before
+    assert {"variant", "compile", "kernels"} <= set(aot._KERNEL_SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "capability", "how"),
+    [
+        ("sm_80", 86, "compatible"), ("sm_86", 86, "exact"), ("sm_86", 80, None), ("sm_80", 90, None),
+        # Tegra's are like no other's, in either direction.
+        ("sm_80", 87, None), ("sm_86", 87, None), ("sm_87", 89, None), ("sm_87", 87, "exact"),
+        ("sm_100a", 101, None), ("sm_100a", 110, None),
+    ],
+)  # fmt: skip
+def test_which_machine_code_runs_where(made_for: str, capability: int, how: str | None) -> None:
+    arch = aot.Arch.parse(made_for)
+    assert arch is not None
+    assert arch.how_cubin_runs(capability) == how
+    assert arch.how_ptx_runs(capability) == ("ptx" if arch.number <= capability and not arch.specific else None)
 
 
 @pytest.mark.parametrize("word", ["7.5", "9.5", "8.0a", "Hopper", "sm_90", "gfx90a", "gfx942+PTX", "8.0+ptx", ""])
@@ -189,6 +227,9 @@ def test_a_build_replaces_builds_only(tmp_path: Path, capsys: pytest.CaptureFixt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"]
     with pytest.raises(SystemExit, match=r"got '7\.0'"):
         main(["kernels", "--build", "7.0"])
+    # As an installation that only root may write.
+    with pytest.raises(SystemExit, match=r"folder: .*mine/kernels cannot be written \(.*name another one \(--output\)"):
+        main(["kernels", "--build", "8.0", "--output", str(tmp_path / "mine" / "kernels"), "--only", "squares*"])
 
 
 def test_the_native_launcher_takes_every_kernel(kernels: Path) -> None:

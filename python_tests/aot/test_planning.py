@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from rpsft_kernels import aot, ops
+from rpsft_kernels import compilers, ops
 from rpsft_kernels.ops.triton import backward, forward, whole
 from rpsft_kernels.ops.triton.profile import DESCRIPTORS, Profile, rank_classes
-from rpsft_kernels.ops.triton.variant import WEIGHT_AND_BASE, Variant, list_variants
+from rpsft_kernels.ops.triton.variant import TYPES, Variant, list_variants
 
 WITHOUT_TRITON = """
 import sys
@@ -56,7 +56,10 @@ print(profile.interpreted())
 def test_every_launch_of_anchors_that_the_package_makes_is_listed(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shapes, ranks, dtypes and layouts of all kinds: their kernels are among those that are compiled ahead of time."""
+    """Shapes, ranks, dtypes and layouts of all kinds: their kernels are among those that are compiled ahead of time.
+
+    A base is of any dtype that a weight had when it was anchored, whatever the weight was cast to since.
+    """
     descriptors = DESCRIPTORS[architecture]
     asked: dict[Variant, Any] = {}
     case: Any = None
@@ -65,7 +68,11 @@ def test_every_launch_of_anchors_that_the_package_makes_is_listed(
         monkeypatch.setattr(module, "launch", lambda variant, *_: asked.setdefault(variant, case))
     shapes = ((200, 328), (328, 200), (201, 330), (328, 201))
     for (m, n), rank, (dtype, base), basis, padded in itertools.product(
-        shapes, (16, 20, 65, 144), WEIGHT_AND_BASE, (torch.bfloat16, torch.float32), (False, True)
+        shapes,
+        (16, 20, 65, 144),
+        itertools.product(TYPES, (None, *TYPES)),
+        (torch.bfloat16, torch.float32),
+        (False, True),
     ):
         case = (m, n, rank, dtype, base, basis, padded)
         weight = torch.zeros(m, n, dtype=dtype)
@@ -85,13 +92,28 @@ def test_every_launch_of_anchors_that_the_package_makes_is_listed(
     assert {variant.label(): case for variant, case in asked.items() if variant not in listed} == {}
 
 
+def test_numbers_that_start_off_a_boundary_reach_kernels_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views such as a slice of all scales: the kernels read vectors of 16 bytes."""
+    seen: list[int] = []
+    for module in (backward, whole):
+        monkeypatch.setattr(module, "device_profile", lambda _: Profile("sm_80", 8, False))
+        monkeypatch.setattr(module, "launch", lambda variant, n, d, *rest: seen.append(rest[-1].data_ptr()))
+    weight, basis = torch.zeros(64, 64), torch.zeros(64, 16)
+    scales = torch.ones(9)[1:2]
+    assert scales.data_ptr() % 16
+    backward.run_backward([weight], [basis], [basis], [torch.zeros(257)[1:].view(16, 16)], scales, True)
+    pulled = seen[0]
+    whole.run_whole_backward([weight], [weight], [weight], scales, True)
+    assert pulled % 16 == seen[-1] % 16 == 0
+
+
 @pytest.mark.parametrize(("version", "words"), [("3.2.0", "3.2.0 is too old"), ("3.6.0", ""), ("3.10.1+git", "")])
 def test_an_old_triton_is_named(version: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    aot.triton_missing.cache_clear()
+    compilers.triton_missing.cache_clear()
     try:
-        assert (words in aot.triton_missing()) if words else aot.triton_missing() == ""
+        assert (words in compilers.triton_missing()) if words else compilers.triton_missing() == ""
         reason = ops.available_backends(torch.device("cpu"), torch.float32)["triton"]
         assert not words or (reason is not None and words in reason)
     finally:
-        aot.triton_missing.cache_clear()
+        compilers.triton_missing.cache_clear()

@@ -32,6 +32,16 @@ class Stub:
     def fail(self, call: str, code: int) -> None:
         self._library.stub_fail(call.encode(), code)
 
+    def fail_ptx(self, code: int) -> None:
+        self._library.stub_fail_ptx(code)
+
+    def capture(self, whether: bool) -> None:
+        self._library.stub_capture(int(whether))
+
+    def capture_mode(self) -> int:
+        """The mode of capture of this thread, 0 at first."""
+        return int(self._library.stub_capture_mode())
+
     def meet(self, launches: int) -> None:
         self._library.stub_meet(launches)
 
@@ -272,6 +282,7 @@ for name in (
     "cuDevicePrimaryCtxRetain",
     "cuCtxGetCurrent",
     "cuCtxPushCurrent_v2",
+    "cuThreadExchangeStreamCaptureMode",
     "cuModuleLoadDataEx",
     "cuModuleGetFunction",
     "cuFuncGetAttribute",
@@ -296,7 +307,7 @@ def a_failing_pop_is_reported(cuda: Any, stub: Stub) -> None:
 def a_load_that_failed_is_tried_again(cuda: Any, stub: Stub) -> None:
     kernel = make(cuda)
     stub.fail("cuModuleLoadDataEx", 209)
-    found = {message(RuntimeError, kernel.launch, 1, 0, (1, 1, 1), []) for _ in range(3)}
+    found = {message(cuda.LoadError, kernel.launch, 1, 0, (1, 1, 1), []) for _ in range(3)}
     assert found == {
         "kernel 'project(bfloat16)' on CUDA device 1 (Stub GPU 1): cuModuleLoadDataEx failed with "
         "CUDA_ERROR_NO_BINARY_FOR_GPU (209), no kernel image is available for execution on the device"
@@ -310,7 +321,7 @@ def a_load_that_failed_is_tried_again(cuda: Any, stub: Stub) -> None:
 
 @promise
 def messages_carry_what_the_driver_cannot_say_in_a_code(cuda: Any, stub: Stub) -> None:
-    found = message(RuntimeError, make(cuda, "bad entry").launch, 0, 0, (1, 1, 1), [])
+    found = message(cuda.LoadError, make(cuda, "bad entry").launch, 0, 0, (1, 1, 1), [])
     log = "ptxas application ptx input, line 1; fatal: no such instruction"
     assert found.endswith(f"CUDA_ERROR_INVALID_PTX (218), a PTX JIT compilation failed; {log}"), found
     found = message(RuntimeError, make(cuda, "image without it").launch, 0, 0, (1, 1, 1), [])
@@ -320,6 +331,53 @@ def messages_carry_what_the_driver_cannot_say_in_a_code(cuda: Any, stub: Stub) -
     assert found.endswith("cuLaunchKernel failed with an unknown error (12345)"), found
     found = message(RuntimeError, make(cuda).launch, 7, 0, (1, 1, 1), [])
     assert "on CUDA device 7: cuDeviceGet failed with CUDA_ERROR_INVALID_DEVICE (101)" in found, found
+
+
+@promise
+def an_image_that_does_not_suit_is_an_error_of_its_own(cuda: Any, stub: Stub) -> None:
+    assert issubclass(cuda.LoadError, RuntimeError)
+    refusals = {
+        200: "CUDA_ERROR_INVALID_IMAGE",
+        209: "CUDA_ERROR_NO_BINARY_FOR_GPU",
+        218: "CUDA_ERROR_INVALID_PTX",
+        221: "CUDA_ERROR_JIT_COMPILER_NOT_FOUND",
+        222: "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+        223: "CUDA_ERROR_JIT_COMPILATION_DISABLED",
+    }
+    ptx = make(cuda, ".version 9.4 entry")
+    for code, name in refusals.items():
+        stub.fail_ptx(code)
+        found = message(cuda.LoadError, ptx.launch, 0, 0, (1, 1, 1), [])
+        assert f"on CUDA device 0 (Stub GPU 0): cuModuleLoadDataEx failed with {name} ({code}), " in found, found
+        # Machine code of the same kernel is another matter.
+        make(cuda).launch(0, 0, (1, 1, 1), [])
+    stub.fail_ptx(0)
+    # A driver that loads lazily finds out later.
+    for call in ("cuModuleGetFunction", "cuFuncGetAttribute", "cuLaunchKernel"):
+        stub.fail(call, 209)
+        assert f"{call} failed with" in message(cuda.LoadError, make(cuda).launch, 0, 0, (1, 1, 1), [])
+        stub.fail(call, 0)
+    # What has nothing to do with the image is none of these.
+    stub.fail("cuModuleLoadDataEx", 2)
+    message(RuntimeError, make(cuda).launch, 0, 0, (1, 1, 1), [])
+
+
+@promise
+def a_first_launch_may_be_captured_into_a_graph(cuda: Any, stub: Stub) -> None:
+    kernel = make(cuda)
+    stub.capture(True)
+    kernel.launch(0, 7, (1, 1, 1), [])
+    assert stub.capture_mode() == 0, "the thread's own mode is back"
+    assert [call["mode"] for call in stub.log("cuThreadExchangeStreamCaptureMode")] == [2, 0]
+    kernel.launch(0, 7, (1, 1, 1), [])
+    assert len(stub.log("cuThreadExchangeStreamCaptureMode")) == 2, "only to load"
+    assert [call["result"] for call in stub.log("cuLaunchKernel")] == [0, 0]
+    # Whatever fails in between.
+    for call in ("cuCtxPushCurrent_v2", "cuModuleLoadDataEx", "cuModuleGetFunction", "cuFuncGetAttribute"):
+        stub.fail(call, 2)
+        message(RuntimeError, make(cuda).launch, 0, 0, (1, 1, 1), [])
+        assert stub.capture_mode() == 0, call
+        stub.fail(call, 0)
 
 
 @promise
@@ -348,6 +406,7 @@ def devices_are_described_without_a_context(cuda: Any, stub: Stub) -> None:
     assert cuda.device_count() == 3
     assert [cuda.device_name(i) for i in range(3)] == ["Stub GPU 0", "Stub GPU 1", "Stub GPU 2"]
     assert cuda.compute_capability(1) == (9, 1)
+    assert cuda.shared_memory_per_block(1) == 227 * KIB
     assert not stub.log("cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2")
     for call, function in {
         "cuDriverGetVersion": cuda.driver_version,

@@ -40,6 +40,11 @@ def instruction_sets() -> tuple[str, ...]:
     return () if module is None else tuple(module.instruction_sets())
 
 
+def missing() -> str:
+    """Why there is no engine; "" where there is one."""
+    return _load()[1]
+
+
 def instruction_set() -> str:
     """The one in use: RPSFT_ISA, else the best.
 

@@ -18,11 +18,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import aot
+from ... import aot, compilers
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    missing = aot.triton_missing()
+    # The interpreter needs the package alone, a GPU without kernels a C compiler too.
+    missing = compilers.jit_missing() if device.type == "cuda" else compilers.triton_missing()
     if missing:
         if device.type != "cuda":
             return missing

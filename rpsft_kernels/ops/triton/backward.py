@@ -121,7 +121,7 @@ def run_backward(
     device = scales.device
     profile = device_profile(device)
     drifts = [vectors(c) for c in drifts]
-    scales = scales.to(torch.float32).contiguous()
+    scales = vectors(scales)
     groups: dict[PullGroup, list[tuple[int, Problem]]] = {}
     for i, grad in enumerate(grads):
         group, problem = describe(lefts[i], rights[i], grad, profile)

@@ -30,6 +30,9 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Of 8.x, whose PTX serves newer GPUs: version 8.0, which every driver of CUDA 12 and newer reads. Left alone, Triton
+# writes the newest that its assembler knows, which wants as new a driver.
+_PORTABLE_PTX = 80
 # Bytes of shared memory that one block may use.
 SHARED_LIMIT = {
     "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,
@@ -68,9 +71,12 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(names))}
     source = ASTSource(KERNELS[variant.kernel], signature, constexprs=kernel_constants(variant), attrs=attributes)
     options = variant.options()
-    if architecture.startswith("sm_"):
+    target = _target(architecture)
+    if target.backend == "cuda":
         options["maxnreg"] = variant.registers
-    return triton.compile(source, target=_target(architecture), options=options)
+        if target.arch < 90:
+            options["ptx_version"] = _PORTABLE_PTX
+    return triton.compile(source, target=target, options=options)
 
 
 def _target(architecture: str) -> GPUTarget:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .launch import launch
-from .problem import Group, Problem, is_transposed, lies
+from .problem import Group, Problem, is_transposed, lies, readable
 from .profile import Profile, device_profile, rank_class
 from .schedule import Grid, Schedule, build_schedule, splits_of
 from .table import upload_fields, upload_schedule
@@ -165,10 +165,10 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [t.data_ptr() for t in tensors]
 
 
-def vectors(square: Tensor) -> Tensor:
-    """A k x k matrix in float32, contiguous, and at a multiple of 16 bytes as fresh tensors are."""
-    square = square.to(torch.float32).contiguous()
-    return square if square.data_ptr() % 16 == 0 else square.clone()
+def vectors(values: Tensor) -> Tensor:
+    """Numbers (C, B, scales) in float32, contiguous, and at a multiple of 16 bytes as fresh tensors are."""
+    values = values.to(torch.float32).contiguous()
+    return values if values.data_ptr() % 16 == 0 else values.clone()
 
 
 def run_forward(
@@ -184,6 +184,8 @@ def run_forward(
     drifts = [w.new_empty((u.shape[1], u.shape[1]), dtype=torch.float32) for w, u in zip(weights, lefts, strict=True)]
     squares = weights[0].new_empty((len(weights),), dtype=torch.float32)
     blocks = [vectors(b) for b in blocks]
+    if bases:
+        bases = list(map(readable, weights, bases))
     groups: dict[Group, list[tuple[int, Problem]]] = {}
     for i, weight in enumerate(weights):
         group, problem = describe(weight, lefts[i], rights[i], bases[i] if bases else None, profile)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .variant import Form
+from .variant import WEIGHT_AND_BASE, Form
 
 Strides = tuple[int, int]
 _NONE: Strides = (0, 0)
@@ -42,6 +42,13 @@ def lies(matrix: Tensor, transposed: bool) -> Lies:
     vectors = described and matrix.shape[contiguous] % unit == 0
     strides = (across, down) if transposed else (down, across)
     return Lies(strides, (contiguous == 0) != transposed, vectors, described)
+
+
+def readable(weight: Tensor, base: Tensor) -> Tensor:
+    """W0 in a dtype that kernels for W come in: as it is, else as a weight of W's dtype holds it, which is what the
+    kernels make of it in any case.
+    """
+    return base if (weight.dtype, base.dtype) in WEIGHT_AND_BASE else base.to(weight.dtype)
 
 
 class Problem(NamedTuple):

@@ -55,16 +55,24 @@ def cuda_architecture(capability: int) -> str:
 
 
 def device_profile(device: torch.device) -> Profile:
-    """The profile of a GPU, or the interpreter's for the CPU."""
-    profile = _own_profile(device)
+    """What launches on a GPU are planned with: its own profile, or with the tile table of the kernels compiled ahead of
+    time that serve it; the interpreter's for the CPU.
+    """
+    profile = own_profile(device)
     if device.type == "cpu" or torch.version.hip is not None:
         return profile
-    table = aot.table_for(device, profile.architecture)
+    table = aot.table_for(device, profile.architecture, tuned_architecture())
+    return profile if table == profile.architecture else _with_table(profile, table)
+
+
+@lru_cache(maxsize=64)
+def _with_table(profile: Profile, table: str) -> Profile:
     return Profile(table, profile.multiprocessors, DESCRIPTORS[table])
 
 
 @lru_cache(maxsize=64)
-def _own_profile(device: torch.device) -> Profile:
+def own_profile(device: torch.device) -> Profile:
+    """The profile of a GPU by what it is, whatever kernels are installed."""
     if device.type == "cpu":
         # Few programs, so that each walks several tiles and weights, as on a GPU.
         return Profile("interpreter", 3, False)
@@ -83,18 +91,36 @@ def tile_table(architecture: str) -> dict[str, Any]:
     replace the shipped ones of its architecture.
     """
     table: dict[str, Any] = json.loads((_TABLES / f"{architecture}.json").read_text())
-    override = os.environ.get("RPSFT_TILES", "")
-    if override:
-        try:
-            loaded = json.loads(Path(override).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"environment variable RPSFT_TILES: cannot read {override!r} ({error}); expected a table written by "
-                "'python -m rpsft_kernels tune'"
-            ) from error
-        if loaded.get("architecture") == architecture:
-            table.update({phase: loaded[phase] for phase in PHASES if phase in loaded})
+    loaded = _tuned(os.environ.get("RPSFT_TILES", ""))
+    if loaded.get("architecture") == architecture:
+        table.update({phase: loaded[phase] for phase in PHASES if phase in loaded})
     return table
+
+
+@lru_cache(maxsize=4)
+def _tuned(path: str) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        loaded: dict[str, Any] = json.loads(Path(path).read_text())
+        loaded.get("architecture")
+    except (AttributeError, OSError, ValueError) as error:
+        raise ValueError(
+            f"environment variable RPSFT_TILES: cannot read {path!r} ({error}); expected a table written by "
+            "'python -m rpsft_kernels tune'"
+        ) from error
+    return loaded
+
+
+def tuned_architecture() -> str | None:
+    """The architecture whose tile table RPSFT_TILES changes, or None."""
+    return _tuned(os.environ.get("RPSFT_TILES", "")).get("architecture")
+
+
+def forget_tuned() -> None:
+    """Read the file of RPSFT_TILES again, which has changed."""
+    _tuned.cache_clear()
+    tile_table.cache_clear()
 
 
 def rank_class(rank: int) -> int:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import profile
 from .backward import plan_backward, run_backward
 from .forward import plan_forward, run_forward
-from .profile import device_profile, rank_class, tile_table
+from .profile import forget_tuned, own_profile, rank_class, tile_table
 
 Timer = Callable[[Callable[[], None]], float]
 _BLOCKS = ((64, 128, 64), (128, 128, 32), (128, 128, 64), (128, 256, 64), (256, 128, 64))
@@ -56,7 +55,8 @@ def tune(
     Returns:
         A table as in ``tiles/``, with the phases that were tuned; :func:`write_table` writes it for RPSFT_TILES.
     """
-    architecture = device_profile(device).architecture
+    # Not that of kernels which happen to be installed: under RPSFT_TILES the device's own table is in force.
+    architecture = own_profile(device).architecture
     table: dict[str, Any] = json.loads(json.dumps(tile_table(architecture)))
     forward, backward = _workload(shapes, rank, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,8 +101,9 @@ def _timed_with(path: Path, run: Callable[[], None], timer: Timer) -> float:
 
 
 def _forget() -> None:
-    for cached in (profile.tile_table, plan_forward, plan_backward):
-        cached.cache_clear()
+    forget_tuned()
+    plan_forward.cache_clear()
+    plan_backward.cache_clear()
 
 
 def _workload(

@@ -271,10 +271,12 @@ def full_gradient_variant(
     )
 
 
-# W, W0: what training loops hold. W0 is bfloat16 where that is exact, else of the weight's dtype.
+# W, W0: what training loops hold. W0 is bfloat16 where that is exact, else of the dtype that was anchored: float32 of a
+# model that was cast to bfloat16 since. W0 of other pairs, which casts can leave behind, is cast: ``problem.readable``.
 WEIGHT_AND_BASE: tuple[tuple[torch.dtype, torch.dtype | None], ...] = (
     (torch.bfloat16, None),
     (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
     (torch.float16, None),
     (torch.float16, torch.bfloat16),
     (torch.float16, torch.float16),

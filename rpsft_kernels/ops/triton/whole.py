@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .forward import addresses, static_columns
+from .forward import addresses, static_columns, vectors
 from .launch import launch
-from .problem import Problem, lies
+from .problem import Problem, lies, readable
 from .profile import device_profile
 from .schedule import Grid, Schedule, build_schedule
 from .table import upload_fields, upload_schedule
@@ -61,6 +61,7 @@ def run_whole_forward(weights: Sequence[Tensor], bases: Sequence[Tensor]) -> tup
     device = weights[0].device
     profile = device_profile(device)
     squares = weights[0].new_empty((len(weights),), dtype=torch.float32)
+    bases = list(map(readable, weights, bases))
     for group, entries in _groups(weights, bases, None).items():
         members, problems = [i for i, _ in entries], tuple(p for _, p in entries)
         variant = full_drift_variant(profile.architecture, group.weight, group.base, group.aligned)
@@ -87,7 +88,8 @@ def run_whole_backward(
     """``grads = scale * (W - W0)``, or ``+=``."""
     device = scales.device
     profile = device_profile(device)
-    scales = scales.to(torch.float32).contiguous()
+    scales = vectors(scales)
+    bases = list(map(readable, weights, bases))
     for group, entries in _groups(weights, bases, grads).items():
         members, problems = [i for i, _ in entries], tuple(p for _, p in entries)
         assert group.grad is not None
