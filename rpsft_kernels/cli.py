@@ -54,7 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--build", metavar="ARCH", help='compile them instead, for architectures such as "8.0;9.0"')
     kernels.add_argument("--output", help="the folder to build (default: this installation's)")
     kernels.add_argument("--only", default="", help="globs on variants' labels, separated by semicolons")
-    kernels.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    kernels.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what this machine serves)")
+    kernels.add_argument(
+        "--check", nargs="?", const="", metavar="PLACE", help="check a folder or a wheel (default: this installation's)"
+    )
 
     commands.add_parser("env", help="what a bug report needs: versions, backends, kernels, devices")
 
@@ -175,9 +178,24 @@ def _kernels(options: argparse.Namespace) -> int:
             raise SystemExit(str(error)) from None
         print(built)
         return 0
+    if options.check is not None:
+        return _check(options.check or str(aot.FOLDER))
     library = aot.installed()
     print(library if isinstance(library, str) else library.summary())
     return 0
+
+
+def _check(place: str) -> int:
+    from .aot_check import check_kernels
+
+    try:
+        checked = check_kernels(place)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    for finding in checked.findings:
+        print(finding)
+    print(checked)
+    return 1 if checked.findings else 0
 
 
 def _env(options: argparse.Namespace) -> int:
