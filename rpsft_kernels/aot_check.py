@@ -7,6 +7,7 @@ Nothing here is taken from the build's own reading of the code: cuobjdump is ask
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import tempfile
@@ -56,9 +57,11 @@ def check_kernels(place: str | Path) -> Checked:
     Needs the package triton, whose cuobjdump reads the code, and no GPU.
 
     Raises:
-        ValueError: there is nothing to check: no folder, no manifest, or one of another schema.
+        ValueError: there is nothing to check: no folder, no manifest, or one of another schema; or no triton.
     """
     place = Path(place)
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("checking kernels takes the package triton, whose cuobjdump reads them: pip install triton")
     if place.is_dir():
         return _checked(place, place)
     if not zipfile.is_zipfile(place):
