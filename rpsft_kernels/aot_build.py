@@ -289,8 +289,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         targets = parse_architectures(options.arch)
         for word in left_out(options.arch):
             print(f"TORCH_CUDA_ARCH_LIST: no kernels are compiled for {word}", flush=True)
+        for target in targets:
+            if target.arch in AMD:
+                print(f"{target.arch}: packed, but nothing launches these yet: on AMD Triton compiles", flush=True)
         if options.prebuilt:
-            print(copy_prebuilt(options.prebuilt, targets, options.output, options.only).summary(), flush=True)
+            ranks = options.rank or rank_classes()
+            print(copy_prebuilt(options.prebuilt, targets, options.output, ranks, options.only).summary(), flush=True)
             return 0
         jobs = options.jobs or default_jobs()
         print(f"compiling kernels for {', '.join(target.arch for target in targets)} in {jobs} processes", flush=True)

@@ -11,7 +11,9 @@ from .aot import Library
 from .aot_targets import Target
 
 
-def copy_prebuilt(prebuilt: str | Path, targets: Sequence[Target], folder: str | Path, only: str = "") -> Library:
+def copy_prebuilt(
+    prebuilt: str | Path, targets: Sequence[Target], folder: str | Path, ranks: Sequence[int], only: str
+) -> Library:
     """Copy a folder of kernels, where they are those that a build of these sources for these targets would make.
 
     Raises:
@@ -19,7 +21,7 @@ def copy_prebuilt(prebuilt: str | Path, targets: Sequence[Target], folder: str |
     """
     library = Library.open(Path(prebuilt))
     manifest = library.manifest
-    expected = {"architectures": [target.arch for target in targets], "only": only}
+    expected = {"architectures": [target.arch for target in targets], "ranks": list(ranks), "only": only}
     for name, value in expected.items():
         if manifest[name] != value:
             raise ValueError(
