@@ -28,7 +28,7 @@ __all__ = [
 Settings = Mapping[str, Any] | None
 
 # What importing the package takes, and compiling its kernels.
-_IMPORT = ["torch>=2.6", "numpy", "safetensors>=0.4.3", "tqdm"]
+_IMPORT = ["torch>=2.6", "numpy>=1.23.5", "safetensors>=0.4.3", "tqdm"]
 _COMPILE = ["triton>=3.6"]
 
 
