@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "requirements-dev.txt")
+_FILES = (
+    "CMakeLists.txt", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "requirements-dev.txt",
+    "setup.py",
+)  # fmt: skip
 _FOLDERS = ("rpsft_kernels", "csrc", "build_tools")
 # What decides how a package is built: a test says it or it is not set.
 _VARIABLES = (

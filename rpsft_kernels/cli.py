@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--rank", type=int, action="append", help="rank that chooses tile shapes (default: 768); repeatable"
     )
-    build.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    build.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what this machine serves)")
 
     kernels = commands.add_parser("kernels", help="the kernels compiled ahead of time in this installation")
     kernels.add_argument("--build", metavar="ARCH", help='compile them instead, for architectures such as "8.0;9.0"')
@@ -157,11 +157,12 @@ def _roofline(options: argparse.Namespace) -> int:
 def _compile(options: argparse.Namespace) -> int:
     # The interpreter replaces the compiler where this is set; it is read when the kernels are imported.
     os.environ.pop("TRITON_INTERPRET", None)
+    from .aot_jobs import default_jobs
     from .ops.triton.compile import TARGETS, survey
 
     if options.arch not in TARGETS:
         raise SystemExit(f"--arch: got {options.arch!r}, expected one of {', '.join(TARGETS)}")
-    for resources in survey(options.arch, tuple(options.rank or (768,)), options.jobs):
+    for resources in survey(options.arch, tuple(options.rank or (768,)), options.jobs or default_jobs()):
         print(json.dumps(dataclasses.asdict(resources)), flush=True)
     return 0
 

@@ -160,6 +160,7 @@ def test_an_editable_install_claims_no_kernels(source: Path) -> None:
     text = metadata(source / "editable" / name)
     assert f"\nVersion: {version()}\n" in text
     assert "kernels-sm" not in text
+    (source / "described").mkdir()
     assert hook(source, "backend.prepare_metadata_for_build_editable('described')", **FEW) == (
         f"rpsft_kernels-{version()}.dist-info"
     )
