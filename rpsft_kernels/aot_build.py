@@ -159,10 +159,15 @@ def _compile(task: tuple[Variant, Target]) -> tuple[dict[str, Any], list[bytes]]
     variant, target = task
     compiled = compile_variant(variant, target.architecture)
     metadata = compiled.metadata
+    # Triton 3.6 says nothing of scratch memory for AMD, where it has none.
+    scratch, alignment, profile_scratch = (
+        getattr(metadata, name, default)
+        for name, default in (("global_scratch_size", 0), ("global_scratch_align", 1), ("profile_scratch_size", 0))
+    )
     code = "hsaco" if target.arch in AMD else "cubin"
     image = compiled.asm[code]
     asked = [metadata.launch_cooperative_grid, getattr(metadata, "launch_pdl", False), metadata.tensordesc_meta]
-    if metadata.num_ctas != 1 or metadata.profile_scratch_size or any(asked):
+    if metadata.num_ctas != 1 or profile_scratch or any(asked):
         raise RuntimeError(f"{variant.label()} for {target.arch}: wants a launch that the launcher does not know")
     names = ARGUMENTS[variant.kernel]
     layout = _amd_layout(compiled.asm["amdgcn"]) if code == "hsaco" else parameter_table(image, metadata.name)
@@ -184,8 +189,8 @@ def _compile(task: tuple[Variant, Target]) -> tuple[dict[str, Any], list[bytes]]
         "format": code,
         "threads": metadata.num_warps * metadata.warp_size,
         "shared": metadata.shared,
-        "scratch": {"size": metadata.global_scratch_size, "alignment": metadata.global_scratch_align},
-        "profile_scratch": metadata.profile_scratch_size,
+        "scratch": {"size": scratch, "alignment": alignment},
+        "profile_scratch": profile_scratch,
         "arguments": [{"name": n, "type": ARGUMENT_TYPES[n], "divisibility": _DIVISIBILITY} for n in names],
         "layout": layout,
         "registers": registers,
