@@ -65,6 +65,13 @@ def test_two_builds_are_the_same_to_the_last_byte(kernels: Path, tmp_path: Path)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+def test_the_largest_shapes_for_8_6_spill_nothing(tmp_path: Path) -> None:
+    """Float32 bases at ranks up to 64 take the most registers there; a build refuses what spills."""
+    only = "project(*basis_type=fp32*aligned=True*;drift(basis_type=fp32*aligned=True*"
+    built = build_kernels("8.6", tmp_path / "kernels", ranks=(64,), jobs=2, only=only)
+    assert built.kernels == 40
+
+
 def test_ids_tell_variants_and_architectures_apart() -> None:
     variants = list(list_variants("sm_90", True, (32, 768)))
     ids = {aot.kernel_id(variant, arch) for variant in variants for arch in ("sm_90a", "sm_80")}
