@@ -59,7 +59,7 @@ class Clean:
 
     def example(self, backend: str = "") -> float:
         """The penalty at the end of the README's first example."""
-        block = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[0]
+        block = "import torch\ntorch.manual_seed(0)\n" + re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[0]
         variables = {"RPSFT_BACKEND": backend} if backend else {}
         return float(self.python("-c", block + "\nprint(penalty.item())", **variables).split()[-1])
 
