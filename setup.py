@@ -5,15 +5,17 @@ Without a compiler the package is pure Python and rpsft_kernels/_native_build.tx
 engine out; RPSFT_NATIVE=1 makes its absence an error; CXX names the compiler.
 
 TORCH_CUDA_ARCH_LIST="8.0;9.0" compiles the GPU kernels for these architectures into rpsft_kernels/kernels of a wheel
-and names them in its local version; MAX_JOBS processes compile. RPSFT_AOT_KERNELS restricts them (globs, for tests).
+and names them in its local version and keywords; MAX_JOBS processes compile. The engine carries what launches them:
+without it they are an error, unless RPSFT_NATIVE=0. RPSFT_AOT_PREBUILT names a folder of these kernels that was built
+before, which is then copied. RPSFT_AOT_KERNELS restricts them (globs, for tests).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -24,18 +26,35 @@ from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 from setuptools.errors import CompileError
 
 SOURCES: dict[str, list[dict[str, Any]]] = json.loads(Path("csrc/sources.json").read_text(encoding="utf-8"))
 WISH = os.environ.get("RPSFT_NATIVE", "")
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+PREBUILT = os.environ.get("RPSFT_AOT_PREBUILT", "").strip()
 REASON = "_native_build.txt"
 COMPILE = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # NDEBUG: pybind11's assertions would put the paths of its headers here into the module.
 COMPILE += ["-fno-math-errno", "-ffp-contract=fast", "-pthread", "-DNDEBUG", "-Icsrc"]
 # Python's own symbols come from the interpreter that loads the module.
 LINK = ["-shared", "-pthread", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ldl"])]
+
+
+def load_targets() -> Any:
+    """rpsft_kernels/aot_targets.py alone: importing the package would take torch."""
+    spec = importlib.util.spec_from_file_location("aot_targets", Path("rpsft_kernels", "aot_targets.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TARGETS = load_targets()
+# Refuses what it does not know before anything is built.
+WANTED = TARGETS.parse_architectures(ARCHITECTURES) if ARCHITECTURES else []
+# A wheel of kernels that nothing in it can launch is a mistake, unless it was asked for.
+REQUIRED = WISH == "1" or (WISH != "0" and bool(TARGETS.local_version(WANTED)))
 
 
 class Unit(NamedTuple):
@@ -117,8 +136,9 @@ class BuildNative(build_ext):
                 raise CompileError("RPSFT_NATIVE=0 when this package was built")
             build(module, folder)
         except (CompileError, ImportError, OSError) as error:
-            if WISH == "1":
-                raise CompileError(f"RPSFT_NATIVE=1, but rpsft_kernels._native was not built: {error}") from error
+            if REQUIRED:
+                why = "RPSFT_NATIVE=1" if WISH == "1" else "TORCH_CUDA_ARCH_LIST is set (RPSFT_NATIVE=0: no launcher)"
+                raise CompileError(f"{why}, but rpsft_kernels._native was not built: {error}") from error
             module.parent.mkdir(parents=True, exist_ok=True)
             (module.parent / REASON).write_text(f"{error}\n", encoding="utf-8")
             print(f"WARNING: rpsft_kernels is installed without its CPU engine: {error}", file=sys.stderr, flush=True)
@@ -136,45 +156,39 @@ class BuildNative(build_ext):
         super().run()
         # A module that was not built is not among the package's files.
         self.extensions = [e for e in self.extensions if Path(self.build_lib, self.get_ext_filename(e.name)).exists()]
-
-
-class BuildPython(build_py):
-    def run(self) -> None:
-        super().run()
         folder = Path(self.build_lib, "rpsft_kernels", "kernels")
         # Kernels of an earlier build may not pass for this one's.
         shutil.rmtree(folder, ignore_errors=True)
-        if not ARCHITECTURES:
-            return
-        if self.editable_mode:
-            print("TORCH_CUDA_ARCH_LIST: editable installs get none; python -m rpsft_kernels kernels --build")
-            return
-        # In a process of its own: the package is not installed yet, and Triton wants an environment of its own.
-        paths = [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
-        command = [sys.executable, "-m", "rpsft_kernels.aot_build", "--arch", ARCHITECTURES, "--output", str(folder)]
-        sys.stdout.flush()
-        if subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode != 0:
-            raise CompileError("the GPU kernels that TORCH_CUDA_ARCH_LIST asks for were not built: see above")
+        # After the engine, which takes a minute: what stands against it is found before the kernels take many.
+        if WANTED and not self.editable_mode:
+            build_kernels(folder)
 
 
-def local_version() -> str:
-    """What the version says of the kernels inside: "+sm80.sm90" for "8.0;9.0". A source distribution has none."""
-    words = re.split(r"[;,\s]+", ARCHITECTURES.lower().replace("+ptx", ""))
-    plain = [re.sub(r"[^a-z0-9]", "", word) for word in words]
-    names = [word if word.startswith("gfx") else f"sm{word}" for word in plain if word]
-    return "+" + ".".join(dict.fromkeys(names)) if names and "sdist" not in sys.argv else ""
+def build_kernels(folder: Path) -> None:
+    # In a process of its own: the package is not installed yet, and Triton wants an environment of its own.
+    paths = [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "rpsft_kernels.aot_build", "--arch", ARCHITECTURES, "--output", str(folder)]
+    command += ["--prebuilt", PREBUILT] if PREBUILT else []
+    sys.stdout.flush()
+    if subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode != 0:
+        raise CompileError("the GPU kernels that TORCH_CUDA_ARCH_LIST asks for were not built: see above")
+
+
+class Tagged(egg_info):
+    def finalize_options(self) -> None:
+        # Here, and not among the options of setup(): the setup.cfg that every source distribution holds outranks those.
+        self.tag_build = TARGETS.local_version(WANTED)
+        super().finalize_options()
 
 
 setup(
-    # Importing the package and compiling its kernels take more than a plain build.
-    setup_requires=["triton>=3.6", "torch>=2.6", "numpy", "safetensors", "tqdm"] if ARCHITECTURES else [],
-    options={"egg_info": {"tag_build": local_version()}},
+    keywords=["fine-tuning", "regularization", "pytorch", *(f"kernels-{target.arch}" for target in WANTED)],
     ext_modules=[
         Extension(
             "rpsft_kernels._native",
             [f"csrc/{entry['source']}" for entry in SOURCES["library"] + SOURCES["bindings"]],
-            optional=WISH != "1",
+            optional=not REQUIRED,
         )
     ],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+    cmdclass={"build_ext": BuildNative, "egg_info": Tagged},
 )

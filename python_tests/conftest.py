@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from wheels import FullWheel, build_full_wheel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -37,3 +38,9 @@ def _chosen_by_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
 def reference_arithmetic(_chosen_by_the_test: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the layers above the backends, whose bounds are those of the reference's arithmetic."""
     monkeypatch.setenv("RPSFT_BACKEND", "torch")
+
+
+@pytest.fixture(scope="session")
+def full_wheel(tmp_path_factory: pytest.TempPathFactory) -> FullWheel:
+    """A wheel with every kernel for sm_90. Its tests are of the xdist group "full wheel": one worker builds it."""
+    return build_full_wheel(tmp_path_factory.mktemp("full"))

@@ -1,4 +1,4 @@
-"""The README's example runs as it is written."""
+"""The README's examples run as they are written, and its table of what is supported is true."""
 
 from __future__ import annotations
 
@@ -31,3 +31,32 @@ def test_the_sharded_example_runs() -> None:
     (block,) = [block for block in _blocks() if "fully_shard" in block]
     first, second = run_ranks(2, _penalty, block)
     assert first == second > 0
+
+
+def _pins(name: str) -> dict[str, str]:
+    """The versions that a file of requirements names."""
+    lines = (README.parent / name).read_text().splitlines()
+    return dict(reversed([match.groups() for line in lines if (match := re.match(r"(\w+)==([\w.]+)", line))]))
+
+
+def test_the_table_of_support_is_what_is_tested() -> None:
+    rows = re.findall(r"^\| (Python|torch|Triton|numpy) \|(.*)\|$", README.read_text(), re.M)
+    table = {name.lower(): [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+    assert set(table) == {"python", "torch", "triton", "numpy"}
+    project = (README.parent / "pyproject.toml").read_text()
+    makefile = (README.parent / "Makefile").read_text()
+    oldest, usual = _pins("requirements-oldest.txt"), _pins("requirements-dev.txt")
+    for name, (supported, old, now) in table.items():
+        floor = re.search(rf'"{name}>=([\d.]+)', project) or re.search(r'requires-python = ">=([\d.]+)"', project)
+        assert floor is not None and supported.startswith(f"{floor[1]} and newer")
+        # The oldest that is supported is the oldest that is tested.
+        assert (old + ".").startswith(f"{floor[1]}.")
+        if name == "python":
+            assert re.search(rf"^PYTHON_oldest := {re.escape(old)}$", makefile, re.M)
+        else:
+            assert (oldest[name], usual.get(name, "not pinned")) == (old, now)
+
+
+def test_continuous_integration_runs_the_table() -> None:
+    commands = (README.parent / ".ci" / "run").read_text().splitlines()
+    assert {"make test", "make test-oldest"} <= set(commands)

@@ -25,67 +25,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from .aot_library import MANIFEST, SCHEMA, Arch, kernel_id, source_digest
-from .ops.triton.profile import DESCRIPTORS, cuda_architecture, rank_classes
+from .aot_jobs import default_jobs, environment
+from .aot_library import MANIFEST, SCHEMA, kernel_id, source_digest
+from .aot_limits import exceeded
+from .aot_prebuilt import copy_prebuilt
+from .aot_targets import AMD, Target, left_out, parse_architectures
+from .machine_code import nvidia_tools
+from .ops.triton.profile import DESCRIPTORS, rank_classes
 from .ops.triton.variant import ARGUMENT_TYPES, ARGUMENTS, Variant, list_variants
 
 # torch allocates every argument at a multiple of 16 bytes at least; see compile_variant.
 _DIVISIBILITY = 16
 _POINTER = 8
-_CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
-_AMD = ("gfx942",)
-
-
-class Target(NamedTuple):
-    """What to compile for. ``architecture``: Triton's name; ``arch``: what the machine code is for (``sm_90a``: 9.0
-    alone); ``table``: the tile shapes; ``ptx``: keep PTX too.
-    """
-
-    architecture: str
-    arch: str
-    table: str
-    ptx: bool
-
-
-def parse_architectures(text: str) -> list[Target]:
-    """The targets that TORCH_CUDA_ARCH_LIST names: ``"8.0;9.0a 10.0+PTX;gfx942"``.
-
-    Triton compiles 9.0 and newer for that architecture alone ("9.0" and "9.0a" are the same). PTX is kept where it is
-    asked for, and for the newest target whose PTX newer GPUs can translate.
-
-    Raises:
-        ValueError: an unknown architecture, or none.
-    """
-    targets: dict[str, Target] = {}
-    for word in re.split(r"[;,\s]+", text.strip()):
-        name, ptx = word.removesuffix("+PTX"), word.endswith("+PTX")
-        target = _target(name, ptx)
-        if target is None or (ptx and name in _AMD):
-            known = ", ".join(f"{n // 10}.{n % 10}" + ("(a)" if n >= 90 else "") for n in _CAPABILITIES)
-            raise ValueError(
-                f"TORCH_CUDA_ARCH_LIST: got {word!r}, expected some of {known} (each with +PTX or without) and "
-                f"{', '.join(_AMD)}, separated by semicolons; unset it to build without kernels"
-            )
-        earlier = targets.get(target.architecture)
-        targets[target.architecture] = target if earlier is None or ptx else earlier
-    portable = [t.architecture for t in targets.values() if (arch := Arch.parse(t.arch)) and not arch.specific]
-    for architecture in portable:
-        if architecture == max(portable):
-            targets[architecture] = targets[architecture]._replace(ptx=True)
-    return sorted(targets.values(), key=lambda target: (target.arch in _AMD, len(target.architecture), target))
-
-
-def _target(name: str, ptx: bool) -> Target | None:
-    if name in _AMD:
-        return Target(name, name, name, False)
-    found = re.fullmatch(r"(\d+)\.(\d)(a?)", name)
-    number = int(found[1] + found[2]) if found else 0
-    if found is None or number not in _CAPABILITIES or (found[3] and number < 90):
-        return None
-    suffix = "a" if number >= 90 else ""
-    return Target(f"sm_{number}", f"sm_{number}{suffix}", cuda_architecture(number), ptx)
 
 
 def wanted_variants(table: str, ranks: Sequence[int], only: str) -> list[Variant]:
@@ -131,7 +84,7 @@ def build_kernels(
         architectures: targets, or their names as in TORCH_CUDA_ARCH_LIST.
         folder: is made, or replaced where it holds an earlier build.
         ranks: one of each rank class that is wanted (default: all classes).
-        jobs: processes (default: MAX_JOBS, else one per processor); each needs up to about 1 GiB.
+        jobs: processes (default: MAX_JOBS, else one per processor and 1.5 GiB of free memory).
         only: globs on the variants' labels, separated by semicolons.
 
     Raises:
@@ -139,7 +92,7 @@ def build_kernels(
     """
     targets = parse_architectures(architectures) if isinstance(architectures, str) else list(architectures)
     ranks = tuple(ranks or rank_classes())
-    jobs = jobs or int(os.environ.get("MAX_JOBS", "0")) or os.cpu_count() or 1
+    jobs = jobs or default_jobs()
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise ValueError(f"folder: {folder} holds something other than kernels; name an empty or a new one")
@@ -207,20 +160,14 @@ def _lines(manifest: dict[str, Any]) -> str:
 
 def _compiled(tasks: list[tuple[Variant, Target]], jobs: int) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
     """Each task's entry and code, in order."""
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory() as cache:
-        # Read by Triton when it is imported or compiles, hence fresh processes: no interpreter; nothing that a cache
-        # holds of other settings; no line tables, which would put this machine's paths into the code.
-        os.environ.pop("TRITON_INTERPRET", None)
-        os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DISABLE_LINE_INFO": "1"}
-        try:
-            with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-                yield from pool.map(_compile, tasks)
-        finally:
-            for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRITON_DISABLE_LINE_INFO"):
-                os.environ.pop(name, None)
-                if name in before:
-                    os.environ[name] = before[name]
+    # Read by Triton when it is imported or compiles, hence fresh processes: no interpreter; nothing that a cache holds
+    # of other settings; no line tables, which would put this machine's paths into the code.
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        environment(TRITON_CACHE_DIR=cache, TRITON_DISABLE_LINE_INFO="1"),
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+    ):
+        yield from pool.map(_compile, tasks)
 
 
 def _compile(task: tuple[Variant, Target]) -> tuple[dict[str, Any], list[bytes]]:
@@ -229,10 +176,15 @@ def _compile(task: tuple[Variant, Target]) -> tuple[dict[str, Any], list[bytes]]
     variant, target = task
     compiled = compile_variant(variant, target.architecture)
     metadata = compiled.metadata
-    code = "hsaco" if target.arch in _AMD else "cubin"
+    # Triton 3.6 says nothing of scratch memory for AMD, where it has none.
+    scratch, alignment, profile_scratch = (
+        getattr(metadata, name, default)
+        for name, default in (("global_scratch_size", 0), ("global_scratch_align", 1), ("profile_scratch_size", 0))
+    )
+    code = "hsaco" if target.arch in AMD else "cubin"
     image = compiled.asm[code]
     asked = [metadata.launch_cooperative_grid, getattr(metadata, "launch_pdl", False), metadata.tensordesc_meta]
-    if metadata.num_ctas != 1 or metadata.profile_scratch_size or any(asked):
+    if metadata.num_ctas != 1 or profile_scratch or any(asked):
         raise RuntimeError(f"{variant.label()} for {target.arch}: wants a launch that the launcher does not know")
     names = ARGUMENTS[variant.kernel]
     layout = _amd_layout(compiled.asm["amdgcn"]) if code == "hsaco" else parameter_table(image, metadata.name)
@@ -254,13 +206,15 @@ def _compile(task: tuple[Variant, Target]) -> tuple[dict[str, Any], list[bytes]]
         "format": code,
         "threads": metadata.num_warps * metadata.warp_size,
         "shared": metadata.shared,
-        "scratch": {"size": metadata.global_scratch_size, "alignment": metadata.global_scratch_align},
-        "profile_scratch": metadata.profile_scratch_size,
+        "scratch": {"size": scratch, "alignment": alignment},
+        "profile_scratch": profile_scratch,
         "arguments": [{"name": n, "type": ARGUMENT_TYPES[n], "divisibility": _DIVISIBILITY} for n in names],
         "layout": layout,
         "registers": registers,
         "spilled": spilled,
     }
+    if findings := "; ".join(exceeded(entry)):
+        raise RuntimeError(f"{variant.label()} for {target.arch}: {findings}; its tile table asks for too much")
     images = [image]
     if target.ptx:
         text = compiled.asm["ptx"]
@@ -317,18 +271,12 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return registers, spilled
 
 
-def _nvidia_tools() -> Path:
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers a thread and bytes spilled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_nvidia_tools() / "cuobjdump"), "-res-usage", file.name]
+        command = [str(nvidia_tools() / "cuobjdump"), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
@@ -339,7 +287,7 @@ def _versions(targets: Sequence[Target]) -> dict[str, str]:
 
     found = {"python": platform.python_version(), "triton": version("triton")}
     for target in targets:
-        if target.arch not in _AMD:
+        if target.arch not in AMD:
             found[f"ptxas {target.arch}"] = _ptxas_version(target.architecture)
     return found
 
@@ -359,13 +307,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", required=True, help="as in TORCH_CUDA_ARCH_LIST")
     parser.add_argument("--output", required=True, help="the folder")
     parser.add_argument("--rank", type=int, action="append", help="one of a rank class; repeatable (default: all)")
-    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what processors and memory serve)")
     parser.add_argument("--only", default=os.environ.get("RPSFT_AOT_KERNELS", ""), help="globs on variants' labels")
+    parser.add_argument("--prebuilt", help="copy this folder of the same kernels instead of compiling them")
     options = parser.parse_args(arguments)
     try:
         targets = parse_architectures(options.arch)
-        print(f"compiling kernels for {', '.join(target.arch for target in targets)}", flush=True)
-        print(build_kernels(targets, options.output, options.rank, options.jobs, options.only), flush=True)
+        for word in left_out(options.arch):
+            print(f"TORCH_CUDA_ARCH_LIST: no kernels are compiled for {word}", flush=True)
+        for target in targets:
+            if target.arch in AMD:
+                print(f"{target.arch}: packed, but nothing launches these yet: on AMD Triton compiles", flush=True)
+        if options.prebuilt:
+            ranks = options.rank or rank_classes()
+            print(copy_prebuilt(options.prebuilt, targets, options.output, ranks, options.only).summary(), flush=True)
+            return 0
+        jobs = options.jobs or default_jobs()
+        print(f"compiling kernels for {', '.join(target.arch for target in targets)} in {jobs} processes", flush=True)
+        print(build_kernels(targets, options.output, options.rank, jobs, options.only), flush=True)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     return 0

@@ -48,13 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--rank", type=int, action="append", help="rank that chooses tile shapes (default: 768); repeatable"
     )
-    build.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    build.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what this machine serves)")
 
     kernels = commands.add_parser("kernels", help="the kernels compiled ahead of time in this installation")
     kernels.add_argument("--build", metavar="ARCH", help='compile them instead, for architectures such as "8.0;9.0"')
     kernels.add_argument("--output", help="the folder to build (default: this installation's)")
     kernels.add_argument("--only", default="", help="globs on variants' labels, separated by semicolons")
-    kernels.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    kernels.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what this machine serves)")
+    kernels.add_argument(
+        "--check", nargs="?", const="", metavar="PLACE", help="check a folder or a wheel (default: this installation's)"
+    )
 
     commands.add_parser("env", help="what a bug report needs: versions, backends, kernels, devices")
 
@@ -154,21 +157,22 @@ def _roofline(options: argparse.Namespace) -> int:
 def _compile(options: argparse.Namespace) -> int:
     # The interpreter replaces the compiler where this is set; it is read when the kernels are imported.
     os.environ.pop("TRITON_INTERPRET", None)
+    from .aot_jobs import default_jobs
     from .ops.triton.compile import TARGETS, survey
 
     if options.arch not in TARGETS:
         raise SystemExit(f"--arch: got {options.arch!r}, expected one of {', '.join(TARGETS)}")
-    for resources in survey(options.arch, tuple(options.rank or (768,)), options.jobs):
+    for resources in survey(options.arch, tuple(options.rank or (768,)), options.jobs or default_jobs()):
         print(json.dumps(dataclasses.asdict(resources)), flush=True)
     return 0
 
 
 def _kernels(options: argparse.Namespace) -> int:
     from . import aot
+    from .aot_library import FOLDER
 
     if options.build is not None:
         from .aot_build import build_kernels
-        from .aot_library import FOLDER
 
         folder = options.output or FOLDER
         try:
@@ -177,9 +181,24 @@ def _kernels(options: argparse.Namespace) -> int:
             raise SystemExit(str(error)) from None
         print(built)
         return 0
+    if options.check is not None:
+        return _check(options.check or str(FOLDER))
     library = aot.installed()
     print(library if isinstance(library, str) else library.summary())
     return 0
+
+
+def _check(place: str) -> int:
+    from .aot_check import check_kernels
+
+    try:
+        checked = check_kernels(place)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    for finding in checked.findings:
+        print(finding)
+    print(checked)
+    return 1 if checked.findings else 0
 
 
 def _env(options: argparse.Namespace) -> int:

@@ -109,7 +109,9 @@ def _paired_by_name(anchors: object, parameters: Mapping[str, Found]) -> list[Te
             "anchors: got none, expected at least one Anchor: nothing would be regularised "
             "(Anchors.from_model(model, rank) makes them)"
         )
-    for name, anchor in anchors.items():
+    # By key: torch.compile of torch 2.6 does not trace the items() that a Mapping inherits.
+    named = {name: anchors[name] for name in anchors}
+    for name, anchor in named.items():
         if not isinstance(anchor, Anchor):
             raise ValueError(f"anchors[{name!r}]: got {type(anchor).__name__}, expected an Anchor")
     gone = [name for name in anchors if name not in parameters]
@@ -120,7 +122,7 @@ def _paired_by_name(anchors: object, parameters: Mapping[str, Found]) -> list[Te
             "anchor's name: anchor this model (Anchors.from_model), or leave them out of the anchors"
         )
     terms = []
-    for name, anchor in anchors.items():
+    for name, anchor in named.items():
         found = parameters[name]
         # A shard is of any shape; what matters is the whole.
         check_weight(

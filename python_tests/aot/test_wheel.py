@@ -1,58 +1,85 @@
-"""A real wheel with a few kernels. The slowest test here: it builds one from a copy of the sources."""
+"""Wheels with a few kernels, built from a source distribution and from a tree: what they hold and what they say."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from wheels import build_wheel, copy_sources, run_python, version
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.xdist_group("wheels")
+ARCHITECTURES = "7.5 8.0;9.0+PTX 9.0a"
+# The engine is not what this is about, and takes a minute.
+FEW = {
+    "RPSFT_NATIVE": "0",
+    "MAX_JOBS": "2",
+    "RPSFT_AOT_KERNELS": "squares*;full_drift(weight_type=bf16, base_type=bf16, aligned=True*",
+    "TORCH_CUDA_ARCH_LIST": ARCHITECTURES,
+    "SOURCE_DATE_EPOCH": "1700000000",
+}
 
 
-@pytest.mark.xdist_group("aot")
-def test_the_slowest_a_wheel_carries_its_kernels_and_says_so(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "requirements-dev.txt"):
-        shutil.copy(REPOSITORY / name, source / name)
-    ignored = shutil.ignore_patterns("__pycache__", "*.so", "kernels", "data", "tests")
-    for name in ("rpsft_kernels", "csrc"):
-        shutil.copytree(REPOSITORY / name, source / name, ignore=ignored)
-    # Left over from an earlier build, which this one must not carry on.
+def hook(source: Path, call: str, **variables: str) -> str:
+    """What a hook of the build backend returns, called as a build front end does."""
+    program = (
+        f"import sys; sys.path.insert(0, 'build_tools'); import backend; found = {call}; print('\\n' + str(found))"
+    )
+    run = run_python("-c", program, cwd=source, **variables)
+    assert run.returncode == 0, run.stdout[-3000:]
+    return run.stdout.splitlines()[-1]
+
+
+def metadata(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        return archive.read(name).decode()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = copy_sources(tmp_path_factory.mktemp("wheels") / "source")
+    # Left over from an earlier build, which later ones must not carry on.
     tag = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-    stale = source / "build" / tag / "rpsft_kernels" / "kernels"
+    stale = folder / "build" / tag / "rpsft_kernels" / "kernels"
     stale.mkdir(parents=True)
     (stale / "old.cubin").write_text("stale")
-    wheels = tmp_path / "wheels"
-    # The engine is not what this is about, and takes a minute.
-    environment = {**os.environ, "RPSFT_NATIVE": "0", "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX", "MAX_JOBS": "2"}
-    environment["RPSFT_AOT_KERNELS"] = "squares*;full_drift(weight_type=bf16, base_type=bf16, aligned=True*"
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(wheels), "."]
-    run = subprocess.run(
-        command, cwd=source, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert "compiling kernels for sm_80, sm_90a" in run.stdout
-    assert "4 kernels in 9 files" in run.stdout
-    assert "peak memory" in run.stdout
-    # Or else the test does not know where builds leave their files.
-    assert (stale / "manifest.json").exists()
-    (wheel,) = wheels.iterdir()
-    assert wheel.name.startswith("rpsft_kernels-0.1.0+sm80.sm90-")
-    with zipfile.ZipFile(wheel) as archive:
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archive(source: Path) -> Path:
+    name = hook(source, "backend.build_sdist('sdist')", **FEW)
+    # What it is of has no kernels, whatever it is built with.
+    assert name == f"rpsft_kernels-{version()}.tar.gz"
+    return source / "sdist" / name
+
+
+@pytest.fixture(scope="module")
+def wheel(archive: Path) -> tuple[Path, str]:
+    """Of the source distribution, as ``python -m build`` makes one."""
+    return build_wheel(archive, archive.parent / "wheels", **FEW)
+
+
+def test_a_wheel_carries_its_kernels_and_says_so(wheel: tuple[Path, str], tmp_path: Path) -> None:
+    path, printed = wheel
+    assert "TORCH_CUDA_ARCH_LIST: no kernels are compiled for 7.5" in printed
+    assert "compiling kernels for sm_80, sm_90a in 2 processes" in printed
+    assert "4 kernels in 9 files" in printed
+    assert "peak memory" in printed
+    assert path.name.startswith(f"rpsft_kernels-{version()}+sm80.sm90-")
+    text = metadata(path)
+    assert f"\nVersion: {version()}+sm80.sm90\n" in text
+    assert "kernels-sm_80,kernels-sm_90a\n" in text
+    with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.startswith("rpsft_kernels/kernels/")]
         manifest = json.loads(archive.read("rpsft_kernels/kernels/manifest.json"))
-        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
-        assert "\nVersion: 0.1.0+sm80.sm90\n" in archive.read(metadata).decode()
         assert len(names) == 9
         assert manifest["architectures"] == ["sm_80", "sm_90a"]
         assert {entry["kernel"] for entry in manifest["kernels"]} == {"squares", "full_drift"}
@@ -67,3 +94,93 @@ def test_the_slowest_a_wheel_carries_its_kernels_and_says_so(tmp_path: Path) -> 
         [sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
     )
     assert "sm_90a        2 kernels in 4 files" in installed.stdout
+
+
+def test_a_wheel_of_the_tree_has_the_same_bytes(wheel: tuple[Path, str], source: Path, tmp_path: Path) -> None:
+    """Whatever lies in the tree, and whether the kernels are compiled or were before."""
+    path, _ = wheel
+    again, _ = build_wheel(source, tmp_path / "again", **FEW)
+    (stale,) = (source / "build").glob("lib.*/rpsft_kernels/kernels")
+    # Or else the test does not know where builds leave their files.
+    assert (stale / "manifest.json").exists()
+    assert not (stale / "old.cubin").exists()
+    assert again.name == path.name
+    assert again.read_bytes() == path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    prebuilt = str(tmp_path / "unpacked" / "rpsft_kernels" / "kernels")
+    copied, printed = build_wheel(source, tmp_path / "copied", RPSFT_AOT_PREBUILT=prebuilt, **FEW)
+    assert "compiling kernels" not in printed
+    assert copied.read_bytes() == path.read_bytes()
+
+
+def test_other_kernels_are_not_taken_for_these(wheel: tuple[Path, str], tmp_path: Path) -> None:
+    path, _ = wheel
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path)
+    folder = tmp_path / "rpsft_kernels" / "kernels"
+    command = ("-m", "rpsft_kernels.aot_build", "--output", "new", "--prebuilt", folder)
+    for words, message in (
+        (("--arch", "9.0", "--only", FEW["RPSFT_AOT_KERNELS"]), "was built with architectures ['sm_80', 'sm_90a']"),
+        (("--arch", "8.0;9.0"), "was built with only 'squares*;"),
+        (("--arch", "8.0;9.0", "--only", FEW["RPSFT_AOT_KERNELS"], "--rank", "32"), "was built with ranks [32, 64"),
+    ):
+        run = run_python(*command, *words, cwd=tmp_path)
+        assert run.returncode == 1
+        assert f"RPSFT_AOT_PREBUILT: {folder} {message}" in run.stdout
+    next(folder.glob("*.cubin")).write_bytes(b"")
+    run = run_python(*command, "--arch", "8.0;9.0", "--only", FEW["RPSFT_AOT_KERNELS"], cwd=tmp_path)
+    assert "is not the file that its manifest describes" in run.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_source_distribution_is_complete_and_untagged(archive: Path) -> None:
+    with tarfile.open(archive) as files:
+        names = {name.split("/", 1)[-1] for name in files.getnames()}
+        metadata_file = files.extractfile(f"rpsft_kernels-{version()}/PKG-INFO")
+        assert metadata_file is not None
+        assert f"\nVersion: {version()}\n" in metadata_file.read().decode()
+    assert {"build_tools/backend.py", "csrc/sources.json", "csrc/cuda/launcher.cpp", "CMakeLists.txt"} <= names
+    assert not any(name.endswith((".cubin", ".so")) for name in names)
+
+
+def test_only_wheels_ask_for_what_compiles_kernels(source: Path) -> None:
+    for kind in ("sdist", "editable"):
+        assert hook(source, f"backend.get_requires_for_build_{kind}()", **FEW) == "[]"
+    asked = hook(source, "backend.get_requires_for_build_wheel()", **FEW)
+    assert "triton>=3.6" in asked and "torch>=" in asked
+    assert hook(source, "backend.get_requires_for_build_wheel()") == "[]"
+    asked = hook(source, "backend.get_requires_for_build_wheel()", RPSFT_AOT_PREBUILT="kernels", **FEW)
+    assert "triton" not in asked and "torch>=" in asked
+
+
+def test_an_editable_install_claims_no_kernels(source: Path) -> None:
+    name = hook(source, "backend.build_editable('editable')", **FEW)
+    assert name.startswith(f"rpsft_kernels-{version()}-")
+    text = metadata(source / "editable" / name)
+    assert f"\nVersion: {version()}\n" in text
+    assert "kernels-sm" not in text
+    (source / "described").mkdir()
+    assert hook(source, "backend.prepare_metadata_for_build_editable('described')", **FEW) == (
+        f"rpsft_kernels-{version()}.dist-info"
+    )
+    assert not (source / "rpsft_kernels" / "kernels").exists()
+
+
+def test_kernels_without_a_launcher_are_refused_before_they_are_compiled(source: Path) -> None:
+    few = {name: value for name, value in FEW.items() if name != "RPSFT_NATIVE"}
+    command = ("-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", "none", ".")
+    run = run_python(*command, cwd=source, **few, CXX="no-such-compiler")
+    assert run.returncode != 0
+    assert (
+        "TORCH_CUDA_ARCH_LIST is set (RPSFT_NATIVE=0: no launcher), but rpsft_kernels._native was not built: "
+        "no C++ compiler: no-such-compiler was not found"
+    ) in run.stdout
+    assert "compiling kernels" not in run.stdout
+
+
+def test_unknown_architectures_are_refused_before_anything_is_built(source: Path) -> None:
+    command = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "none", ".")
+    run = run_python(*command, cwd=source, TORCH_CUDA_ARCH_LIST="8.0 Hopper")
+    assert run.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST: got 'Hopper', expected some of 8.0" in run.stdout

@@ -299,7 +299,11 @@ def _same_as_eager(function: Callable[[], Tensor], weights: list[Tensor], compil
     eager, compiled = run(function), run(torch.compile(function, fullgraph=True, backend=compiler))
     assert len(eager) == len(compiled) == 1 + len(weights) and bool(eager[0])
     for one, other in zip(eager, compiled, strict=True):
-        assert torch.equal(one, other)
+        if compiler == "inductor":
+            # It fuses the sum over the weights, and older ones add it in another order.
+            torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-8)
+        else:
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("keep_base", [True, False])

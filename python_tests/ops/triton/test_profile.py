@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rpsft_kernels.aot_targets import cuda_architecture
 from rpsft_kernels.ops.triton import profile
 from rpsft_kernels.ops.triton.compile import TARGETS
-from rpsft_kernels.ops.triton.profile import PHASES, cuda_architecture, rank_class, tile_config, tile_table
+from rpsft_kernels.ops.triton.profile import PHASES, rank_class, tile_config, tile_table
 from rpsft_kernels.ops.triton.tune import tune, write_table
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ...machine_code import disassemble, read_cubin
 from .kernels import KERNELS, kernel_constants
 from .profile import DESCRIPTORS, interpreted
 from .variant import ARGUMENT_TYPES, ARGUMENTS, Variant, list_variants
@@ -33,11 +33,6 @@ TARGETS = {
 # Of 8.x, whose PTX serves newer GPUs: version 8.0, which every driver of CUDA 12 and newer reads. Left alone, Triton
 # writes the newest that its assembler knows, which wants as new a driver.
 _PORTABLE_PTX = 80
-# Bytes of shared memory that one block may use.
-SHARED_LIMIT = {
-    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,
-    "gfx942": 64 << 10,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,21 +83,19 @@ def read_resources(variant: Variant, architecture: str) -> Resources:
     compiled = compile_variant(variant, architecture)
     if architecture.startswith("gfx"):
         return _read_amd(variant.label(), architecture, compiled)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _output(str(tools / "cuobjdump"), "-res-usage", file.name)
-        text = _output(str(tools / "nvdisasm"), file.name)
-    registers = re.search(r"REG:(\d+)", usage)
+        return read_file(Path(file.name), variant.label(), architecture, compiled.metadata.shared)
+
+
+def read_file(path: Path, label: str, architecture: str, shared: int) -> Resources:
+    """What the machine code in a cubin uses. ``shared``: of its launch, which the code does not say."""
     # "/*0a10*/ @!P0 LDG.E.128 R4, ..." -> LDG.E.128
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text)
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", disassemble(path))
     instructions = Counter(names)
     spilled = sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL")))
-    return Resources(
-        variant.label(), architecture, int(registers[1]) if registers else 0, compiled.metadata.shared, spilled,
-        dict(instructions),
-    )  # fmt: skip
+    return Resources(label, architecture, read_cubin(path).registers, shared, spilled, dict(instructions))
 
 
 def _read_amd(label: str, architecture: str, compiled: Any) -> Resources:
@@ -114,10 +107,6 @@ def _read_amd(label: str, architecture: str, compiled: Any) -> Resources:
         label, architecture, int(registers[1]) if registers else 0, compiled.metadata.shared,
         int(spills[1]) if spills else 0, dict(instructions),
     )  # fmt: skip
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def survey(architecture: str, ranks: tuple[int, ...] = (768,), jobs: int = 1) -> Iterator[Resources]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ... import aot
+from ...aot_targets import cuda_architecture
 
 _TABLES = Path(__file__).with_name("tiles")
 PHASES = ("project", "drift", "pull", "gradient", "full")
@@ -42,16 +43,6 @@ class TileConfig:
 
 # Whether an architecture reads aligned operands through tensor descriptors.
 DESCRIPTORS = {"sm_80": False, "sm_86": False, "sm_90": True, "sm_100": True, "sm_120": True, "gfx942": False}
-# Newest first: a device takes the table of the newest architecture that is not newer than itself.
-_CUDA_TABLES = ((120, "sm_120"), (100, "sm_100"), (90, "sm_90"), (86, "sm_86"), (80, "sm_80"))
-
-
-def cuda_architecture(capability: int) -> str:
-    """The table that serves a CUDA compute capability (``90`` for 9.0)."""
-    for number, name in _CUDA_TABLES:
-        if capability >= number:
-            return name
-    raise ValueError(f"compute capability {capability / 10:.1f}: the kernels need 8.0 (bfloat16 tensor cores) or newer")
 
 
 def device_profile(device: torch.device) -> Profile:

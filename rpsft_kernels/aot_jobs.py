@@ -1,0 +1,70 @@
+"""How many processes compile kernels side by side, and the environment that they compile in."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+# What the largest process was seen to need, with torch and Triton imported, and a margin.
+_PROCESS = 3 << 29
+# What Triton and its assembler read that changes the code which comes out, or puts files beside it. Where their tools
+# lie is the installation's affair, and the manifest names their versions.
+_PREFIXES = ("TRITON_", "PTXAS_", "MLIR_", "LLVM_", "AMDGCN_", "NVPTX_", "DISABLE_MMA_")
+_NAMES = ("DISABLE_PTXAS_OPT", "DISABLE_LLVM_OPT", "ALLOW_LHS_TMEM_LAYOUT_CONVERSION", "USE_IR_LOC")
+_TOOLS = r"TRITON_HOME|TRITON_(PTXAS|PTXAS_BLACKWELL|CUOBJDUMP|NVDISASM|LIBDEVICE|LIBCUDA|HIP_LLD|LIBHIP)_PATH"
+
+
+def default_jobs() -> int:
+    """MAX_JOBS; without it, one process per processor that this one may use, as far as memory serves each."""
+    named = os.environ.get("MAX_JOBS", "").strip()
+    if named:
+        if not named.isdigit() or int(named) < 1:
+            raise ValueError(f"environment variable MAX_JOBS: got {named!r}, expected a number of processes from 1")
+        return int(named)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = available_memory()
+    return max(1, processors if memory is None else min(processors, memory // _PROCESS))
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that new processes may take: the machine's, or what is left of a container's; None where neither says."""
+    found = []
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        pass
+    group = root / "sys/fs/cgroup"
+    old = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    for limit, used in (("memory.max", "memory.current"), old):
+        try:
+            # "max" where there is none.
+            found.append(max(0, int((group / limit).read_text()) - int((group / used).read_text())))
+        except (OSError, ValueError):
+            continue
+    return min(found, default=None)
+
+
+def changes_code(name: str) -> bool:
+    """Whether an environment variable may change what the compiler makes of a kernel."""
+    return name in _NAMES or (name.startswith(_PREFIXES) and not re.fullmatch(_TOOLS, name))
+
+
+@contextmanager
+def environment(**wanted: str) -> Iterator[None]:
+    """Within it, variables that would change the code are unset, but for those given; processes inherit that."""
+    before = dict(os.environ)
+    _replace({name: value for name, value in before.items() if not changes_code(name)} | wanted)
+    try:
+        yield
+    finally:
+        _replace(before)
+
+
+def _replace(variables: Mapping[str, str]) -> None:
+    for name in set(os.environ) - set(variables):
+        del os.environ[name]
+    os.environ.update(variables)

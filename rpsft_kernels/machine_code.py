@@ -1,0 +1,94 @@
+"""What a file of machine code says about itself, read through the tools that come with Triton."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+# The machine in an ELF header's flags, by which AMD's architectures are told apart.
+_AMD_MACHINES = {0x4C: "gfx942"}
+_ELF_AMD = 224
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """A cubin. ``parameters``: (offset, size) in bytes of each, in order; ``stack`` and ``local``: bytes that a thread
+    has of memory for what does not fit its registers; ``threads``: of a block, 0 where it does not say.
+    """
+
+    arch: str
+    entry: str
+    parameters: tuple[tuple[int, int], ...]
+    registers: int
+    stack: int
+    local: int
+    threads: int
+
+
+@lru_cache(maxsize=1)
+def nvidia_tools() -> Path:
+    """The folder of ptxas, cuobjdump and nvdisasm."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def read_cubin(path: Path) -> MachineCode:
+    """Through cuobjdump alone: independent of how the file was made, and of how the manifest was.
+
+    Raises:
+        ValueError: it is no cubin, or not of one kernel; the message says what is the case.
+    """
+    # "ELF file    1: name.sm_90a.cubin"
+    arch = re.search(r"ELF file\s+1:\s+.*\.(sm_\d+a?)\.cubin\s*$", _cuobjdump("-lelf", path))
+    usage = _cuobjdump("-res-usage", path)
+    entries = re.findall(r"^\s*Function (\S+):", usage, re.M)
+    if arch is None or len(entries) != 1:
+        found = f"functions {', '.join(entries) or 'none'} for {arch[1] if arch else 'no architecture'}"
+        raise ValueError(f"path: {path.name} holds {found}, expected a cubin of one kernel")
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    text = _cuobjdump("-elf", path)
+    records = re.findall(r"Ordinal\s*:\s*0x(\w+)\s+Offset\s*:\s*0x(\w+)\s+Size\s*:\s*0x(\w+)", text)
+    by_ordinal = {int(ordinal, 16): (int(offset, 16), int(size, 16)) for ordinal, offset, size in records}
+    threads = re.search(r"EIATTR_REQNTID\s+Format:\s*\w+\s+Value:\s*0x(\w+) 0x(\w+) 0x(\w+)", text)
+    block = 1
+    for size in threads.groups() if threads else ("0",):
+        block *= int(size, 16)
+    return MachineCode(
+        arch[1], entries[0], tuple(by_ordinal[ordinal] for ordinal in sorted(by_ordinal)), used["REG"], used["STACK"],
+        used["LOCAL"], block,
+    )  # fmt: skip
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    command = [str(nvidia_tools() / "cuobjdump"), option, str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if run.returncode != 0:
+        raise ValueError(f"path: cuobjdump cannot read {path.name}: {(run.stderr or run.stdout).strip()[-200:]}")
+    return run.stdout
+
+
+def disassemble(path: Path) -> str:
+    """A cubin's instructions, one a line."""
+    # Without its analysis of the data flow, which takes it half of its time.
+    command = [str(nvidia_tools() / "nvdisasm"), "-ndf", "-c", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def read_hsaco(image: bytes) -> tuple[str, set[str]]:
+    """AMD's: the architecture and the kernels that it describes.
+
+    Raises:
+        ValueError: it is none, or for an architecture that no build is for.
+    """
+    machine = flags = 0
+    if image[:4] == b"\x7fELF" and len(image) > 64:
+        (machine,), (flags,) = struct.unpack_from("<H", image, 18), struct.unpack_from("<I", image, 48)
+    if machine != _ELF_AMD or flags & 0xFF not in _AMD_MACHINES:
+        raise ValueError(f"image: got an ELF machine {machine} with flags {flags:#x}, expected {_ELF_AMD} of gfx942")
+    # A kernel's descriptor is a symbol of its name with this suffix.
+    return _AMD_MACHINES[flags & 0xFF], {name.decode() for name in re.findall(rb"\0(\w+)\.kd\0", image)}
