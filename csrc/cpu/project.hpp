@@ -183,9 +183,11 @@ using FormSlice = void (*)(const Sides&, const ProjectLayout&, Share, Share, Sha
 
 template <class First, class W, class B>
 FormSlice form_slice_of(bool along, rpsft::Dtype basis) {
-  if (basis == rpsft::Dtype::bfloat16)
-    return along ? form_slice<First, W, B, Bfloat16, Order::along> : form_slice<First, W, B, Bfloat16, Order::across>;
-  return along ? form_slice<First, W, B, float, Order::along> : form_slice<First, W, B, float, Order::across>;
+  // Pairs are made of bfloat16 bases alone.
+  if constexpr (First::elements == 1)
+    if (basis == rpsft::Dtype::float32)
+      return along ? form_slice<First, W, B, float, Order::along> : form_slice<First, W, B, float, Order::across>;
+  return along ? form_slice<First, W, B, Bfloat16, Order::along> : form_slice<First, W, B, Bfloat16, Order::across>;
 }
 
 template <class First, class W>
