@@ -34,7 +34,7 @@ struct ProjectLayout {
     const bool large = 128 * layout.slice_stride <= small_slice || 2 * long_size * rank > outer_cache;
     layout.block_rows = large ? 128 : 64;
     // Of a packed panel of the basis two then fit into a first-level cache, or nearly so.
-    layout.chunk_units = large ? 192 : 128;
+    layout.chunk_units = large ? 160 : 128;
     layout.drift_stride = layout.chunk_units + padding;
     layout.slice = layout.block_rows * layout.slice_stride;
     layout.drift = layout.block_rows * layout.drift_stride;
