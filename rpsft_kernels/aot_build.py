@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from .aot_jobs import default_jobs, environment
-from .aot_library import MANIFEST, SCHEMA, kernel_id, source_digest
+from .aot_library import MANIFEST, SCHEMA, description, kernel_id, source_digest
 from .aot_limits import exceeded
 from .aot_prebuilt import copy_prebuilt
 from .aot_targets import AMD, Target, left_out, parse_architectures
@@ -194,12 +194,7 @@ def _compile(task: tuple[Variant, Target]) -> tuple[dict[str, Any], list[bytes]]
     registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if code == "hsaco" else _usage(image)
     entry = {
         "id": kernel_id(variant, target.arch),
-        "kernel": variant.kernel,
-        "constants": dict(variant.constants),
-        "warps": variant.warps,
-        "stages": variant.stages,
-        "residents": variant.residents,
-        "maximal_registers": variant.registers,
+        **description(variant),
         "table": target.table,
         "arch": target.arch,
         "entry": metadata.name,

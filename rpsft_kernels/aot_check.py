@@ -146,15 +146,7 @@ def _entry(folder: Path, entry: dict[str, Any], variant: Variant | None) -> Iter
 
 def _described(entry: dict[str, Any], variant: Variant) -> Iterator[str]:
     """The entry against its variant: what planning and launching take from one and the other must agree."""
-    expected = {
-        "kernel": variant.kernel,
-        "constants": dict(variant.constants),
-        "warps": variant.warps,
-        "stages": variant.stages,
-        "residents": variant.residents,
-        "maximal_registers": variant.registers,
-    }
-    for name, value in expected.items():
+    for name, value in aot.description(variant).items():
         if entry[name] != value:
             yield f"{name} is {entry[name]!r}, expected {value!r}"
 

@@ -46,6 +46,18 @@ def kernel_id(variant: Variant, arch: str) -> str:
     return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()[:20]
 
 
+def description(variant: Variant) -> dict[str, Any]:
+    """What a manifest's entry takes from its variant."""
+    return {
+        "kernel": variant.kernel,
+        "constants": dict(variant.constants),
+        "warps": variant.warps,
+        "stages": variant.stages,
+        "residents": variant.residents,
+        "maximal_registers": variant.registers,
+    }
+
+
 @lru_cache(maxsize=1)
 def source_digest() -> str:
     """The digest of the kernels' sources: machine code of other sources must not pass for theirs."""
