@@ -8,7 +8,7 @@ ARGS ?=
 CTEST = $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(CMAKE_ARGS) && \
 	$(BIN)/cmake --build build/$@ && $(BIN)/ctest --test-dir build/$@ --output-on-failure
 
-.PHONY: demo test test-deepspeed test-oldest test-newest bench bench-gpu ctest sanitize lint wheel clean
+.PHONY: demo test test-deepspeed test-oldest bench bench-gpu ctest sanitize lint wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m rpsft_kernels.demo $(ARGS)
@@ -21,34 +21,31 @@ test: $(VENV)/ready ctest
 test-deepspeed: $(VENV)/ready $(VENV)/deepspeed
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 python_tests/sharding/test_deepspeed.py $(ARGS)
 
-# The corners of what is supported: in environments of their own, with what needs no other package than torch and
-# Triton. The oldest builds the package too; the newest takes it as it lies here, without the engine.
-CORNER = python_tests/ops python_tests/test_penalty.py python_tests/test_anchors.py python_tests/test_anchor_file.py \
-	python_tests/test_names.py python_tests/aot/test_build.py python_tests/aot/test_check.py \
-	--deselect python_tests/ops/triton/test_compile.py
-CORNER_RUN = OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 --dist loadgroup -p no:cacheprovider
+# The oldest of what is supported, in an environment of its own, with what needs no other package than torch and Triton;
+# `make test` is the newest that the registry has for CPUs.
+OLDEST := .venv-oldest
 PYTHON_oldest := 3.10
-PYTHON_newest := 3.13
 # torch.compile of torch 2.6 cannot import Triton 3.6: it is tested where there is no Triton.
-COMPILED_oldest = -k "not (compiled or opcheck or wrapped)"
-ALONE_oldest = $(CORNER_RUN) -p python_tests.without_triton -k "(compiled or opcheck or wrapped) and not kernels" \
-	python_tests/ops/test_registry.py python_tests/test_anchors.py python_tests/test_penalty.py python_tests/test_names.py
-INSTALL_oldest = .venv-oldest/bin/pip install -q --no-deps --no-build-isolation -e .
+COMPILED = compiled or opcheck or wrapped
 
-test-oldest test-newest: test-%: .venv-%/ready
-	$(CORNER_RUN) $(CORNER) $(COMPILED_$*) $(ARGS)
-	$(ALONE_$*)
+test-oldest: CORNER = OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -p no:cacheprovider
+test-oldest: $(OLDEST)/ready
+	$(CORNER) python_tests/ops python_tests/test_penalty.py python_tests/test_anchors.py python_tests/test_anchor_file.py \
+		python_tests/test_names.py python_tests/aot/test_build.py python_tests/aot/test_check.py \
+		--deselect python_tests/ops/triton/test_compile.py -k "not ($(COMPILED))" $(ARGS)
+	$(CORNER) -p python_tests.without_triton -k "($(COMPILED)) and not kernels" \
+		python_tests/ops/test_registry.py python_tests/test_anchors.py python_tests/test_penalty.py python_tests/test_names.py
 
 # The Python that is asked for, where there is one; else PYTHON, and what the table in README.md says is not tested.
-.venv-%/requirements: requirements-%.txt .ci/stand_in_cuda.py
-	for python in python$(PYTHON_$*) $(HOME)/.pyenv/versions/$(PYTHON_$*).*/bin/python$(PYTHON_$*) $(PYTHON); do \
-		$$python -c "" 2> /dev/null && break; done; $$python -m venv --clear .venv-$*
-	.venv-$*/bin/pip install -q --no-deps --no-cache-dir -r requirements-$*.txt
-	.venv-$*/bin/python .ci/stand_in_cuda.py
+$(OLDEST)/requirements: requirements-oldest.txt .ci/stand_in_cuda.py
+	for python in python$(PYTHON_oldest) $(HOME)/.pyenv/versions/$(PYTHON_oldest).*/bin/python$(PYTHON_oldest) $(PYTHON); do \
+		$$python -c "" 2> /dev/null && break; done; $$python -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/pip install -q --no-deps --no-cache-dir -r requirements-oldest.txt
+	$(OLDEST)/bin/python .ci/stand_in_cuda.py
 	touch $@
 
-.venv-%/ready: .venv-%/requirements pyproject.toml setup.py $(shell find csrc build_tools -type f)
-	$(INSTALL_$*)
+$(OLDEST)/ready: $(OLDEST)/requirements pyproject.toml setup.py $(shell find csrc build_tools -type f)
+	$(OLDEST)/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 ctest: $(VENV)/requirements
@@ -93,5 +90,5 @@ $(VENV)/ready: $(VENV)/requirements pyproject.toml setup.py $(shell find csrc bu
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info output
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info output
 	rm -rf rpsft_kernels/_native*.so rpsft_kernels/_native_build.txt rpsft_kernels/kernels
