@@ -1,7 +1,8 @@
 """Lets a CUDA build of torch be imported, for the CPU, without the gigabytes of CUDA libraries that it is linked to.
 
-The registry has old versions of torch for x86-64 Linux as CUDA builds only. Every library that torch's own ask for and that
-is nowhere to be found gets a stand-in beside them, whose functions return an error. A run on the CPU calls none.
+The registry has old versions of torch for x86-64 Linux as CUDA builds only. Every library that torch's own ask for
+and that is nowhere to be found gets a stand-in beside them, whose functions return an error. A run on the CPU calls
+none.
 
     python stand_in_cuda.py    in the environment of that torch; takes a C compiler (CC) and binutils
 """

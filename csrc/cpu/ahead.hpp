@@ -36,15 +36,15 @@ class PackAhead {
   PackAhead(const View& view, const Chunk& chunk, const Chunk& beyond, std::uint32_t* units, Index stride, Index slots)
       : view_(view), chunk_(chunk), units_(units), stride_(stride), slots_(slots) {
     if (chunk.empty() || !by_vectors()) return;
-    lines_ = line_count(chunk);
+    lines_ = along ? chunk.lanes : chunk.depth / Unit::elements;
     run_ = along ? chunk.depth : chunk.lanes;
     line_ = place_of(chunk.lane0, chunk.depth0);
     out_ = units;
     vectors_ = lines_ * ceil_div(run_, width);
     const Index ahead = ceil_div(vectors_ahead, ceil_div(run_, width));
     turn_ = lines_ - ahead;
-    far_ = turn_ > 0 ? line_.moved(step_of_line(), ahead) : place_of(beyond.lane0, beyond.depth0);
     beyond_ = place_of(beyond.lane0, beyond.depth0);
+    far_ = turn_ > 0 ? line_.moved(step_of_line(), ahead) : beyond_;
   }
 
   // Evenly over the slots: all at once would ask more of the memory than it can give.
@@ -100,7 +100,6 @@ class PackAhead {
             lane * view_.base_lane_stride + depth * view_.base_depth_stride};
   }
   Place step_of_line() const { return along ? place_of(1, 0) : place_of(0, Unit::elements); }
-  static Index line_count(const Chunk& chunk) { return along ? chunk.lanes : chunk.depth / Unit::elements; }
 
   bool by_vectors() const {
     const Index run_stride = along ? view_.depth_stride : view_.lane_stride;
