@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from providers import providers
 # A wide and a tall weight: enough to load libraries and start threads before memory is measured.
 _TINY = ((256, 384), (384, 256))
 _STATUS = Path("/proc/self/status")
+# glibc's name of the size from which on memory comes from the system, and at once goes back to it.
+_M_MMAP_THRESHOLD = -3
+_LARGE = 128 << 10
 
 
 def supported() -> bool:
@@ -32,21 +36,28 @@ def _status(field: str) -> int:
 def extra_bytes(name: str, shapes: Sequence[tuple[int, int]], rank: int, dtype: torch.dtype, threads: int) -> int:
     """What one step of provider ``name`` holds at its peak beyond weights, anchors and existing gradients.
 
-    Pages of libraries that the step touches first are not counted. What compiles is compiled before; what it keeps of
-    its first run is not counted either.
+    Workspace that a provider keeps for later steps counts; memory that is free but still glibc's does not, as that is
+    chance. Pages of libraries that the step touches first are not counted. What compiles is compiled before; what it
+    keeps of its first run is not counted either.
     """
+    c_library = ctypes.CDLL(None)
+    # Fixed: left to itself it grows with what is freed.
+    c_library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
     provider = next(found for found in providers(cpu, dtype, compiling=False) if found.name == name)
     # Values do not matter to memory, and constants are made faster than bases.
     if not provider.compiled:
-        provider(Layer(_TINY, 64, dtype, 1, cpu, flat=True))()
+        # What a thread keeps goes with it.
+        first = threading.Thread(target=lambda: provider(Layer(_TINY, 64, dtype, 1, cpu, flat=True))())
+        first.start()
+        first.join()
     step = provider(Layer(shapes, rank, dtype, 0, cpu, flat=True))
     if provider.compiled:
         step()
     gc.collect()
     # What building the layer freed would otherwise serve the step without showing.
-    ctypes.CDLL(None).malloc_trim(0)
+    c_library.malloc_trim(0)
     resident, mapped = _status("VmRSS"), _status("RssFile")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     step()

@@ -81,9 +81,9 @@ def test_the_trace_sees_what_is_allocated() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("form", ["base", "block", "full"])
 def test_accumulation_allocates_nothing_as_large_as_a_weight(form: str, dtype: torch.dtype) -> None:
-    weights, anchors = _anchored(form, dtype, "cpu")
-    _give_gradients(weights)
     with rk.use_backend("torch"):
+        weights, anchors = _anchored(form, dtype, "cpu")
+        _give_gradients(weights)
         found = trace(lambda: rk.accumulate_rotation_grad_(weights, anchors, 1.0))
         # The gradients of a backward pass, for comparison: as large as the weights, and seen.
         for weight in weights:
@@ -169,6 +169,17 @@ def test_backward_holds_one_bucket_of_gradients(dtype: torch.dtype) -> None:
     assert bucket * one <= found.peak < (bucket + 1) * one and MEMBERS >= 3 * bucket
     assert found.kept == 0
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in model.parameters())
+
+
+def test_backward_on_the_cpu_holds_large_gradients_one_by_one() -> None:
+    shape, dtype = (3000, 4000), torch.bfloat16
+    base, left, right = (random_matrix(*size, dtype) for size in (shape, (shape[0], 1), (shape[1], 1)))
+    anchor = rk.Anchor(left=left, right=right, base=base, shape=shape, weight_dtype=dtype, rank=1, energy=1.0)
+    weights = [(base * (1 + step)).requires_grad_() for step in (0.01, 0.02, 0.03)]
+    _give_gradients(weights)
+    found = trace(rk.rotation_penalty(weights, [anchor] * len(weights)).backward)
+    one = _nbytes(shape, dtype)
+    assert one <= found.peak < 1.5 * one and found.kept == 0
 
 
 def test_more_than_one_bucket_at_once_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

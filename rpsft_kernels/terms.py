@@ -324,9 +324,9 @@ def _specification(term: Term, into_gradients: bool) -> ops.WeightSpec:
     return ops.WeightSpec(rows, cols, anchor.rank, key, parts)
 
 
-# On the CPU nothing is gained by many weights in one call but the calls' own cost, which matters at small ranks. What
-# travels between processes is better sent in few pieces.
-_CPU_LIMITS = ops.BucketLimits(drift_bytes=1 << 20, one_orientation=False)
+# On the CPU nothing is gained by many weights in one call but the calls' own cost, which matters for small weights at
+# small ranks. What travels between processes is better sent in few pieces.
+_CPU_LIMITS = ops.BucketLimits(elements=16 << 20, drift_bytes=1 << 20, one_orientation=False)
 _CPU_LIMITS_OF_SHARDS = ops.BucketLimits(drift_bytes=16 << 20, one_orientation=False)
 
 

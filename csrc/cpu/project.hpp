@@ -15,29 +15,28 @@ namespace {
 using rpsft::Matrix;
 using rpsft::Projection;
 
-constexpr Index fold_columns = 96;  // of a basis packed at a time
-// Beyond the padded extents, so that rows do not all fall into one set of a cache.
+constexpr Index fold_columns = 64;  // of a basis packed at a time
+// Beyond the padded rank, so that rows of T do not all fall into one set of a cache.
 constexpr Index padding = 16;
 
 // How large a block of the shorter side and a chunk of the longer side are at most, and a thread's room for them, in
 // units. It depends on the shape and the rank alone: C is summed block by block.
 struct ProjectLayout {
-  Index block_rows, chunk_units, slice_stride, drift_stride;
+  Index block_rows, chunk_units, slice_stride;
   Index slice, drift, panel, panels, per_thread;
 
   template <class Lanes>
   static ProjectLayout of(Index rank, Index long_size) {
-    constexpr Index width = panel_width<Lanes>, small_slice = 40 << 10, outer_cache = 8 << 20;
+    constexpr Index width = panel_width<Lanes>, small_slice = 40 << 10, near = 5 << 20;
     ProjectLayout layout;
     layout.slice_stride = round_up(rank, width) + padding;
-    // The longer basis is read once per block: blocks are large where that comes from memory, or costs no room.
-    const bool large = 128 * layout.slice_stride <= small_slice || 2 * long_size * rank > outer_cache;
-    layout.block_rows = large ? 128 : 64;
-    // Of a packed panel of the basis two then fit into a first-level cache, or nearly so.
-    layout.chunk_units = large ? 160 : 128;
-    layout.drift_stride = layout.chunk_units + padding;
+    // The longer basis is read once per block: blocks are large where that comes from afar, or where they cost little
+    // room. Beside the weight whose basis is that large, room for longer chunks is little too.
+    const bool far = 2 * long_size * rank > near, small = 128 * layout.slice_stride <= small_slice;
+    layout.block_rows = far || small ? 128 : 64;
+    layout.chunk_units = far ? 160 : small ? 96 : 80;
     layout.slice = layout.block_rows * layout.slice_stride;
-    layout.drift = layout.block_rows * layout.drift_stride;
+    layout.drift = layout.block_rows * layout.chunk_units;
     layout.panel = layout.chunk_units * width;
     layout.panels = larger(2 * layout.panel, layout.block_rows * fold_columns);
     layout.per_thread = layout.slice + 2 * layout.drift + layout.panels;
@@ -128,7 +127,7 @@ void form_slice(const Sides& sides, const ProjectLayout& layout, Share block, Sh
   using BasisAhead = PackAhead<First, V, NoBase, Order::across>;
   constexpr Index width = panel_width<Lanes>;
   constexpr bool along = order == Order::along;
-  const Index stride = layout.slice_stride, drift_step = along ? layout.drift_stride : layout.block_rows;
+  const Index stride = layout.slice_stride, drift_step = along ? layout.chunk_units : layout.block_rows;
   const View columns = columns_of(*sides.longer);
   const Index rows = block.end - block.begin, tiles = rows / Lanes::tile_rows;
   const Index step = chunk_depth(sides.long_size, layout.chunk_units * First::elements);

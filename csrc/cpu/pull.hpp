@@ -17,9 +17,10 @@ struct PullLayout {
   template <class Unit>
   static PullLayout of(Index rank) {
     using Lanes = typename Unit::Lanes;
-    constexpr Index room = 80 << 10;
     PullLayout layout;
     layout.product_stride = round_up(rank, panel_width<Lanes>) / Unit::elements + padding;
+    // At small ranks packing a panel costs as much as many rows' products; at large ones a C takes room beside it.
+    const Index room = layout.product_stride <= 144 ? 80 << 10 : 56 << 10;
     // A multiple of every tile's rows.
     layout.rows = larger(192, room / layout.product_stride / 24 * 24);
     layout.product = layout.rows * layout.product_stride;
