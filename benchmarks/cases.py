@@ -175,8 +175,10 @@ def select(suite: Suite, scale: Scale, device: torch.device) -> list[Case]:
             "layer": [
                 _layer("smollm2-135m", 128, bf16, compiling=True),
                 _layer("qwen2.5-0.5b", 128, bf16, memory=True),
+                _layer("qwen2.5-0.5b", 384, bf16, memory=True),
                 _layer("qwen2.5-0.5b", 384, fp32),
                 _layer("llama-3.2-1b", 128, bf16, budget=3.0),
+                _layer("llama-3.2-1b", 384, bf16, budget=6.0),
             ],
             "model": _model("smollm2-135m", 128, bf16, available, rounds=5, only=few),
             "scaling": [
