@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -325,16 +325,20 @@ def _specification(term: Term, into_gradients: bool) -> ops.WeightSpec:
 
 
 # On the CPU nothing is gained by many weights in one call but the calls' own cost, which matters for small weights at
-# small ranks. What travels between processes is better sent in few pieces.
-_CPU_LIMITS = ops.BucketLimits(elements=16 << 20, drift_bytes=1 << 20, one_orientation=False)
-_CPU_LIMITS_OF_SHARDS = ops.BucketLimits(drift_bytes=16 << 20, one_orientation=False)
+# small ranks. The backward pass holds the gradients of a bucket. What travels between processes is better sent in few
+# pieces.
+_CPU_LIMITS = ops.BucketLimits(drift_bytes=1 << 20, one_orientation=False)
+_CPU_LIMITS_OF_BACKWARD = replace(_CPU_LIMITS, elements=16 << 20)
+_CPU_LIMITS_OF_SHARDS = replace(_CPU_LIMITS, drift_bytes=16 << 20)
 
 
 def buckets_of(terms: list[Term], into_gradients: bool = False) -> list[Bucket]:
     buckets = []
     limits = None
     if all(term.weight.device.type == "cpu" for term in terms):
-        limits = _CPU_LIMITS_OF_SHARDS if any(term.summed for term in terms) else _CPU_LIMITS
+        limits = _CPU_LIMITS if into_gradients else _CPU_LIMITS_OF_BACKWARD
+        if any(term.summed for term in terms):
+            limits = _CPU_LIMITS_OF_SHARDS
     for indices in ops.plan_buckets([_specification(term, into_gradients) for term in terms], limits):
         members = [terms[i] for i in indices]
         weight = members[0].weight
