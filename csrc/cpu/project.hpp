@@ -18,6 +18,8 @@ using rpsft::Projection;
 constexpr Index fold_columns = 64;  // of a basis packed at a time
 // Beyond the padded rank, so that rows of T do not all fall into one set of a cache.
 constexpr Index padding = 16;
+// Chunks are a multiple of it long: the widest vector.
+constexpr Index chunk_step = 16;
 
 // How large a block of the shorter side and a chunk of the longer side are at most, and a thread's room for them, in
 // units. It depends on the shape and the rank alone: C is summed block by block.
@@ -78,8 +80,11 @@ inline Index block_count(Index size, Index block_rows) {
   return larger(round_up(ceil_div(size, block_rows), 2), smaller(8, ceil_div(size, 64)));
 }
 
-// Depth of the chunks of a longer side: about equal, so that each is time enough to pack the next.
-inline Index chunk_depth(Index size, Index most) { return round_up(ceil_div(size, ceil_div(size, most)), 32); }
+// Units along a chunk of a longer side of so many: about equal, so that each is time enough to pack the next; whole
+// vectors, as `most` is.
+inline Index chunk_length(Index units, Index most) {
+  return round_up(ceil_div(units, ceil_div(units, most)), chunk_step);
+}
 
 inline View columns_of(const Matrix& basis) { return {basis.data, basis.col_stride, basis.row_stride}; }
 
@@ -130,7 +135,8 @@ void form_slice(const Sides& sides, const ProjectLayout& layout, Share block, Sh
   const Index stride = layout.slice_stride, drift_step = along ? layout.chunk_units : layout.block_rows;
   const View columns = columns_of(*sides.longer);
   const Index rows = block.end - block.begin, tiles = rows / Lanes::tile_rows;
-  const Index step = chunk_depth(sides.long_size, layout.chunk_units * First::elements);
+  const Index step =
+      chunk_length(ceil_div(sides.long_size, First::elements), layout.chunk_units) * First::elements;
   const auto chunk_at = [&](Share of, Index depth0) {
     const Index lanes = of.end - of.begin;
     return Chunk{of.begin, lanes, lanes, depth0, smaller(step, sides.long_size - depth0)};

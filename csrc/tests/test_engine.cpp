@@ -129,10 +129,13 @@ struct Case {
   }
 };
 
+Dtype dtype() { return static_cast<Dtype>(pick(0, 2)); }
+
+Dtype basis_dtype() { return pick(0, 1) ? Dtype::bfloat16 : Dtype::float32; }
+
 Case random_case() {
-  const auto dtype = [] { return static_cast<Dtype>(pick(0, 2)); };
-  Case c{pick(1, 70), pick(1, 70), 1, dtype(), dtype(), pick(0, 1) ? Dtype::bfloat16 : Dtype::float32, dtype(),
-         static_cast<int>(pick(0, 3)), static_cast<int>(pick(0, 3))};
+  Case c{pick(1, 70), pick(1, 70), 1, dtype(), dtype(), basis_dtype(), dtype(), static_cast<int>(pick(0, 3)),
+         static_cast<int>(pick(0, 3))};
   if (pick(0, 3) == 0) c.cols += pick(100, 500);
   if (pick(0, 3) == 0) c.rows += pick(100, 500);
   c.rank = pick(1, std::min<std::int64_t>(std::min(c.rows, c.cols), 140));
@@ -143,6 +146,13 @@ Case random_case() {
     c.tail = std::max<std::int64_t>(0, std::min(pick(0, c.cols - 1), c.rows * c.cols - c.head - pick(0, 1)));
   }
   return c;
+}
+
+// Of a large rank, where blocks and chunks have other sizes; twice over, the longer basis comes from afar.
+Case large_case(int i, int form) {
+  const std::int64_t shorter = pick(130, 150), longer = i < 2 ? pick(8000, 8020) : pick(400, 500);
+  const std::int64_t rank = i < 2 ? 330 : pick(305, 340);
+  return {i % 2 ? shorter : longer, i % 2 ? longer : shorter, rank, dtype(), dtype(), basis_dtype(), dtype(), i % 4, form};
 }
 
 // Relative error allowed for a product of operands rounded to bfloat16.
@@ -307,6 +317,8 @@ int main(int argc, char** argv) {
   for (const std::string& isa : rpsft::instruction_sets()) {
     check_empty(isa);
     for (int i = 0; i < cases; ++i) check(random_case(), isa);
+    for (int i = 0; i < 6; ++i)
+      for (int form = 0; form < 2; ++form) check(large_case(i, form), isa);
     check({300, 260, 130, Dtype::bfloat16, Dtype::bfloat16, Dtype::bfloat16, Dtype::bfloat16, 0, 0}, isa);
     check({210, 900, 64, Dtype::float32, Dtype::bfloat16, Dtype::bfloat16, Dtype::float32, 0, 0}, isa);
     check({900, 210, 64, Dtype::float32, Dtype::bfloat16, Dtype::bfloat16, Dtype::float32, 0, 0}, isa);
