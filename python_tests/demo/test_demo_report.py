@@ -23,16 +23,16 @@ BAD = state(2, 0.7, 0.8, 2.5, 30.0)
 
 
 def comparison(sft: State, rpsft: State, before: State = BEFORE) -> Comparison:
-    def course(end: State, seconds: float) -> Course:
-        return Course(Run([3.0, 1.0], [0.0, 0.5], [seconds, seconds]), [before, end])
+    def course(end: State, seconds: float, of_penalty: list[float]) -> Course:
+        return Course(Run([3.0, 1.0], [0.0, 0.5], [seconds, seconds], of_penalty), [before, end])
 
-    return Comparison(before, course(sft, 1.5), course(rpsft, 1.75))
+    return Comparison(before, course(sft, 1.5, []), course(rpsft, 1.75, [0.25, 0.25]))
 
 
 def test_table_has_every_measurement_in_its_column() -> None:
     rows = [line.split() for line in format_table(comparison(BAD, GOOD)).splitlines()]
     assert rows[0] == ["before", "SFT", "RPSFT"]
-    ends = [row[-3:] for row in rows[2:-1]]
+    ends = [row[-3:] for row in rows[2:-2]]
     assert ends == [
         ["1.000", "0.300", "0.200"],
         ["0.0%", "70.0%", "80.0%"],
@@ -42,7 +42,8 @@ def test_table_has_every_measurement_in_its_column() -> None:
         ["0", "1", "1"],
         ["0.00e+00", "2.00e-03", "2.00e-03"],
     ]
-    assert rows[-1][-2:] == ["1.50", "1.75"]
+    assert rows[-2][-2:] == ["1.50", "1.75"]
+    assert rows[-1][-2:] == ["penalty's", "0.25"]
 
 
 @pytest.mark.parametrize(
@@ -93,3 +94,8 @@ def test_plot_of_a_single_step_without_any_drift(tmp_path: Path) -> None:
     course = Course(Run([3.0], [0.0], [1.0]), [BEFORE, GOOD])
     plot_comparison(Comparison(BEFORE, course, course), "title", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_conclusion_says_what_the_penalty_costs() -> None:
+    # Of a step of 1.75 s it took 0.25 s, so that 1.5 s are the rest.
+    assert "The penalty adds 17% to the rest of a step." in conclusion(comparison(BAD, GOOD))

@@ -105,7 +105,8 @@ def test_penalty_is_the_papers_formula(tiny: PreTrainedModel, anchors: rk.Anchor
     run = fine_tune(tiny, anchors, EXAMPLES, SETTINGS, 0.5, "test", record)
     assert len(seen) == len(run.seconds) == 10
     assert run.penalties[1:] == pytest.approx(seen[:-1], rel=1e-3)
-    assert run.seconds_per_step > 0
+    assert run.seconds_per_step > run.penalty_seconds_per_step > 0
+    assert len(run.penalty_seconds) == 10 and run.penalty_share > 0
 
 
 def test_rate_rises_over_a_tenth_and_falls_to_zero() -> None:

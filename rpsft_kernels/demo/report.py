@@ -38,6 +38,7 @@ def format_table(comparison: Comparison) -> str:
         measured("penalty R", "{:.4g}", [s.penalty for s in states]),
         measured("relative drift ||W-W0|| / ||W0||", "{:.2e}", [s.drift for s in states]),
         row("seconds per step (median)", ["", *seconds]),
+        row("of which the penalty's", ["", "", f"{comparison.rpsft.run.penalty_seconds_per_step:.2f}"]),
     ]
     rule = "-" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:]])
@@ -73,7 +74,8 @@ def conclusion(comparison: Comparison) -> str:
             if names
         ]
         kept = f"Outside the task, RPSFT forgot {', '.join(parts)}, compared with SFT."
-    return f"{learned}\n{kept}\n{_gap(comparison)}"
+    cost = f"The penalty adds {comparison.rpsft.run.penalty_share:.0%} to the rest of a step."
+    return f"{learned}\n{kept}\n{_gap(comparison)}\n{cost}"
 
 
 def _learning(before: State, sft: State, rpsft: State) -> str:

@@ -42,16 +42,31 @@ class Run:
         penalties: R before each step's update.
         seconds: Duration of each step: forward, backward, optimizer and, if it is trained on, the
             penalty. Its mere measurement is left out.
+        penalty_seconds: The penalty's part of each step; empty where it is not trained on.
     """
 
     losses: list[float] = field(default_factory=list)
     penalties: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    penalty_seconds: list[float] = field(default_factory=list)
 
     @property
     def seconds_per_step(self) -> float:
         """The median: the first steps allocate, and other processes come and go."""
         return statistics.median(self.seconds)
+
+    @property
+    def penalty_seconds_per_step(self) -> float:
+        """The median, as of the whole steps."""
+        return statistics.median(self.penalty_seconds)
+
+    @property
+    def penalty_share(self) -> float:
+        """What the penalty adds to a step, as a share of the rest of it: the median of the steps' own ratios.
+
+        Two runs, one after the other, would tell less: machines change their speed in minutes.
+        """
+        return statistics.median(p / (s - p) for p, s in zip(self.penalty_seconds, self.seconds, strict=True))
 
 
 def fine_tune(
@@ -89,7 +104,9 @@ def fine_tune(
         loss = cross_entropy(answer_logits(model, batch), batch.target)
         torch.autograd.backward(loss)
         if coeff is not None:
+            begin = _now(device)
             measured = accumulate_rotation_grad_(model, anchors, coeff)
+            run.penalty_seconds.append(_now(device) - begin)
         optimizer.step()
         # Reading a number back waits for all that was queued on a GPU before it, so the clock is right.
         run.losses.append(loss.item())
@@ -101,6 +118,13 @@ def fine_tune(
         bar.set_postfix(loss=f"{run.losses[-1]:.3f}", R=f"{penalty:.3g}")
         after_step(step + 1)
     return run
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that was queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def rate(step: int, steps: int) -> float:
