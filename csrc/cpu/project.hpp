@@ -36,7 +36,7 @@ struct ProjectLayout {
     // room. Beside the weight whose basis is that large, room for longer chunks is little too.
     const bool far = 2 * long_size * rank > near, small = 128 * layout.slice_stride <= small_slice;
     layout.block_rows = far || small ? 128 : 64;
-    layout.chunk_units = far ? 160 : small ? 96 : 80;
+    layout.chunk_units = far ? 160 : 80;
     layout.slice = layout.block_rows * layout.slice_stride;
     layout.drift = layout.block_rows * layout.chunk_units;
     layout.panel = layout.chunk_units * width;
