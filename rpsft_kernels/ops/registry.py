@@ -27,7 +27,7 @@ from .reference import accumulation_dtype
 
 def _without_autocast(device: torch.device) -> Any:
     # Autocast would reach the products inside an operator and round what must stay float32. Leaving it where it is off
-    # takes as long as the products of a small weight.
+    # would only take time.
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
