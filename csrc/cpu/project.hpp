@@ -36,7 +36,7 @@ struct ProjectLayout {
     // room. Beside the weight whose basis is that large, room for longer chunks is little too.
     const bool far = 2 * long_size * rank > near, small = 128 * layout.slice_stride <= small_slice;
     layout.block_rows = far || small ? 128 : 64;
-    layout.chunk_units = far ? 160 : 80;
+    layout.chunk_units = (far ? 10 : 5) * chunk_step;
     layout.slice = layout.block_rows * layout.slice_stride;
     layout.drift = layout.block_rows * layout.chunk_units;
     layout.panel = layout.chunk_units * width;
@@ -80,8 +80,8 @@ inline Index block_count(Index size, Index block_rows) {
   return larger(round_up(ceil_div(size, block_rows), 2), smaller(8, ceil_div(size, 64)));
 }
 
-// Units along a chunk of a longer side of so many: about equal, so that each is time enough to pack the next; whole
-// vectors, as `most` is.
+// Units along a chunk of a longer side of so many: about equal, so that each is time enough to pack the next. It is
+// at most `most`, which is a multiple of chunk_step too.
 inline Index chunk_length(Index units, Index most) {
   return round_up(ceil_div(units, ceil_div(units, most)), chunk_step);
 }
@@ -135,8 +135,7 @@ void form_slice(const Sides& sides, const ProjectLayout& layout, Share block, Sh
   const Index stride = layout.slice_stride, drift_step = along ? layout.chunk_units : layout.block_rows;
   const View columns = columns_of(*sides.longer);
   const Index rows = block.end - block.begin, tiles = rows / Lanes::tile_rows;
-  const Index step =
-      chunk_length(ceil_div(sides.long_size, First::elements), layout.chunk_units) * First::elements;
+  const Index step = chunk_length(ceil_div(sides.long_size, First::elements), layout.chunk_units) * First::elements;
   const auto chunk_at = [&](Share of, Index depth0) {
     const Index lanes = of.end - of.begin;
     return Chunk{of.begin, lanes, lanes, depth0, smaller(step, sides.long_size - depth0)};
