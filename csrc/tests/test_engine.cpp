@@ -7,6 +7,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -148,11 +149,13 @@ Case random_case() {
   return c;
 }
 
-// Of a large rank, where blocks and chunks have other sizes; twice over, the longer basis comes from afar.
+// Of a large rank, where blocks and chunks have other sizes; other ones again for the first two, whose longer basis is
+// so large that it comes from afar.
 Case large_case(int i, int form) {
   const std::int64_t shorter = pick(130, 150), longer = i < 2 ? pick(8000, 8020) : pick(400, 500);
   const std::int64_t rank = i < 2 ? 330 : pick(305, 340);
-  return {i % 2 ? shorter : longer, i % 2 ? longer : shorter, rank, dtype(), dtype(), basis_dtype(), dtype(), i % 4, form};
+  const auto [rows, cols] = i % 2 ? std::pair(shorter, longer) : std::pair(longer, shorter);
+  return {rows, cols, rank, dtype(), dtype(), basis_dtype(), dtype(), i % 4, form};
 }
 
 // Relative error allowed for a product of operands rounded to bfloat16.
