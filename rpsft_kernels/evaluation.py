@@ -59,7 +59,7 @@ def prepare(
     try:
         terms = paired(weights, anchors, parameters)
         check(terms)
-        buckets = buckets_of(terms, into_gradients)
+        buckets = buckets_of(terms)
     except Exception as error:
         if not exchanges:
             raise
@@ -130,7 +130,7 @@ def _agree(
     sample = _gradient_sample(members) if into_gradients else 0
     # A weight may be listed under one name only: those of lists are numbered.
     parts = {term.name: term.weight.part for term in members}
-    samples = exchange.agree(_digest(members, buckets, call), parts, sample)
+    samples = exchange.agree(_digest(members, buckets, call, into_gradients), parts, sample)
     if samples[0] and len(set(samples)) == 1:
         raise ValueError(
             f"{members[0].name}.grad: got gradients that are averaged over ranks already, expected those before "
@@ -140,7 +140,7 @@ def _agree(
         )
 
 
-def _digest(terms: list[Term], buckets: list[Bucket], call: str) -> int:
+def _digest(terms: list[Term], buckets: list[Bucket], call: str, into_gradients: bool) -> int:
     words = [call]
     for term in terms:
         anchor = term.anchor
@@ -149,7 +149,9 @@ def _digest(terms: list[Term], buckets: list[Bucket], call: str) -> int:
         words.append(
             f"{term.name} {anchor.shape} {anchor.rank} {term.weight.dtype} {dtypes} {anchor.energy!r} {content}"
         )
-    # What is summed in one piece: it also depends on which weights are frozen, and on the dtypes of gradients.
+        if into_gradients:
+            words.append(str(term.weight.gradient_dtype if term.weight.requires_grad else None))
+    # The pieces that are summed in one go must be the same on every rank.
     mine = {id(term) for term in terms}
     words += [str([t.name for t in b.terms]) for b in buckets if b.summed and id(b.terms[0]) in mine]
     return int.from_bytes(hashlib.blake2b("\n".join(words).encode(), digest_size=8).digest(), "little") & _MASK

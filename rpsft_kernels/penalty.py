@@ -93,7 +93,8 @@ def accumulate_rotation_grad_(
         coeff: the paper's lambda, a finite number.
 
     Returns:
-        R as :func:`rotation_penalty` gives it, detached.
+        R as :func:`rotation_penalty` gives it, detached: the same bits, for the same weights, anchors, backend and
+        machine.
 
     Raises:
         ValueError: as :func:`rotation_penalty`; also where coeff is not finite, a tensor is not a leaf
@@ -153,15 +154,16 @@ def _accumulate(coeff: float, bucket: Bucket, drifts: list[Tensor]) -> None:
         first = {bucket.terms[i].weight.identity: i for i in reversed(left)}
         members = [i for i in left if first[bucket.terms[i].weight.identity] == i]
         left = [i for i in left if i not in members]
-        new = [i for i in members if not bucket.terms[i].weight.has_gradient]
-        old = [i for i in members if bucket.terms[i].weight.has_gradient]
-        _pull(bucket, new, drifts, coeff, accumulate=False)
-        _pull(bucket, old, drifts, coeff, accumulate=True)
+        # One launch serves gradients of one dtype that are all new or all there already.
+        kinds: dict[tuple[bool, torch.dtype], list[int]] = {}
+        for i in members:
+            weight = bucket.terms[i].weight
+            kinds.setdefault((weight.has_gradient, weight.gradient_dtype), []).append(i)
+        for (exists, _), alike in kinds.items():
+            _pull(bucket, alike, drifts, coeff, accumulate=exists)
 
 
 def _pull(bucket: Bucket, members: list[int], drifts: list[Tensor], coeff: float, accumulate: bool) -> None:
-    if not members:
-        return
     terms = [bucket.terms[i] for i in members]
     grads = [term.weight.gradient() for term in terms]
     full = terms[0].anchor.form == "full"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -304,8 +304,9 @@ class Bucket:
         return drifts, torch.stack(squares)
 
 
-def _specification(term: Term, into_gradients: bool) -> ops.WeightSpec:
-    # Of the whole weight, and of nothing that differs between ranks: they must have the same buckets.
+def _specification(term: Term) -> ops.WeightSpec:
+    # Only facts of the whole weight that every rank shares, so that all ranks form the same buckets; and none of its
+    # gradient, so that R is summed in one order, with the same bits, whichever call computes it.
     anchor, weight = term.anchor, term.weight
     left, (rows, cols) = anchor.left, weight.shape
     key = (
@@ -314,7 +315,6 @@ def _specification(term: Term, into_gradients: bool) -> ops.WeightSpec:
         None if anchor.base is None else anchor.base.dtype,
         None if left is None else left.dtype,
         anchor.block is not None,
-        weight.gradient_dtype if into_gradients and weight.requires_grad else None,
         None if weight.group is None else weight.group.group_name,
         term.summed,
     )
@@ -327,19 +327,16 @@ def _specification(term: Term, into_gradients: bool) -> ops.WeightSpec:
 # On the CPU nothing is gained by many weights in one call but the calls' own cost, which matters for small weights at
 # small ranks. The backward pass holds the gradients of a bucket. What travels between processes is better sent in few
 # pieces.
-_CPU_LIMITS = ops.BucketLimits(drift_bytes=1 << 20, one_orientation=False)
-_CPU_LIMITS_OF_BACKWARD = replace(_CPU_LIMITS, elements=16 << 20)
-_CPU_LIMITS_OF_SHARDS = replace(_CPU_LIMITS, drift_bytes=16 << 20)
+_CPU_LIMITS = ops.BucketLimits(drift_bytes=1 << 20, elements=16 << 20, one_orientation=False)
+_CPU_LIMITS_OF_SHARDS = ops.BucketLimits(drift_bytes=16 << 20, one_orientation=False)
 
 
-def buckets_of(terms: list[Term], into_gradients: bool = False) -> list[Bucket]:
+def buckets_of(terms: list[Term]) -> list[Bucket]:
     buckets = []
     limits = None
     if all(term.weight.device.type == "cpu" for term in terms):
-        limits = _CPU_LIMITS if into_gradients else _CPU_LIMITS_OF_BACKWARD
-        if any(term.summed for term in terms):
-            limits = _CPU_LIMITS_OF_SHARDS
-    for indices in ops.plan_buckets([_specification(term, into_gradients) for term in terms], limits):
+        limits = _CPU_LIMITS_OF_SHARDS if any(term.summed for term in terms) else _CPU_LIMITS
+    for indices in ops.plan_buckets([_specification(term) for term in terms], limits):
         members = [terms[i] for i in indices]
         weight = members[0].weight
         backend = ops.resolve_backend(weight.device, weight.dtype)
