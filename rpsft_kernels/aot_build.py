@@ -33,7 +33,7 @@ from .aot_limits import exceeded
 from .aot_prebuilt import copy_prebuilt
 from .aot_targets import AMD, Target, left_out, parse_architectures
 from .machine_code import nvidia_tools
-from .ops.triton.profile import DESCRIPTORS, rank_classes
+from .ops.triton.tile_table import DESCRIPTORS, rank_classes
 from .ops.triton.variant import ARGUMENT_TYPES, ARGUMENTS, Variant, list_variants
 
 # torch allocates every argument at a multiple of 16 bytes at least; see compile_variant.

@@ -22,7 +22,7 @@ from . import aot_library as aot
 from .aot_limits import exceeded
 from .aot_targets import cuda_architecture
 from .machine_code import read_cubin, read_hsaco
-from .ops.triton.profile import rank_classes
+from .ops.triton.tile_table import rank_classes
 from .ops.triton.variant import ARGUMENT_TYPES, ARGUMENTS, Variant
 
 _POINTER = 8

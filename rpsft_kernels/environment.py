@@ -105,7 +105,8 @@ def _properties(device: torch.device) -> str:
 
 
 def _served(device: torch.device) -> str:
-    from .ops.triton.profile import own_profile, tuned_architecture
+    from .ops.triton.profile import own_profile
+    from .ops.triton.tile_table import tuned_architecture
 
     own, tuned = own_profile(device).architecture, tuned_architecture()
     found = None if torch.version.hip is not None else aot.service(device, own, tuned)

@@ -38,8 +38,9 @@ import torch
 from .anchor_memory import is_full
 from .ops.bucket import WeightSpec, plan_buckets
 from .ops.triton.forward import plan_forward
-from .ops.triton.problem import Group, Problem
-from .ops.triton.profile import Profile, rank_class
+from .ops.triton.problem import Group, Problem, type_name
+from .ops.triton.profile import Profile
+from .ops.triton.tile_table import DESCRIPTORS, rank_class
 from .ops.triton.variant import Form
 from .shard_report import shard_costs
 from .sharding.division import projection_flops
@@ -97,7 +98,7 @@ class Job:
 
     @property
     def form(self) -> Form:
-        return Form(self.dtype, torch.bfloat16 if self.keep_base else None, torch.bfloat16)
+        return Form(type_name(self.dtype), "bf16" if self.keep_base else None, "bf16")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def rank_phases(job: Job, parts: Sequence[Part]) -> list[Phase]:
 def rank_launches(job: Job, parts: Sequence[Part]) -> Counter[str]:
     """One rank's launches by phase, from the launcher's plans; ``parts`` has one of every weight, empty ones too."""
     gpu, form, rank = job.gpu, job.form, job.rank
-    profile = Profile(gpu.architecture, gpu.multiprocessors, gpu.architecture in ("sm_90", "sm_100", "sm_120"))
+    profile = Profile(gpu.architecture, gpu.multiprocessors, DESCRIPTORS[gpu.architecture])
     # Buckets are of whole weights, so that every rank has the same.
     full = [is_full(part, rank) for part in parts]
     specs = [

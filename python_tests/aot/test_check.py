@@ -20,7 +20,7 @@ from rpsft_kernels.aot_check import check_kernels
 from rpsft_kernels.aot_limits import exceeded
 from rpsft_kernels.cli import main
 from rpsft_kernels.machine_code import nvidia_tools, read_cubin
-from rpsft_kernels.ops.triton.profile import tile_table
+from rpsft_kernels.ops.triton.tile_table import tile_table
 
 pytestmark = pytest.mark.xdist_group("aot")
 Change = Callable[[Path, list[dict[str, Any]]], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -87,9 +88,10 @@ def test_what_compilation_wants_is_named(cause: str, why: str, two: World, monke
     assert lines["cuda:1 triton"] == f"{why}, and {held}"
 
 
-def test_a_table_that_was_tuned_is_compiled(two: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_was_tuned_is_compiled(two: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two.install((SQUARES, "sm_90a"))
-    monkeypatch.setattr(profile, "tuned_architecture", lambda: "sm_90")
+    (tmp_path / "tuned.json").write_text('{"architecture": "sm_90"}')
+    monkeypatch.setenv("RPSFT_TILES", str(tmp_path / "tuned.json"))
     said = "JIT, table sm_90: RPSFT_TILES changes the table sm_90, which kernels were compiled of"
     assert report()["cuda:0 kernels"] == said
 

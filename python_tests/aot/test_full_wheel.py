@@ -18,7 +18,7 @@ from rpsft_kernels import aot_library as aot
 from rpsft_kernels.aot_build import build_kernels
 from rpsft_kernels.aot_check import check_kernels
 from rpsft_kernels.cli import main
-from rpsft_kernels.ops.triton.profile import rank_classes
+from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variant import list_variants
 
 pytestmark = pytest.mark.xdist_group("full wheel")

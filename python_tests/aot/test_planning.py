@@ -13,8 +13,10 @@ import torch
 
 from rpsft_kernels import compilers, ops
 from rpsft_kernels.ops.triton import backward, forward, whole
-from rpsft_kernels.ops.triton.profile import DESCRIPTORS, Profile, rank_classes
-from rpsft_kernels.ops.triton.variant import TYPES, Variant, list_variants
+from rpsft_kernels.ops.triton.problem import TYPE_NAMES
+from rpsft_kernels.ops.triton.profile import Profile
+from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
+from rpsft_kernels.ops.triton.variant import Variant, list_variants
 
 WITHOUT_TRITON = """
 import sys
@@ -41,12 +43,12 @@ def test_planning_imports_no_triton() -> None:
     program = """
 from rpsft_kernels import aot, aot_build
 from rpsft_kernels.ops.triton import (
-    backward, fields, forward, launch, problem, profile, report, schedule, table, tune, variant, whole
+    backward, fields, forward, launch, problem, profile, report, schedule, table, tile_table, tune, variant, whole
 )
 assert not any(name.split(".")[0] == "triton" for name in sys.modules)
-print(len(list(variant.list_variants("sm_90", True, profile.rank_classes()))) > 100)
+print(len(list(variant.list_variants("sm_90", True, tile_table.rank_classes()))) > 100)
 print(report.schedule_report([(4096, 4096)], 768).launches)
-print(profile.interpreted())
+print(tile_table.interpreted())
 """
     assert run_without_triton(program).split() == ["True", "5", "False"]
     assert run_without_triton(program, TRITON_INTERPRET="1").split() == ["True", "5", "True"]
@@ -70,7 +72,7 @@ def test_every_launch_of_anchors_that_the_package_makes_is_listed(
     for (m, n), rank, (dtype, base), basis, padded in itertools.product(
         shapes,
         (16, 20, 65, 144),
-        itertools.product(TYPES, (None, *TYPES)),
+        itertools.product(TYPE_NAMES, (None, *TYPE_NAMES)),
         (torch.bfloat16, torch.float32),
         (False, True),
     ):

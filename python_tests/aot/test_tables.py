@@ -13,9 +13,10 @@ from world import DEVICE, SQUARES, World
 
 from rpsft_kernels import aot_library
 from rpsft_kernels.aot_library import Arch
-from rpsft_kernels.ops.triton import backward, forward, profile, tune
+from rpsft_kernels.aot_targets import cuda_architecture
+from rpsft_kernels.ops.triton import backward, forward, profile, tile_table, tune
 from rpsft_kernels.ops.triton.launch import launch
-from rpsft_kernels.ops.triton.profile import DESCRIPTORS, cuda_architecture, rank_classes
+from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
 from rpsft_kernels.ops.triton.variant import list_variants
 
 # Bytes of shared memory that a block of these capabilities may have.
@@ -26,9 +27,9 @@ LARGEST = 98304
 
 @pytest.fixture(autouse=True)
 def _tables_are_read_anew() -> Any:
-    profile.forget_tuned()
+    tile_table.forget_tuned()
     yield
-    profile.forget_tuned()
+    tile_table.forget_tuned()
 
 
 def become(world: World, capability: int, **facts: int) -> None:
@@ -140,7 +141,7 @@ def test_a_file_that_is_no_table_is_named(content: str, tmp_path: Path, monkeypa
     (tmp_path / "table.json").write_text(content)
     monkeypatch.setenv("RPSFT_TILES", str(tmp_path / "table.json"))
     with pytest.raises(ValueError, match=r"RPSFT_TILES: cannot read '.*table\.json'"):
-        profile.tuned_architecture()
+        tile_table.tuned_architecture()
 
 
 def test_asking_again_costs_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

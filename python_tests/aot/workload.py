@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rpsft_kernels.ops.triton import backward, forward, whole
-from rpsft_kernels.ops.triton.profile import DESCRIPTORS, Profile
+from rpsft_kernels.ops.triton.profile import Profile
+from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS
 from rpsft_kernels.ops.triton.variant import Variant
 
 DEVICE, STREAM, MULTIPROCESSORS = 1, 0x7700, 8

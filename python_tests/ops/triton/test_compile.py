@@ -16,7 +16,7 @@ from wheels import FullWheel
 from rpsft_kernels.aot_library import kernel_id
 from rpsft_kernels.aot_limits import limits
 from rpsft_kernels.ops.triton.compile import read_file
-from rpsft_kernels.ops.triton.profile import DESCRIPTORS
+from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS
 from rpsft_kernels.ops.triton.variant import list_variants
 
 # The matrix instructions of each generation.

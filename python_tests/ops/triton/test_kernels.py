@@ -25,7 +25,8 @@ from torch import Tensor
 
 from rpsft_kernels import ops
 from rpsft_kernels.ops.triton import backward, forward, variant, whole
-from rpsft_kernels.ops.triton.profile import Profile, TileConfig
+from rpsft_kernels.ops.triton.profile import Profile
+from rpsft_kernels.ops.triton.tile_table import TileConfig
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

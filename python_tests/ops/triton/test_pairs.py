@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from rpsft_kernels.ops.triton.forward import run_forward
-from rpsft_kernels.ops.triton.variant import TYPES
+from rpsft_kernels.ops.triton.problem import TYPE_NAMES
 from rpsft_kernels.ops.triton.whole import run_whole_backward, run_whole_forward
 
 
-@pytest.mark.parametrize("weight_dtype", TYPES, ids=str)
-@pytest.mark.parametrize("base_dtype", TYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", TYPE_NAMES, ids=str)
+@pytest.mark.parametrize("base_dtype", TYPE_NAMES, ids=str)
 def test_the_drift_is_from_the_base_as_the_weight_would_hold_it(
     weight_dtype: torch.dtype, base_dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 from rpsft_kernels.aot_targets import cuda_architecture
 from rpsft_kernels.ops.triton import profile
 from rpsft_kernels.ops.triton.compile import TARGETS
-from rpsft_kernels.ops.triton.profile import PHASES, rank_class, tile_config, tile_table
+from rpsft_kernels.ops.triton.tile_table import PHASES, rank_class, tile_config, tile_table
 from rpsft_kernels.ops.triton.tune import tune, write_table
 
 

@@ -44,7 +44,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _interpreted() -> bool:
-    from .profile import interpreted
+    from .tile_table import interpreted
 
     return interpreted()
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .forward import access_of, addresses, static_columns, up, vectors
 from .launch import launch
-from .problem import Problem, PullGroup, is_transposed, lies
-from .profile import Profile, device_profile, rank_class
+from .problem import Problem, PullGroup, is_transposed, lies, type_name
+from .profile import Profile, device_profile
 from .schedule import Grid, Schedule, build_schedule
 from .table import upload_fields, upload_schedule
+from .tile_table import rank_class
 from .variant import Variant, basis_parts, gradient_variant, pull_variant
 
 
@@ -104,7 +105,13 @@ def describe(left: Tensor, right: Tensor, grad: Tensor, profile: Profile) -> tup
     aligned = aligned and rank % 4 == 0
     rows, cols = sorted(grad.shape)
     group = PullGroup(
-        left.dtype, grad.dtype, rank_class(rank), transposed, place.rows_contiguous, aligned, place.pointer
+        type_name(left.dtype),
+        type_name(grad.dtype),
+        rank_class(rank),
+        transposed,
+        place.rows_contiguous,
+        aligned,
+        place.pointer,
     )
     return group, Problem(rows, cols, rank, left=bases[0].strides, right=bases[1].strides, grad=place.strides)
 

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from ...machine_code import disassemble, read_cubin
 from .kernels import KERNELS, kernel_constants
-from .profile import DESCRIPTORS, interpreted
+from .tile_table import DESCRIPTORS, interpreted
 from .variant import ARGUMENT_TYPES, ARGUMENTS, Variant, list_variants
 
 # Name of a tile table -> the compiler's target.

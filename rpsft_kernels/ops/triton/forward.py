@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .launch import launch
-from .problem import Group, Problem, is_transposed, lies, readable
-from .profile import Profile, device_profile, rank_class
+from .problem import Group, Problem, is_transposed, lies, readable, type_name
+from .profile import Profile, device_profile
 from .schedule import Grid, Schedule, build_schedule, splits_of
 from .table import upload_fields, upload_schedule
+from .tile_table import rank_class
 from .variant import (
     Access,
     Form,
@@ -154,7 +155,7 @@ def describe(
     aligned = aligned and len({p.rows_contiguous for p in pieces}) == 1 and not any(b.rows_contiguous for b in bases)
     # C and B are read and written in vectors where all else is.
     aligned = aligned and rank % 4 == 0
-    form = Form(weight.dtype, None if base is None else base.dtype, left.dtype)
+    form = Form(type_name(weight.dtype), None if base is None else type_name(base.dtype), type_name(left.dtype))
     rows, cols = sorted(weight.shape)
     group = Group(form, rank_class(rank), transposed, aligned and pieces[0].rows_contiguous, aligned)
     base_strides = pieces[1].strides if base is not None else (0, 0)

@@ -7,10 +7,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .variant import WEIGHT_AND_BASE, Form
+from .variant import WEIGHT_AND_BASE, Form, TypeName
 
 Strides = tuple[int, int]
 _NONE: Strides = (0, 0)
+# What the kernels read and write.
+TYPE_NAMES: dict[torch.dtype, TypeName] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def type_name(dtype: torch.dtype) -> TypeName:
+    """The name by which variants hold a dtype.
+
+    Raises:
+        ValueError: no kernel takes it.
+    """
+    name = TYPE_NAMES.get(dtype)
+    if name is None:
+        raise ValueError(f"dtype: got {dtype}, expected one of {', '.join(map(str, TYPE_NAMES))}; cast to one of them")
+    return name
 
 
 class Lies(NamedTuple):
@@ -48,7 +62,8 @@ def readable(weight: Tensor, base: Tensor) -> Tensor:
     """W0 in a dtype that kernels for W come in: as it is, else as a weight of W's dtype holds it, which is what the
     kernels make of it in any case.
     """
-    return base if (weight.dtype, base.dtype) in WEIGHT_AND_BASE else base.to(weight.dtype)
+    known = (TYPE_NAMES.get(weight.dtype), TYPE_NAMES.get(base.dtype)) in WEIGHT_AND_BASE
+    return base if known else base.to(weight.dtype)
 
 
 class Problem(NamedTuple):
@@ -77,8 +92,8 @@ class Group(NamedTuple):
 class PullGroup(NamedTuple):
     """What gradients must share to be computed by the same launches; ``rows_contiguous`` says how the gradients lie."""
 
-    basis: torch.dtype
-    grad: torch.dtype
+    basis: TypeName
+    grad: TypeName
     rank_class: int
     transposed: bool
     rows_contiguous: bool

@@ -10,9 +10,10 @@ import torch
 from ..bucket import BucketLimits, WeightSpec, plan_buckets
 from .backward import plan_backward
 from .forward import plan_forward
-from .problem import Group, Problem, PullGroup
-from .profile import Profile, rank_class
+from .problem import Group, Problem, PullGroup, type_name
+from .profile import Profile
 from .schedule import Schedule
+from .tile_table import DESCRIPTORS, rank_class
 from .variant import Form
 
 
@@ -65,16 +66,17 @@ def schedule_report(
                 f"shapes: got {shape} at rank {rank}, expected min(m, n) > rank: such weights get full anchors, "
                 "which this report leaves out"
             )
-    profile = Profile(architecture, multiprocessors, architecture in ("sm_90", "sm_100", "sm_120"))
+    profile = Profile(architecture, multiprocessors, DESCRIPTORS[architecture])
     buckets = plan_buckets([WeightSpec(m, n, rank, parts=1 if keep_base else 3) for m, n in shapes], limits)
-    form = Form(weight_dtype, torch.bfloat16 if keep_base else None, torch.bfloat16)
+    dtype = type_name(weight_dtype)
+    form = Form(dtype, "bf16" if keep_base else None, "bf16")
     busy: dict[str, float] = {}
     spent: dict[str, float] = {}
     launches = workspace = 0
     for bucket in buckets:
         transposed = shapes[bucket[0]][0] > shapes[bucket[0]][1]
         group = Group(form, rank_class(rank), transposed, transposed, True)
-        pulled = PullGroup(form.basis, weight_dtype, rank_class(rank), transposed, transposed, True, True)
+        pulled = PullGroup(form.basis, dtype, rank_class(rank), transposed, transposed, True, True)
         problems = tuple(_contiguous(*shapes[i], rank) for i in bucket)
         forward = plan_forward(profile, group, problems, not keep_base, rank % 4 == 0)
         backward = plan_backward(profile, pulled, problems, rank % 4 == 0, True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .backward import plan_backward, run_backward
 from .forward import plan_forward, run_forward
-from .profile import forget_tuned, own_profile, rank_class, tile_table
+from .profile import own_profile
+from .tile_table import forget_tuned, rank_class, tile_table
 
 Timer = Callable[[Callable[[], None]], float]
 _BLOCKS = ((64, 128, 64), (128, 128, 32), (128, 128, 64), (128, 256, 64), (256, 128, 64))

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from .profile import TileConfig, tile_config
+from .tile_table import TileConfig, tile_config
 
 # The arguments that are not compile-time constants: int64 table, int32 schedule, float32 vectors.
 ARGUMENTS = {
@@ -31,8 +29,8 @@ ARGUMENT_TYPES = {
     "totals": "*fp32",
     "scales": "*fp32",
 }
-# The names by which constants hold dtypes; ``kernels`` turns them into Triton's own.
-TYPES: dict[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# The names by which variants hold dtypes: ``problem`` makes them of torch's, ``kernels`` turns them into Triton's own.
+TypeName = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -75,22 +73,22 @@ def _variant(kernel: str, config: TileConfig, **constants: Any) -> Variant:
     return Variant(kernel, tuple(constants.items()), config.warps, config.stages, config.per_multiprocessor)
 
 
-def basis_parts(basis: torch.dtype) -> int:
+def basis_parts(basis: TypeName) -> int:
     """bfloat16 parts that carry a basis of this dtype."""
-    return 1 if basis == torch.bfloat16 else 3
+    return 1 if basis == "bf16" else 3
 
 
-def _basis_operands(basis: torch.dtype) -> str:
-    return "one part" if basis == torch.bfloat16 else "parts"
+def _basis_operands(basis: TypeName) -> str:
+    return "one part" if basis == "bf16" else "parts"
 
 
 @dataclass(frozen=True)
 class Form:
     """What decides the arithmetic of a bucket: the dtypes of W, W0 (None: no base) and of the bases."""
 
-    weight: torch.dtype
-    base: torch.dtype | None
-    basis: torch.dtype
+    weight: TypeName
+    base: TypeName | None
+    basis: TypeName
 
     @property
     def basis_parts(self) -> int:
@@ -106,7 +104,7 @@ class Form:
         """bfloat16 parts of the first product's left operand: the drift's, or W's to its last bit."""
         if self.base is not None:
             return self.basis_parts
-        return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[self.weight]
+        return {"bf16": 1, "fp16": 2, "fp32": 3}[self.weight]
 
     @property
     def planes(self) -> int:
@@ -118,7 +116,7 @@ class Form:
         """The table's class for the first product."""
         if max(self.basis_parts, self.weight_parts, self.planes) > 1:
             return "parts"
-        return "wide" if torch.float32 in (self.weight, self.base) else "one part"
+        return "wide" if "fp32" in (self.weight, self.base) else "one part"
 
 
 @dataclass(frozen=True)
@@ -139,9 +137,9 @@ def project_variant(architecture: str, form: Form, rank: int, rows_contiguous: b
     return _variant(
         "project",
         config,
-        WEIGHT_TYPE=TYPES[form.weight],
-        BASE_TYPE=None if form.base is None else TYPES[form.base],
-        BASIS_TYPE=TYPES[form.basis],
+        WEIGHT_TYPE=form.weight,
+        BASE_TYPE=form.base,
+        BASIS_TYPE=form.basis,
         ROWS_CONTIGUOUS=rows_contiguous,
         ALIGNED=access.aligned,
         DESCRIPTOR=access.descriptor,
@@ -164,7 +162,7 @@ def drift_variant(
     return _variant(
         "drift",
         config,
-        BASIS_TYPE=TYPES[form.basis],
+        BASIS_TYPE=form.basis,
         TRANSPOSED=transposed,
         ALIGNED=access.aligned,
         DESCRIPTOR=access.descriptor,
@@ -192,13 +190,13 @@ def squares_variant() -> Variant:
 
 
 def pull_variant(
-    architecture: str, basis: torch.dtype, rank: int, transposed: bool, access: Access, drift_aligned: bool
+    architecture: str, basis: TypeName, rank: int, transposed: bool, access: Access, drift_aligned: bool
 ) -> Variant:
     config = tile_config(architecture, "pull", rank, _operands(_basis_operands(basis), access))
     return _variant(
         "pull",
         config,
-        BASIS_TYPE=TYPES[basis],
+        BASIS_TYPE=basis,
         TRANSPOSED=transposed,
         ALIGNED=access.aligned,
         DESCRIPTOR=access.descriptor,
@@ -213,21 +211,21 @@ def pull_variant(
 
 def gradient_variant(
     architecture: str,
-    basis: torch.dtype,
-    grad: torch.dtype,
+    basis: TypeName,
+    grad: TypeName,
     rank: int,
     rows_contiguous: bool,
     access: Access,
     grad_aligned: bool,
     accumulate: bool,
 ) -> Variant:
-    operands = "wide" if grad == torch.float32 and basis == torch.bfloat16 else _basis_operands(basis)
+    operands = "wide" if grad == "fp32" and basis == "bf16" else _basis_operands(basis)
     config = tile_config(architecture, "gradient", rank, _operands(operands, access))
     return _variant(
         "gradient",
         config,
-        GRAD_TYPE=TYPES[grad],
-        BASIS_TYPE=TYPES[basis],
+        GRAD_TYPE=grad,
+        BASIS_TYPE=basis,
         ROWS_CONTIGUOUS=rows_contiguous,
         ALIGNED=access.aligned,
         DESCRIPTOR=access.descriptor,
@@ -241,13 +239,13 @@ def gradient_variant(
     )
 
 
-def full_drift_variant(architecture: str, weight: torch.dtype, base: torch.dtype, aligned: bool) -> Variant:
+def full_drift_variant(architecture: str, weight: TypeName, base: TypeName, aligned: bool) -> Variant:
     config = tile_config(architecture, "full", 0, "one part")
     return _variant(
         "full_drift",
         config,
-        WEIGHT_TYPE=TYPES[weight],
-        BASE_TYPE=TYPES[base],
+        WEIGHT_TYPE=weight,
+        BASE_TYPE=base,
         ALIGNED=aligned,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -255,15 +253,15 @@ def full_drift_variant(architecture: str, weight: torch.dtype, base: torch.dtype
 
 
 def full_gradient_variant(
-    architecture: str, weight: torch.dtype, base: torch.dtype, grad: torch.dtype, aligned: bool, accumulate: bool
+    architecture: str, weight: TypeName, base: TypeName, grad: TypeName, aligned: bool, accumulate: bool
 ) -> Variant:
     config = tile_config(architecture, "full", 0, "one part")
     return _variant(
         "full_gradient",
         config,
-        WEIGHT_TYPE=TYPES[weight],
-        BASE_TYPE=TYPES[base],
-        GRAD_TYPE=TYPES[grad],
+        WEIGHT_TYPE=weight,
+        BASE_TYPE=base,
+        GRAD_TYPE=grad,
         ALIGNED=aligned,
         ACCUMULATE=accumulate,
         BLOCK_M=config.block_m,
@@ -273,18 +271,19 @@ def full_gradient_variant(
 
 # W, W0: what training loops hold. W0 is bfloat16 where that is exact, else of the dtype that was anchored: float32 of a
 # model that was cast to bfloat16 since. W0 of other pairs, which casts can leave behind, is cast: ``problem.readable``.
-WEIGHT_AND_BASE: tuple[tuple[torch.dtype, torch.dtype | None], ...] = (
-    (torch.bfloat16, None),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, None),
-    (torch.float16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.float32, None),
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float32),
+WEIGHT_AND_BASE: tuple[tuple[TypeName, TypeName | None], ...] = (
+    ("bf16", None),
+    ("bf16", "bf16"),
+    ("bf16", "fp32"),
+    ("fp16", None),
+    ("fp16", "bf16"),
+    ("fp16", "fp16"),
+    ("fp32", None),
+    ("fp32", "bf16"),
+    ("fp32", "fp32"),
 )
-_GRADS = (torch.bfloat16, torch.float16, torch.float32)
+_BASES: tuple[TypeName, ...] = ("bf16", "fp32")
+_GRADS: tuple[TypeName, ...] = ("bf16", "fp16", "fp32")
 _BOTH = (False, True)
 
 
@@ -307,7 +306,7 @@ def list_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...] =
 
 def _all_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...]) -> Iterator[Variant]:
     yield squares_variant()
-    for rank, basis, access, flipped in product(ranks, (torch.bfloat16, torch.float32), accesses(descriptors), _BOTH):
+    for rank, basis, access, flipped in product(ranks, _BASES, accesses(descriptors), _BOTH):
         for weight, base in WEIGHT_AND_BASE:
             form = Form(weight, base, basis)
             yield project_variant(architecture, form, rank, flipped, access)

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from .forward import addresses, static_columns, vectors
 from .launch import launch
-from .problem import Problem, lies, readable
+from .problem import Problem, lies, readable, type_name
 from .profile import device_profile
 from .schedule import Grid, Schedule, build_schedule
 from .table import upload_fields, upload_schedule
-from .variant import Variant, full_drift_variant, full_gradient_variant, squares_variant
+from .variant import TypeName, Variant, full_drift_variant, full_gradient_variant, squares_variant
 
 
 class WholeGroup(NamedTuple):
     """What full anchors must share for one launch; ``flipped``: seen transposed, so that rows are contiguous."""
 
-    weight: torch.dtype
-    base: torch.dtype
-    grad: torch.dtype | None
+    weight: TypeName
+    base: TypeName
+    grad: TypeName | None
     flipped: bool
     aligned: bool
 
@@ -33,7 +33,8 @@ def _describe(weight: Tensor, base: Tensor, grad: Tensor | None) -> tuple[WholeG
     pieces = [lies(piece, flipped) for piece in (weight, base) + (() if grad is None else (grad,))]
     rows, cols = (weight.shape[1], weight.shape[0]) if flipped else (weight.shape[0], weight.shape[1])
     aligned = cols % 8 == 0 and all(p.pointer and not p.rows_contiguous for p in pieces)
-    group = WholeGroup(weight.dtype, base.dtype, None if grad is None else grad.dtype, flipped, aligned)
+    types = type_name(weight.dtype), type_name(base.dtype), None if grad is None else type_name(grad.dtype)
+    group = WholeGroup(*types, flipped, aligned)
     grad_strides = (0, 0) if grad is None else pieces[2].strides
     return group, Problem(rows, cols, 0, pieces[0].strides, pieces[1].strides, grad=grad_strides)
 
