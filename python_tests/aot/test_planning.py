@@ -1,22 +1,17 @@
-"""Planning takes torch and the standard library alone, and asks for no kernel that a build leaves out."""
+"""Planning takes torch and the standard library alone."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
 
 from rpsft_kernels import compilers, ops
-from rpsft_kernels.ops.triton import backward, forward, whole
-from rpsft_kernels.ops.triton.problem import TYPE_NAMES
+from rpsft_kernels.ops.triton import backward, whole
 from rpsft_kernels.ops.triton.profile import Profile
-from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
-from rpsft_kernels.ops.triton.variant import Variant, list_variants
 
 WITHOUT_TRITON = """
 import sys
@@ -52,46 +47,6 @@ print(tile_table.interpreted())
 """
     assert run_without_triton(program).split() == ["True", "5", "False"]
     assert run_without_triton(program, TRITON_INTERPRET="1").split() == ["True", "5", "True"]
-
-
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_every_launch_of_anchors_that_the_package_makes_is_listed(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Shapes, ranks, dtypes and layouts of all kinds: their kernels are among those that are compiled ahead of time.
-
-    A base is of any dtype that a weight had when it was anchored, whatever the weight was cast to since.
-    """
-    descriptors = DESCRIPTORS[architecture]
-    asked: dict[Variant, Any] = {}
-    case: Any = None
-    for module in (forward, backward, whole):
-        monkeypatch.setattr(module, "device_profile", lambda _: Profile(architecture, 8, descriptors))
-        monkeypatch.setattr(module, "launch", lambda variant, *_: asked.setdefault(variant, case))
-    shapes = ((200, 328), (328, 200), (201, 330), (328, 201))
-    for (m, n), rank, (dtype, base), basis, padded in itertools.product(
-        shapes,
-        (16, 20, 65, 144),
-        itertools.product(TYPE_NAMES, (None, *TYPE_NAMES)),
-        (torch.bfloat16, torch.float32),
-        (False, True),
-    ):
-        case = (m, n, rank, dtype, base, basis, padded)
-        weight = torch.zeros(m, n, dtype=dtype)
-        width = -(-rank // 8) * 8 if padded else rank
-        left, right = (torch.zeros(size, width, dtype=basis)[:, :rank] for size in (m, n))
-        bases = [] if base is None else [weight.to(base)]
-        blocks = [torch.zeros(rank, rank)] if base is None else []
-        drifts, _ = forward.run_forward([weight], [left], [right], bases, blocks)
-        for grad, accumulate in itertools.product((dtype, torch.float32), (False, True)):
-            grads = [torch.zeros(m, n, dtype=grad)]
-            backward.run_backward(grads, [left], [right], drifts, torch.ones(1), accumulate)
-            if bases:
-                whole.run_whole_forward([weight], bases)
-                whole.run_whole_backward(grads, [weight], bases, torch.ones(1), accumulate)
-    listed = set(list_variants(architecture, descriptors, rank_classes()))
-    assert len(asked) > 100
-    assert {variant.label(): case for variant, case in asked.items() if variant not in listed} == {}
 
 
 def test_numbers_that_start_off_a_boundary_reach_kernels_on_one(monkeypatch: pytest.MonkeyPatch) -> None:

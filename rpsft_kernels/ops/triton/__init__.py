@@ -67,7 +67,7 @@ def project_drift(
 
     if not lefts:
         return run_whole_forward(weights, bases)
-    return run_forward(weights, lefts, rights, bases, blocks)
+    return run_forward(weights, *_readable_pairs(lefts, rights), bases, blocks)
 
 
 def pull_back_into(
@@ -86,4 +86,15 @@ def pull_back_into(
     if not lefts:
         run_whole_backward(grads, weights, bases, scales, accumulate)
     else:
-        run_backward(grads, lefts, rights, drifts, scales, accumulate)
+        run_backward(grads, *_readable_pairs(lefts, rights), drifts, scales, accumulate)
+
+
+def _readable_pairs(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """U and V of each weight in one dtype that kernels come in, as anchors hold them: bfloat16, else float32."""
+    if all(u.dtype == v.dtype in (torch.bfloat16, torch.float32) for u, v in zip(lefts, rights, strict=True)):
+        return lefts, rights
+    dtypes = [
+        torch.bfloat16 if u.dtype == v.dtype == torch.bfloat16 else torch.float32
+        for u, v in zip(lefts, rights, strict=True)
+    ]
+    return [u.to(d) for u, d in zip(lefts, dtypes, strict=True)], [v.to(d) for v, d in zip(rights, dtypes, strict=True)]

@@ -62,7 +62,7 @@ def readable(weight: Tensor, base: Tensor) -> Tensor:
     """W0 in a dtype that kernels for W come in: as it is, else as a weight of W's dtype holds it, which is what the
     kernels make of it in any case.
     """
-    known = (TYPE_NAMES.get(weight.dtype), TYPE_NAMES.get(base.dtype)) in WEIGHT_AND_BASE
+    known = base.dtype in TYPE_NAMES and (type_name(weight.dtype), TYPE_NAMES[base.dtype]) in WEIGHT_AND_BASE
     return base if known else base.to(weight.dtype)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from .tile_table import TileConfig, tile_config
+from .tile_table import TileConfig, rank_class, tile_config
 
 # The arguments that are not compile-time constants: int64 table, int32 schedule, float32 vectors.
 ARGUMENTS = {
@@ -296,9 +296,15 @@ def accesses(descriptors: bool) -> tuple[Access, ...]:
 
 
 def list_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...] = (768,)) -> Iterator[Variant]:
-    """Every variant that anchors with bases in bfloat16 or float32 can ask for on an architecture, each once."""
+    """Every variant that the planners can ask for on an architecture, each once, and no other.
+
+    Args:
+        architecture: the name of a tile table.
+        descriptors: whether it reads aligned operands through tensor descriptors.
+        ranks: one rank of each class (``tile_table.rank_class``) that is wanted.
+    """
     seen: set[Variant] = set()
-    for variant in _all_variants(architecture, descriptors, ranks):
+    for variant in _all_variants(architecture, descriptors, tuple(dict.fromkeys(map(rank_class, ranks)))):
         if variant not in seen:
             seen.add(variant)
             yield variant
@@ -306,18 +312,49 @@ def list_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...] =
 
 def _all_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...]) -> Iterator[Variant]:
     yield squares_variant()
-    for rank, basis, access, flipped in product(ranks, _BASES, accesses(descriptors), _BOTH):
-        for weight, base in WEIGHT_AND_BASE:
-            form = Form(weight, base, basis)
-            yield project_variant(architecture, form, rank, flipped, access)
-            drift = drift_variant(architecture, form, rank, flipped, access, access.aligned, has_block=base is None)
-            yield drift
-            yield reduce_variant(drift)
-        yield pull_variant(architecture, basis, rank, flipped, access, access.aligned)
-        for grad, accumulate in product(_GRADS, _BOTH):
-            yield gradient_variant(architecture, basis, grad, rank, flipped, access, access.aligned, accumulate)
+    for rank, basis, access in product(ranks, _BASES, accesses(descriptors)):
+        yield from _forward_variants(architecture, rank, basis, access)
+        yield from _backward_variants(architecture, rank, basis, access)
     for (weight, base), aligned in product(WEIGHT_AND_BASE, _BOTH):
         if base is not None:
             yield full_drift_variant(architecture, weight, base, aligned)
             for grad, accumulate in product(_GRADS, _BOTH):
                 yield full_gradient_variant(architecture, weight, base, grad, aligned, accumulate)
+
+
+def _forward_variants(architecture: str, rank: int, basis: TypeName, access: Access) -> Iterator[Variant]:
+    for weight, base in WEIGHT_AND_BASE:
+        form = Form(weight, base, basis)
+        # Without a base T comes with a block B to subtract, or bare: B itself is made so, and so are the parts of C
+        # that several tiles or ranks add up before B is subtracted, and C by ``project``.
+        for flipped, has_block in product(_BOTH, _BOTH if base is None else (False,)):
+            project = project_variant(architecture, form, rank, flipped, access)
+            drift = drift_variant(architecture, form, rank, flipped, access, access.aligned, has_block)
+            # How strided weights lie is no matter of the kernel: their strides are not known to it.
+            if (access.aligned or not flipped) and _divides(access, rank, project.blocks[1], drift.blocks[1]):
+                yield project
+            if _divides(access, rank, *drift.blocks[:2]):
+                yield drift
+                yield reduce_variant(drift)
+
+
+def _backward_variants(architecture: str, rank: int, basis: TypeName, access: Access) -> Iterator[Variant]:
+    gradients = [
+        gradient_variant(architecture, basis, grad, rank, flipped, way, way.aligned, accumulate)
+        # P is padded to whole tiles of both phases, and gradients may be strided where the bases are aligned.
+        for way in dict.fromkeys((access, Access(False, False, False)))
+        for grad, accumulate, flipped in product(_GRADS, _BOTH, _BOTH)
+    ]
+    depth = min(gradient.blocks[2] for gradient in gradients)
+    for flipped in _BOTH:
+        pull = pull_variant(architecture, basis, rank, flipped, access, access.aligned)
+        if _divides(access, rank, *pull.blocks[1:], depth):
+            yield pull
+    for gradient in gradients:
+        if dict(gradient.constants)["ALIGNED"] == access.aligned and _divides(access, rank, gradient.blocks[2]):
+            yield gradient
+
+
+def _divides(access: Access, rank: int, *blocks: int) -> bool:
+    """Whether tiles of these extents divide some rank of its class, for a way to read that wants it."""
+    return not access.even or rank_class(max(blocks)) <= rank
