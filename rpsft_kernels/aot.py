@@ -27,6 +27,11 @@ from .aot_library import FOLDER, Choice, Device, Library, Refused, Service
 if TYPE_CHECKING:
     from .ops.triton.variant import Variant
 
+
+class NoKernel(RuntimeError):
+    """This installation carries no kernel for a launch, and nothing may or can compile one."""
+
+
 _MODES = ("0", "1", "only")
 _NOTHING: Refused = frozenset()
 _log = logging.getLogger("rpsft_kernels")
@@ -148,7 +153,8 @@ def start(variant: Variant, programs: int, device: torch.device, arguments: Sequ
         Whether it was started; if not, Triton is to compile it.
 
     Raises:
-        RuntimeError: no kernel serves the call, and nothing may or can compile it.
+        NoKernel: no kernel serves the call, and nothing may or can compile it.
+        RuntimeError: the driver could not start it.
     """
     index = _index(device)
     library = _usable()
@@ -222,7 +228,7 @@ def _left(index: int, kind: str, variant: Variant, reason: str) -> bool:
     else:
         _say(index, f"jit, {kind}", f"cuda:{index}: Triton compiles {variant.label()}: {reason}")
         return False
-    raise RuntimeError(f"no kernel compiled ahead of time for {variant.label()} on cuda:{index}: {reason}; {way_out}")
+    raise NoKernel(f"no kernel compiled ahead of time for {variant.label()} on cuda:{index}: {reason}; {way_out}")
 
 
 def _how(choice: Choice, facts: Device) -> str:

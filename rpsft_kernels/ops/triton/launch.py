@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -9,12 +14,49 @@ from ... import aot
 from .variant import Variant
 
 
+class Watcher(Protocol):
+    """What is told of every launch of a thread."""
+
+    def launched(self, variant: Variant, programs: int, arguments: Sequence[Tensor]) -> None: ...
+
+    def refused(self, variant: Variant, error: Exception) -> None:
+        """Nothing was launched: this installation has no kernel that may run, and ``error`` says why."""
+
+
+_watcher: ContextVar[Watcher | None] = ContextVar("rpsft_launches", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell ``watcher`` of every launch that this thread makes inside the ``with`` block."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
 def launch(variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
     """Run ``programs`` programs of a variant on the current stream of ``device``; nothing to do for none.
 
     A kernel compiled ahead of time serves the launch where there is one, else Triton compiles it.
     """
-    if programs == 0 or (device.type == "cuda" and aot.start(variant, programs, device, arguments)):
+    if programs == 0:
+        return
+    watcher = _watcher.get()
+    if watcher is None:
+        _start(variant, programs, device, arguments)
+        return
+    try:
+        _start(variant, programs, device, arguments)
+    except (aot.NoKernel, ValueError) as error:
+        watcher.refused(variant, error)
+        raise
+    watcher.launched(variant, programs, arguments)
+
+
+def _start(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> None:
+    if device.type == "cuda" and aot.start(variant, programs, device, arguments):
         return
     # Here, not above: triton is imported for what only it can launch.
     from .jit import launch_jit
