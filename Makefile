@@ -8,7 +8,7 @@ ARGS ?=
 CTEST = $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(CMAKE_ARGS) && \
 	$(BIN)/cmake --build build/$@ && $(BIN)/ctest --test-dir build/$@ --output-on-failure
 
-.PHONY: demo test test-deepspeed test-oldest bench bench-gpu ctest sanitize lint wheel clean
+.PHONY: demo test test-deepspeed test-oldest test-gpu bench bench-gpu ctest sanitize lint wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m rpsft_kernels.demo $(ARGS)
@@ -47,6 +47,10 @@ $(OLDEST)/requirements: requirements-oldest.txt .ci/stand_in_cuda.py
 $(OLDEST)/ready: $(OLDEST)/requirements pyproject.toml setup.py $(shell find csrc build_tools -type f)
 	$(OLDEST)/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
+
+# What only a GPU can show, with the Python, the torch and the Triton that are there; nothing is installed into them.
+test-gpu:
+	$(PYTHON) python_tests/gpu/run.py $(ARGS)
 
 ctest: $(VENV)/requirements
 	$(CTEST)
@@ -90,5 +94,5 @@ $(VENV)/ready: $(VENV)/requirements pyproject.toml setup.py $(shell find csrc bu
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info output
+	rm -rf $(VENV) $(OLDEST) .venv-kernels build dist *.egg-info output
 	rm -rf rpsft_kernels/_native*.so rpsft_kernels/_native_build.txt rpsft_kernels/kernels

@@ -16,6 +16,27 @@ from wheels import FullWheel, build_full_wheel
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device-tests",
+        choices=("only", "none"),
+        help="only, or none, of the tests that run on a GPU where there is one: those that ask for a device",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wish = config.getoption("--device-tests")
+    if wish is None:
+        return
+    kept: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        # A fixture of conftest.py, or a parameter of the test's own.
+        on_device = "device" in getattr(item, "fixturenames", ())
+        kept[on_device == (wish == "only")].append(item)
+    config.hook.pytest_deselected(items=kept[False])
+    items[:] = kept[True]
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The device on which every backend can run: a GPU, or the CPU with interpreted kernels."""

@@ -208,8 +208,9 @@ def test_a_module(backend: str, keep_base: bool, device: torch.device) -> None:
         assert relative_error(parameter.grad, exact_gradient(parameter.detach(), anchors[name])) < bound
 
 
-def test_a_wrapped_module_and_a_plain_mapping() -> None:
-    model, anchors = moved_model("cpu")
+def test_a_wrapped_module_and_a_plain_mapping(device: torch.device) -> None:
+    # DataParallel moves the model to a GPU where there is one.
+    model, anchors = moved_model(device)
     value = rk.rotation_penalty(model, anchors)
     assert torch.equal(rk.rotation_penalty(torch.compile(model, backend="eager"), anchors), value)  # type: ignore[arg-type]
     assert torch.equal(rk.rotation_penalty(nn.DataParallel(model), dict(anchors)), value)

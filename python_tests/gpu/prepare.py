@@ -1,0 +1,131 @@
+"""What a run on a GPU needs built, inside the working tree: the native module, and kernels that belong to its sources.
+
+    python python_tests/gpu/prepare.py native | kernels
+
+Neither needs a network where this Python has what they take. Kernels that are there and current are taken as they are.
+Where they are not, the Triton at hand compiles them, if its code is right on this GPU; else a newer one does, in an
+environment of its own (.venv-kernels), which takes a package registry.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = ROOT / ".venv-kernels"
+# Older ones compile code that may be wrong on compute capability 9.0: the README's table of compilers.
+TRITON = (3, 9)
+COMPILE = ROOT / "build_tools" / "compile_kernels.py"
+
+
+def native() -> str:
+    """Build rpsft_kernels/_native in place; what is wrong, or ""."""
+    missing = [name for name in ("setuptools", "pybind11", "ninja") if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join(missing)
+        return f"the native module's build needs {names}: {sys.executable} -m pip install {names}"
+    # The kernels are another part's affair.
+    variables = {**os.environ, "RPSFT_NATIVE": "1", "RPSFT_CUDA_ARCHS": "none"}
+    if run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], variables):
+        return "the native module was not built: see above"
+    if run([sys.executable, "-c", "import rpsft_kernels._native"], variables):
+        return "the native module does not load: see above"
+    return ""
+
+
+def kernels() -> str:
+    """See that rpsft_kernels/kernels serves the GPU at hand; what is wrong, or ""."""
+    import torch
+
+    from rpsft_kernels.aot_library import FOLDER
+
+    major, minor = torch.cuda.get_device_capability()
+    reason = stale(FOLDER, 10 * major + minor)
+    if not reason:
+        return ""
+    print(f"compiling kernels for {major}.{minor}: {reason}", flush=True)
+    python, why = compiler()
+    if not python:
+        return (
+            f"no kernels can be compiled: {why}; carry rpsft_kernels/kernels here from a machine with Triton 3.9: "
+            f'python -m rpsft_kernels kernels --build "{major}.{minor}"'
+        )
+    variables = without(os.environ, "TRITON_INTERPRET", "PYTHONPATH")
+    command = [python, str(COMPILE), "--arch", f"{major}.{minor}", "--output", str(FOLDER)]
+    if run(command, variables):
+        return "the kernels were not compiled: see above"
+    return stale(FOLDER, 10 * major + minor)
+
+
+def stale(folder: Path, capability: int) -> str:
+    """Why a folder's kernels are not all that this GPU and these sources ask for; "" where they are."""
+    from rpsft_kernels.aot_library import Library
+
+    try:
+        library = Library.open(folder)
+    except ValueError as error:
+        return str(error)
+    own = [name for name, arch in library.arches() if arch.number == capability]
+    if not own:
+        return f"the kernels in {folder} are for {library.held()}"
+    if library.manifest["only"]:
+        return f"the kernels in {folder} are a selection: {library.manifest['only']}"
+    print(library.summary(), flush=True)
+    return ""
+
+
+def compiler() -> tuple[str, str]:
+    """A Python whose Triton compiles right code, or "" and why there is none."""
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        found = ""
+    if found and at_least(found, TRITON):
+        return sys.executable, ""
+    wanted = ".".join(map(str, TRITON))
+    have = f"the Triton at hand is {found}, older than {wanted}" if found else "there is no Triton at hand"
+    python = ENVIRONMENT / "bin" / "python"
+    steps: Sequence[list[str]] = (
+        [] if python.exists() else [sys.executable, "-m", "venv", str(ENVIRONMENT)],
+        [str(python), "-m", "pip", "install", "-q", "--no-deps", f"triton>={wanted}"],
+    )
+    print(f"{have}: {ENVIRONMENT.name} gets another", flush=True)
+    for step in filter(None, steps):
+        if run(step, without(os.environ, "PYTHONPATH")):
+            return "", f"{have}, and {' '.join(step[-4:])} failed: see above"
+    return str(python), ""
+
+
+def at_least(version: str, wanted: tuple[int, int]) -> bool:
+    """Whether a version of a package is that old or newer."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= wanted
+
+
+def without(variables: Mapping[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name not in names}
+
+
+def run(command: Sequence[str], variables: Mapping[str, str]) -> int:
+    print("$", *command, flush=True)
+    return subprocess.run(command, cwd=ROOT, env=dict(variables)).returncode
+
+
+def main(arguments: Sequence[str]) -> int:
+    steps = {"native": native, "kernels": kernels}
+    if len(arguments) != 1 or arguments[0] not in steps:
+        raise SystemExit(f"got {list(arguments)}, expected one of {', '.join(steps)}")
+    wrong = steps[arguments[0]]()
+    if wrong:
+        print(wrong)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
