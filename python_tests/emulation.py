@@ -1,0 +1,116 @@
+"""What the planners launch, run on the compiled PTX of each variant by the emulator in ``ptxrun``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from compiling import Compiler
+from ptxrun import GlobalMemory, Stats, region_of, run
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from rpsft_kernels.ops.triton import backward, forward, whole
+from rpsft_kernels.ops.triton.profile import Profile
+from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS
+from rpsft_kernels.ops.triton.variant import ARGUMENTS, Variant
+
+# Few, so that a program walks several tiles and weights.
+MULTIPROCESSORS = 3
+_MODULES = (forward, backward, whole)
+_ALLOCATIONS = {"empty", "new_empty", "empty_like"}
+Launch = Callable[[Variant, int, tuple[Tensor, ...]], None]
+
+
+@contextmanager
+def planned_for(architecture: str, launch: Launch) -> Iterator[None]:
+    """What is computed on the CPU is planned for an architecture, and every launch handed to ``launch``."""
+    profile = Profile(architecture, MULTIPROCESSORS, DESCRIPTORS[architecture])
+
+    def started(variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
+        if programs:
+            launch(variant, programs, arguments)
+
+    before = [(module, name, getattr(module, name)) for module in _MODULES for name in ("device_profile", "launch")]
+    for module in _MODULES:
+        module.device_profile = lambda _: profile
+        module.launch = started
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+class Emulator(TorchFunctionMode):
+    """A GPU made of the CPU: inside ``with Emulator(...)`` kernels run on PTX.
+
+    A kernel may touch the tensors that are ``given`` and those that the launcher makes. What ``torch.empty`` gives
+    holds nothing until a kernel writes it. ``launched`` counts what ran, by variant.
+    """
+
+    def __init__(self, architecture: str, compiler: Compiler, order: str = "forward") -> None:
+        super().__init__()
+        self.memory = GlobalMemory(check_races=True)
+        self.launched: Counter[Variant] = Counter()
+        self.stats: list[tuple[Variant, Stats]] = []
+        self._architecture, self._compiler, self._order = architecture, compiler, order
+        self._planned: Any = None
+
+    def give(self, *tensors: Tensor, unwritten: bool = False) -> None:
+        """Tensors that kernels may read; or that hold nothing yet."""
+        for tensor in tensors:
+            self.memory.add(region_of(tensor, f"given {tuple(tensor.shape)}", unwritten))
+
+    def unwritten_bytes(self, tensor: Tensor) -> int:
+        """Of a tensor that held nothing: bytes that no kernel wrote."""
+        region = self.memory.find(tensor.data_ptr())
+        if region is None or region.written is None:
+            return 0
+        start = tensor.data_ptr() - region.base
+        itemsize = tensor.element_size()
+        strides = [stride * itemsize for stride in tensor.stride()]
+        view = np.lib.stride_tricks.as_strided(region.written[start:], (*tensor.shape, itemsize), (*strides, 1))
+        return int(np.count_nonzero(~view))
+
+    def __enter__(self) -> Emulator:
+        self._planned = planned_for(self._architecture, self._launch)
+        self._planned.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._planned.__exit__(*exception)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", "")
+        if isinstance(result, Tensor) and result.numel():
+            if name in _ALLOCATIONS:
+                self.memory.add(region_of(result, f"{name} {tuple(result.shape)}", unwritten=True))
+            else:
+                self.memory.add_new(region_of(result, f"result of {name}"))
+        return result
+
+    def _launch(self, variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None:
+        (kernel,) = self._compiler.compile([variant], self._architecture)
+        # The launcher's scratch memory, a piece of it for each program; descriptors begin at multiples of 128 bytes.
+        scratch = torch.empty(programs * kernel.scratch + kernel.scratch_align, dtype=torch.uint8)
+        offset = -scratch.data_ptr() % max(1, kernel.scratch_align)
+        names = ARGUMENTS[variant.kernel]
+        assert len(arguments) == len(names)
+        for name, tensor in zip(names, arguments, strict=True):
+            self.memory.add_new(region_of(tensor, name))
+        pointers = [*(tensor.data_ptr() for tensor in arguments), scratch.data_ptr() + offset, 0]
+        stats = run(
+            kernel.ptx, (programs,), pointers, kernel.warps, kernel.shared, memory=self.memory, order=self._order
+        )
+        self.launched[variant] += 1
+        self.stats.append((variant, stats))
