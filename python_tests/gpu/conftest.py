@@ -14,11 +14,13 @@ def _a_gpu() -> None:
         pytest.skip("needs an NVIDIA GPU: make test-gpu runs it where there is one")
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs a GPU of compute capability 8.0 or newer")
+    # Several processes share the GPU: one that takes more than it should fails itself, and not the others.
+    torch.cuda.set_per_process_memory_fraction(0.35)
 
 
 @pytest.fixture(autouse=True)
 def _memory_is_given_back() -> Iterator[None]:
-    """Several processes share the GPU: what one test has held must be there for the next one's of another process."""
+    """What one test has held must be there for the next test of another process."""
     yield
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -44,7 +44,7 @@ def parts(cpu_tests: bool = False) -> list[Part]:
     """In order of worth: what is broken is found in the first seconds, and the rest is run all the same."""
     package = python("-m", "rpsft_kernels")
     found = [
-        Part("native module", python(str(HERE / "prepare.py"), "native"), 120, alone=True),
+        Part("native module", python(str(HERE / "prepare.py"), "native"), 240, alone=True),
         Part("kernels", python(str(HERE / "prepare.py"), "kernels"), 150, alone=True),
         Part("machine", (*package, "env"), 60, alone=True, quoted=True, environment=UNCHECKED),
         Part("quick self-test", (*package, "selftest", "--device", "cuda", "--quick"), 60, alone=True),
@@ -100,8 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     os.chdir(ROOT)
     os.environ.update(PYTHONPATH=inherited(ROOT), PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
-    # Workers share the GPU: what one has freed in large blocks must not be kept from the others.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:256,garbage_collection_threshold:0.5")
     print(HEAD, flush=True)
     outcomes: list[Outcome] = []
 

@@ -99,7 +99,6 @@ def main(arguments: Sequence[str]) -> int:
     command += [sys.executable, str(HERE / "sanitized.py"), *seconds]
     # Without PyTorch's cache each tensor is an allocation of its own: reads beside it are seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "RPSFT_SELFTEST": "0"}
-    environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
     paths = [str(HERE.parents[1]), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
