@@ -8,7 +8,7 @@ ARGS ?=
 CTEST = $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(CMAKE_ARGS) && \
 	$(BIN)/cmake --build build/$@ && $(BIN)/ctest --test-dir build/$@ --output-on-failure
 
-.PHONY: demo test test-deepspeed test-oldest test-gpu bench bench-gpu ctest sanitize lint wheel clean
+.PHONY: demo test test-deepspeed test-oldest test-gpu bench bench-gpu ctest sanitize lint wheel release-wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m rpsft_kernels.demo $(ARGS)
@@ -73,10 +73,16 @@ bench bench-gpu: $(VENV)/ready
 		--bench-device $(BENCH_DEVICE) --bench-output $$file $(ARGS); status=$$?; \
 	test ! -f $$file || $(BIN)/python benchmarks/report.py $$file || exit 1; exit $$status
 
-# TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" make wheel: with the GPU kernels compiled ahead of time; -v shows how that went.
-# python -m build makes the same one, by way of a source distribution.
+# TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" make wheel, or RPSFT_CUDA_ARCHS with the same: with the GPU kernels compiled ahead of
+# time, every one of them; -v shows how that went. `make release-wheel` is for every generation that a table is for.
+ARCHS = $(or $(RPSFT_CUDA_ARCHS),$(TORCH_CUDA_ARCH_LIST),none)
+
 wheel: $(VENV)/ready
-	$(BIN)/pip wheel $(if $(TORCH_CUDA_ARCH_LIST),-v) --no-deps --no-build-isolation -w dist .
+	RPSFT_CUDA_ARCHS="$(ARCHS)" RPSFT_STRICT=1 $(BIN)/pip wheel $(if $(filter none,$(ARCHS)),,-v) \
+		--no-deps --no-build-isolation -w dist .
+
+release-wheel: ARCHS = 8.0 9.0 10.0 12.0
+release-wheel: wheel
 
 $(VENV)/requirements: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,18 +1,20 @@
 """Builds the optional CPU engine, rpsft_kernels._native, from csrc, and GPU kernels ahead of time where they are asked
-for. All else about the package is in pyproject.toml.
+for or this machine has a GPU. All else about the package is in pyproject.toml.
 
 Without a compiler the package is pure Python and rpsft_kernels/_native_build.txt says why. RPSFT_NATIVE=0 leaves the
 engine out; RPSFT_NATIVE=1 makes its absence an error; CXX names the compiler.
 
-TORCH_CUDA_ARCH_LIST="8.0;9.0" compiles the GPU kernels for these architectures into rpsft_kernels/kernels of a wheel
-and names them in its local version and keywords; MAX_JOBS processes compile. The engine carries what launches them:
-without it they are an error, unless RPSFT_NATIVE=0. RPSFT_AOT_PREBUILT names a folder of these kernels that was built
-before, which is then copied. RPSFT_AOT_KERNELS restricts them (globs, for tests).
+RPSFT_CUDA_ARCHS="8.0;9.0" compiles the GPU kernels for these architectures into rpsft_kernels/kernels of a wheel and
+names them in its keywords; "native" means this machine's GPUs, "none" no kernels. Unset, this machine's GPUs are
+compiled for where there are any; where that fails the package is installed without kernels, and
+rpsft_kernels/_kernels_build.txt says why. MAX_JOBS processes compile. A kernel that cannot be kept is left out with a
+line, or an error under RPSFT_STRICT=1. The engine carries what launches kernels: without it a list of architectures is
+an error, unless RPSFT_NATIVE=0. RPSFT_AOT_PREBUILT names a folder of these kernels that was built before, which is then
+copied. RPSFT_AOT_KERNELS restricts them (globs, for tests).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -26,12 +28,18 @@ from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.egg_info import egg_info
 from setuptools.errors import CompileError
+
+sys.path.insert(0, str(Path("build_tools").resolve()))
+
+from bare_package import load
+
+AOT_WANTED = load("aot_wanted")
+VARIABLE = AOT_WANTED.VARIABLE
+NO_KERNELS = load("aot_library").REASON
 
 SOURCES: dict[str, list[dict[str, Any]]] = json.loads(Path("csrc/sources.json").read_text(encoding="utf-8"))
 WISH = os.environ.get("RPSFT_NATIVE", "")
-ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
 PREBUILT = os.environ.get("RPSFT_AOT_PREBUILT", "").strip()
 REASON = "_native_build.txt"
 COMPILE = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -39,22 +47,10 @@ COMPILE = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextr
 COMPILE += ["-fno-math-errno", "-ffp-contract=fast", "-pthread", "-DNDEBUG", "-Icsrc"]
 # Python's own symbols come from the interpreter that loads the module.
 LINK = ["-shared", "-pthread", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ldl"])]
-
-
-def load_targets() -> Any:
-    """rpsft_kernels/aot_targets.py alone: importing the package would take torch."""
-    spec = importlib.util.spec_from_file_location("aot_targets", Path("rpsft_kernels", "aot_targets.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TARGETS = load_targets()
 # Refuses what it does not know before anything is built.
-WANTED = TARGETS.parse_architectures(ARCHITECTURES) if ARCHITECTURES else []
+WANTED = AOT_WANTED.wanted(os.environ)
 # A wheel of kernels that nothing in it can launch is a mistake, unless it was asked for.
-REQUIRED = WISH == "1" or (WISH != "0" and bool(TARGETS.local_version(WANTED)))
+REQUIRED = WISH == "1" or (WISH != "0" and WANTED.required and WANTED.launched)
 
 
 class Unit(NamedTuple):
@@ -137,7 +133,7 @@ class BuildNative(build_ext):
             build(module, folder)
         except (CompileError, ImportError, OSError) as error:
             if REQUIRED:
-                why = "RPSFT_NATIVE=1" if WISH == "1" else "TORCH_CUDA_ARCH_LIST is set (RPSFT_NATIVE=0: no launcher)"
+                why = "RPSFT_NATIVE=1" if WISH == "1" else f"{VARIABLE} asks for kernels (RPSFT_NATIVE=0: no launcher)"
                 raise CompileError(f"{why}, but rpsft_kernels._native was not built: {error}") from error
             module.parent.mkdir(parents=True, exist_ok=True)
             (module.parent / REASON).write_text(f"{error}\n", encoding="utf-8")
@@ -157,32 +153,51 @@ class BuildNative(build_ext):
         # A module that was not built is not among the package's files.
         self.extensions = [e for e in self.extensions if Path(self.build_lib, self.get_ext_filename(e.name)).exists()]
         folder = Path(self.build_lib, "rpsft_kernels", "kernels")
-        # Kernels of an earlier build may not pass for this one's.
+        # Neither kernels nor a reason of an earlier build may pass for this one's.
         shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name(NO_KERNELS).unlink(missing_ok=True)
+        if self.editable_mode:
+            return
+        if not WANTED.targets:
+            print(*WANTED.notes, sep="\n", flush=True)
+            return
         # After the engine, which takes a minute: what stands against it is found before the kernels take many.
-        if WANTED and not self.editable_mode:
-            build_kernels(folder)
+        engine = bool(self.extensions) or not WANTED.launched or WISH == "0"
+        failure = build_kernels(folder) if engine else "the CPU engine, which launches them, was not built"
+        if failure and WANTED.required:
+            raise CompileError(f"the GPU kernels that {VARIABLE} or RPSFT_STRICT asks for were not built: {failure}")
+        if failure:
+            folder.with_name(NO_KERNELS).write_text(f"they could not be compiled: {failure}\n", encoding="utf-8")
+            print(
+                f"WARNING: rpsft_kernels is installed without kernels for this machine's GPU: {failure} "
+                f"({VARIABLE}=none does without them, {VARIABLE}=native makes this an error)",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
-def build_kernels(folder: Path) -> None:
-    # In a process of its own: the package is not installed yet, and Triton wants an environment of its own.
-    paths = [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "rpsft_kernels.aot_build", "--arch", ARCHITECTURES, "--output", str(folder)]
+def build_kernels(folder: Path) -> str:
+    """Why there are none in the folder afterwards; "" where there are."""
+    # In a process of its own, where Triton gets an environment of its own.
+    command = [sys.executable, str(Path("build_tools", "compile_kernels.py").resolve())]
+    # A list is read from its variable, so that what is wrong with it names that.
+    command += ["--output", str(folder)] + ([] if os.environ.get(VARIABLE) else ["--arch", WANTED.words])
     command += ["--prebuilt", PREBUILT] if PREBUILT else []
     sys.stdout.flush()
-    if subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode != 0:
-        raise CompileError("the GPU kernels that TORCH_CUDA_ARCH_LIST asks for were not built: see above")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            said = line.strip() or said
+    return "" if process.returncode == 0 else said or f"their compilation ended with status {process.returncode}"
 
 
-class Tagged(egg_info):
-    def finalize_options(self) -> None:
-        # Here, and not among the options of setup(): the setup.cfg that every source distribution holds outranks those.
-        self.tag_build = TARGETS.local_version(WANTED)
-        super().finalize_options()
-
+# Only what is certain before they are compiled.
+HELD = [f"kernels-{target.arch}" for target in WANTED.targets if WANTED.required]
 
 setup(
-    keywords=["fine-tuning", "regularization", "pytorch", *(f"kernels-{target.arch}" for target in WANTED)],
+    keywords=["fine-tuning", "regularization", "pytorch", *HELD],
     ext_modules=[
         Extension(
             "rpsft_kernels._native",
@@ -190,5 +205,5 @@ setup(
             optional=not REQUIRED,
         )
     ],
-    cmdclass={"build_ext": BuildNative, "egg_info": Tagged},
+    cmdclass={"build_ext": BuildNative},
 )

@@ -1,17 +1,21 @@
-"""setuptools' hooks, and what they take from TORCH_CUDA_ARCH_LIST: it is for wheels alone.
+"""setuptools' hooks, and what they need for kernels: these are for wheels alone.
 
 A source distribution holds no kernels, and an editable install has its folder of them in the source tree, which
-``python -m rpsft_kernels kernels --build`` fills. So neither needs a compiler of kernels, nor says in its version what
-is not inside.
+``python -m rpsft_kernels kernels --build native`` fills. So neither needs a compiler of kernels, nor says in its
+keywords what is not inside.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from bare_package import load
 from setuptools import build_meta
 from setuptools.build_meta import build_wheel, prepare_metadata_for_build_wheel
 
@@ -27,17 +31,31 @@ __all__ = [
 ]
 Settings = Mapping[str, Any] | None
 
-# What importing the package takes, and compiling its kernels.
-_IMPORT = ["torch>=2.6", "numpy>=1.23.5", "safetensors>=0.4.3", "tqdm"]
-_COMPILE = ["triton>=3.6"]
+_aot_wanted = load("aot_wanted")
+
+# The oldest whose code for every architecture is right: older ones break rules of Hopper's tensor cores.
+_COMPILE = "triton>=3.9"
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    needed = build_meta.get_requires_for_build_wheel(config_settings)
-    if wanted:
-        needed += _IMPORT + ([] if os.environ.get("RPSFT_AOT_PREBUILT", "").strip() else _COMPILE)
-    return needed
+    asked = _aot_wanted.wanted(os.environ)
+    compiled = bool(asked.targets) and not os.environ.get("RPSFT_AOT_PREBUILT", "").strip()
+    # A requirement that no registry has would break an installation that can do without.
+    needed = [_COMPILE] if compiled and (asked.required or _has_triton()) else []
+    return build_meta.get_requires_for_build_wheel(config_settings) + needed
+
+
+def _has_triton() -> bool:
+    """Whether there is a wheel of that Triton for this Python and system: for Linux with glibc 2.27 on two machines."""
+    library, number = platform.libc_ver()
+    free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+    return (
+        sys.implementation.name == "cpython"
+        and sys.version_info >= ((3, 14) if free_threaded else (3, 11))
+        and platform.machine() in ("x86_64", "aarch64")
+        and library == "glibc"
+        and [int(part) for part in number.split(".")[:2]] >= [2, 27]
+    )
 
 
 def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
@@ -69,9 +87,13 @@ def build_editable(
 
 @contextmanager
 def _no_kernels() -> Iterator[None]:
-    wanted = os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
+    name = _aot_wanted.VARIABLE
+    before = os.environ.get(name)
+    os.environ[name] = "none"
     try:
         yield
     finally:
-        if wanted is not None:
-            os.environ["TORCH_CUDA_ARCH_LIST"] = wanted
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -21,8 +21,8 @@ _FILES = (
 _FOLDERS = ("rpsft_kernels", "csrc", "build_tools")
 # What decides how a package is built: a test says it or it is not set.
 _VARIABLES = (
-    "CXX", "MAX_JOBS", "PYTHONPATH", "RPSFT_AOT_KERNELS", "RPSFT_AOT_PREBUILT", "RPSFT_NATIVE", "SOURCE_DATE_EPOCH",
-    "TORCH_CUDA_ARCH_LIST", "TRITON_INTERPRET",
+    "CXX", "MAX_JOBS", "PYTHONPATH", "RPSFT_AOT_KERNELS", "RPSFT_AOT_PREBUILT", "RPSFT_CUDA_ARCHS", "RPSFT_CUDA_DRIVER",
+    "RPSFT_NATIVE", "RPSFT_STRICT", "SOURCE_DATE_EPOCH", "TORCH_CUDA_ARCH_LIST", "TRITON_INTERPRET",
 )  # fmt: skip
 
 
@@ -44,12 +44,24 @@ def copy_sources(folder: Path, *, objects: bool = False) -> Path:
 
 
 def run_python(*arguments: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Python in a folder, with those variables alone of the ones that decide a build; its output is in ``stdout``."""
-    environment = {name: value for name, value in os.environ.items() if name not in _VARIABLES} | variables
+    """Python in a folder, with those variables alone of the ones that decide a build; its output is in ``stdout``.
+
+    It finds no GPU, whatever the machine has, unless RPSFT_CUDA_DRIVER is among them.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+    environment |= {"RPSFT_CUDA_DRIVER": str(cwd / "no-driver.so")} | variables
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500
     )
+
+
+def without(folder: Path, *packages: str) -> str:
+    """A new folder for PYTHONPATH, under which these packages cannot be imported, as if they were not installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in packages:
+        (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name} is absent', name='{name}')\n")
+    return str(folder)
 
 
 def build_wheel(source: Path, wheels: Path, **variables: str) -> tuple[Path, str]:
@@ -92,7 +104,7 @@ class FullWheel:
 def build_full_wheel(folder: Path) -> FullWheel:
     """With every kernel for sm_90 and the native module: minutes."""
     source = copy_sources(folder / "source", objects=True)
-    wheel, printed = build_wheel(source, folder / "wheels", TORCH_CUDA_ARCH_LIST="9.0", MAX_JOBS="2")
+    wheel, printed = build_wheel(source, folder / "wheels", RPSFT_CUDA_ARCHS="9.0", RPSFT_STRICT="1", MAX_JOBS="2")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "unpacked")
     return FullWheel(wheel, folder / "unpacked", printed)

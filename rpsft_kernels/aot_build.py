@@ -1,7 +1,7 @@
 """Compiles the GPU kernels ahead of time, for absent GPUs, into a folder with a manifest.
 
 Equal inputs (sources, tile tables, versions of Triton and its assembler) give equal bytes, whatever the machine, the
-working directory and the number of processes.
+working directory and the number of processes, and whether torch is there.
 """
 
 from __future__ import annotations
@@ -15,30 +15,29 @@ import os
 import platform
 import re
 import shutil
-import struct
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .aot_compile import Kernel, LeftOut, compile_kernel
 from .aot_jobs import default_jobs, environment
-from .aot_library import MANIFEST, SCHEMA, description, kernel_id, source_digest
-from .aot_limits import exceeded
+from .aot_library import MANIFEST, SCHEMA, source_digest
 from .aot_prebuilt import copy_prebuilt
-from .aot_targets import AMD, Target, left_out, parse_architectures
-from .machine_code import nvidia_tools
+from .aot_targets import AMD, Target
+from .aot_wanted import VARIABLE, named, strict
+from .compilers import triton_missing
 from .ops.triton.tile_table import DESCRIPTORS, rank_classes
-from .ops.triton.variant import ARGUMENT_TYPES, ARGUMENTS, Variant, list_variants
+from .ops.triton.variant import Variant, list_variants
 
-# torch allocates every argument at a multiple of 16 bytes at least; see compile_variant.
-_DIVISIBILITY = 16
-_POINTER = 8
+# Seconds between two lines of a build that goes on: at a new tenth of it, else.
+_SOON, _LATE = 1.0, 5.0
 
 
 def wanted_variants(table: str, ranks: Sequence[int], only: str) -> list[Variant]:
@@ -50,13 +49,14 @@ def wanted_variants(table: str, ranks: Sequence[int], only: str) -> list[Variant
 
 @dataclass(frozen=True)
 class Built:
-    """One build: how many kernels, files and bytes, and what it took.
+    """One build: how many kernels, files and bytes, and what it took. ``left_out``: kernels that could not be kept.
 
     ``largest_process``: peak bytes of memory of the largest compiling process, 0 where the system does not tell; there
     were ``jobs`` at a time.
     """
 
     kernels: int
+    left_out: int
     files: int
     size: int
     seconds: float
@@ -65,10 +65,15 @@ class Built:
 
     def __str__(self) -> str:
         peak = f"{self.largest_process / 2**20:.0f} MiB" if self.largest_process else "unknown"
+        less = f", {self.left_out} left out" if self.left_out else ""
         return (
-            f"{self.kernels} kernels in {self.files} files, {self.size / 1e6:.1f} MB, {self.seconds:.0f} s; "
+            f"{self.kernels} kernels in {self.files} files{less}, {self.size / 1e6:.1f} MB, {self.seconds:.0f} s; "
             f"peak memory {peak} in the largest of {self.jobs} processes"
         )
+
+
+def _quiet(line: str) -> None:
+    pass
 
 
 def build_kernels(
@@ -77,20 +82,34 @@ def build_kernels(
     ranks: Sequence[int] | None = None,
     jobs: int | None = None,
     only: str = "",
+    strict: bool = False,
+    say: Callable[[str], None] = _quiet,
 ) -> Built:
     """Compile every variant for every target into a folder, with a manifest; needs no GPU.
 
+    A kernel that spills, asks its GPU for more than that has or has registers that hardware would read too early is
+    left out: the manifest lists it, and why.
+
     Args:
-        architectures: targets, or their names as in TORCH_CUDA_ARCH_LIST.
+        architectures: targets, or what the environment variable RPSFT_CUDA_ARCHS takes: a list, or ``native``.
         folder: is made, or replaced where it holds an earlier build.
         ranks: one of each rank class that is wanted (default: all classes).
         jobs: processes (default: MAX_JOBS, else one per processor and 1.5 GiB of free memory).
         only: globs on the variants' labels, separated by semicolons.
+        strict: a kernel that is left out is an error, once all are compiled.
+        say: takes lines about what is left out and how far the build is.
 
     Raises:
-        ValueError: an unknown architecture, a folder that holds something else, or no variant to compile.
+        ValueError: an unknown architecture, a folder that holds something else, no variant to compile, or ``strict``
+            and a kernel is left out.
     """
-    targets = parse_architectures(architectures) if isinstance(architectures, str) else list(architectures)
+    if isinstance(architectures, str):
+        asked = named(architectures, "architectures")
+        for note in asked.notes:
+            say(note)
+        targets = list(asked.targets)
+    else:
+        targets = list(architectures)
     ranks = tuple(ranks or rank_classes())
     jobs = jobs or default_jobs()
     folder = Path(folder)
@@ -101,17 +120,23 @@ def build_kernels(
         raise ValueError(f"only: no variant's label matches {only!r}; python -m rpsft_kernels compile lists them")
     began = time.monotonic()
     # Beside the folder, which is replaced at the end: what fails or is interrupted leaves no half of a build.
-    with _beside(folder) as name:
+    with _beside(folder) as name, _processes(min(jobs, len(tasks))) as pool:
         temporary = Path(name) / "kernels"
         temporary.mkdir()
-        entries = [_written(temporary, entry, images) for entry, images in _compiled(tasks, jobs)]
+        entries, left_out = _kept(temporary, pool.map(compile_kernel, tasks), len(tasks), say)
+        if strict and left_out:
+            raise ValueError(
+                f"strict: {len(left_out)} of {len(tasks)} kernels cannot be kept, expected none ({left_out[0]}); "
+                "without RPSFT_STRICT=1 or --strict they are left out"
+            )
         manifest = {
             "schema": SCHEMA,
-            "versions": _versions(targets),
+            "versions": pool.submit(_versions, targets).result(),
             "sources": source_digest(),
             "architectures": [target.arch for target in targets],
             "ranks": list(ranks),
             "only": only,
+            "left_out": [each._asdict() for each in left_out],
             "kernels": entries,
         }
         (temporary / MANIFEST).write_text(_lines(manifest), encoding="utf-8")
@@ -119,9 +144,30 @@ def build_kernels(
         temporary.replace(folder)
     files = list(folder.iterdir())
     return Built(
-        len(entries), len(files), sum(file.stat().st_size for file in files), time.monotonic() - began,
+        len(entries), len(left_out), len(files), sum(file.stat().st_size for file in files), time.monotonic() - began,
         _largest_child(), jobs,
     )  # fmt: skip
+
+
+def _kept(
+    folder: Path, compiled: Iterator[Kernel | LeftOut], total: int, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[LeftOut]]:
+    """Entries of the kernels whose files were written, and what is left out; a line every tenth, or few seconds."""
+    entries: list[dict[str, Any]] = []
+    left_out: list[LeftOut] = []
+    began = said = time.monotonic()
+    for done, each in enumerate(compiled, 1):
+        if isinstance(each, LeftOut):
+            left_out.append(each)
+            say(str(each))
+        else:
+            entries.append(_written(folder, *each))
+        now = time.monotonic()
+        tenth = done * 10 // total > (done - 1) * 10 // total
+        if now - said >= (_SOON if tenth else _LATE) and done < total:
+            say(f"{done} of {total} kernels, {now - began:.0f} s")
+            said = now
+    return entries, left_out
 
 
 def _beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
@@ -158,8 +204,9 @@ def _lines(manifest: dict[str, Any]) -> str:
     return head.removesuffix("\n}") + f',\n "kernels": [\n{kernels}\n]}}\n'
 
 
-def _compiled(tasks: list[tuple[Variant, Target]], jobs: int) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
-    """Each task's entry and code, in order."""
+@contextmanager
+def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Where kernels are compiled: this process itself does not import Triton."""
     # Read by Triton when it is imported or compiles, hence fresh processes: no interpreter; nothing that a cache holds
     # of other settings; no line tables, which would put this machine's paths into the code.
     with (
@@ -167,114 +214,7 @@ def _compiled(tasks: list[tuple[Variant, Target]], jobs: int) -> Iterator[tuple[
         environment(TRITON_CACHE_DIR=cache, TRITON_DISABLE_LINE_INFO="1"),
         ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
     ):
-        yield from pool.map(_compile, tasks)
-
-
-def _compile(task: tuple[Variant, Target]) -> tuple[dict[str, Any], list[bytes]]:
-    from .ops.triton.compile import compile_variant
-
-    variant, target = task
-    compiled = compile_variant(variant, target.architecture)
-    metadata = compiled.metadata
-    # Triton 3.6 says nothing of scratch memory for AMD, where it has none.
-    scratch, alignment, profile_scratch = (
-        getattr(metadata, name, default)
-        for name, default in (("global_scratch_size", 0), ("global_scratch_align", 1), ("profile_scratch_size", 0))
-    )
-    code = "hsaco" if target.arch in AMD else "cubin"
-    image = compiled.asm[code]
-    asked = [metadata.launch_cooperative_grid, getattr(metadata, "launch_pdl", False), metadata.tensordesc_meta]
-    if metadata.num_ctas != 1 or profile_scratch or any(asked):
-        raise RuntimeError(f"{variant.label()} for {target.arch}: wants a launch that the launcher does not know")
-    names = ARGUMENTS[variant.kernel]
-    layout = _amd_layout(compiled.asm["amdgcn"]) if code == "hsaco" else parameter_table(image, metadata.name)
-    # What a launch packs: the arguments, scratch memory and the profiler's, one pointer each.
-    if layout != [(_POINTER * i, _POINTER) for i in range(len(names) + 2)]:
-        raise RuntimeError(f"{variant.label()} for {target.arch}: parameters at {layout}, not one pointer each")
-    registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if code == "hsaco" else _usage(image)
-    entry = {
-        "id": kernel_id(variant, target.arch),
-        **description(variant),
-        "table": target.table,
-        "arch": target.arch,
-        "entry": metadata.name,
-        "format": code,
-        "threads": metadata.num_warps * metadata.warp_size,
-        "shared": metadata.shared,
-        "scratch": {"size": scratch, "alignment": alignment},
-        "profile_scratch": profile_scratch,
-        "arguments": [{"name": n, "type": ARGUMENT_TYPES[n], "divisibility": _DIVISIBILITY} for n in names],
-        "layout": layout,
-        "registers": registers,
-        "spilled": spilled,
-    }
-    if findings := "; ".join(exceeded(entry)):
-        raise RuntimeError(f"{variant.label()} for {target.arch}: {findings}; its tile table asks for too much")
-    images = [image]
-    if target.ptx:
-        text = compiled.asm["ptx"]
-        version = re.search(r"^\.version (\d+\.\d+)$", text, re.M)
-        if version is None:
-            raise RuntimeError(f"{variant.label()} for {target.arch}: its PTX has no version")
-        entry["ptx"] = {"isa": version[1]}
-        images.append(text.encode())
-    return entry, images
-
-
-def parameter_table(cubin: bytes, kernel: str) -> list[tuple[int, int]]:
-    """(offset, size) in bytes of each parameter of a kernel, from the cubin's own table.
-
-    Read from the section ``.nv.info.<kernel>``: records of a format, an attribute and 16 bits of size or value; the
-    attribute 0x17 (EIATTR_KPARAM_INFO) describes one parameter.
-    """
-    (sections,) = struct.unpack_from("<Q", cubin, 0x28)
-    entry_size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
-
-    def section(index: int) -> tuple[int, bytes]:
-        name, _, _, _, offset, size = struct.unpack_from("<IIQQQQ", cubin, sections + index * entry_size)
-        return name, cubin[offset : offset + size]
-
-    _, strings = section(names)
-    wanted = f".nv.info.{kernel}".encode()
-    for index in range(1, count):
-        name, data = section(index)
-        if strings[name : strings.index(b"\0", name)] == wanted:
-            break
-    else:
-        raise ValueError(f"cubin: has no section {wanted.decode()}")
-    found: dict[int, tuple[int, int]] = {}
-    at = 0
-    while at < len(data):
-        form, attribute, size = struct.unpack_from("<BBH", data, at)
-        if form == 4 and attribute == 0x17:
-            _, ordinal, offset, flags = struct.unpack_from("<IHHI", data, at + 4)
-            found[ordinal] = (offset, flags >> 18)
-        # Format 4 has that many bytes behind it; the others hold their value in the record.
-        at += 4 + (size if form == 4 else 0)
-    return [found[ordinal] for ordinal in sorted(found)]
-
-
-def _amd_layout(assembly: str) -> list[tuple[int, int]]:
-    arguments = re.search(r"\.args:\n(.*?)\n    \.group_segment", assembly, re.S)
-    found = re.findall(r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)", arguments[1] if arguments else "")
-    return [(int(offset), int(size)) for offset, size in found]
-
-
-def _amd_usage(assembly: str) -> tuple[int, int]:
-    found = (re.search(rf"\.{name}:\s+(\d+)", assembly) for name in ("vgpr_count", "private_segment_fixed_size"))
-    registers, spilled = (int(match[1]) if match else 0 for match in found)
-    return registers, spilled
-
-
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes spilled."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(nvidia_tools() / "cuobjdump"), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+        yield pool
 
 
 def _versions(targets: Sequence[Target]) -> dict[str, str]:
@@ -296,30 +236,40 @@ def _ptxas_version(architecture: str) -> str:
     return found[1] if found else said.strip()
 
 
+def say(line: str) -> None:
+    """Print a line at once: a build takes minutes, and its output is often no terminal."""
+    print(line, flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m rpsft_kernels.aot_build``: what setup.py runs."""
     parser = argparse.ArgumentParser(prog="python -m rpsft_kernels.aot_build", description=main.__doc__)
-    parser.add_argument("--arch", required=True, help="as in TORCH_CUDA_ARCH_LIST")
+    parser.add_argument("--arch", help='such as "8.0;9.0", or native: this machine\'s GPUs (default: RPSFT_CUDA_ARCHS)')
     parser.add_argument("--output", required=True, help="the folder")
     parser.add_argument("--rank", type=int, action="append", help="one of a rank class; repeatable (default: all)")
     parser.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what processors and memory serve)")
     parser.add_argument("--only", default=os.environ.get("RPSFT_AOT_KERNELS", ""), help="globs on variants' labels")
+    parser.add_argument("--strict", action="store_true", help="a kernel that is left out is an error (RPSFT_STRICT=1)")
     parser.add_argument("--prebuilt", help="copy this folder of the same kernels instead of compiling them")
     options = parser.parse_args(arguments)
     try:
-        targets = parse_architectures(options.arch)
-        for word in left_out(options.arch):
-            print(f"TORCH_CUDA_ARCH_LIST: no kernels are compiled for {word}", flush=True)
+        refused = options.strict or strict(os.environ)
+        source = VARIABLE if options.arch is None else "--arch"
+        targets, _, _, notes = named(options.arch or os.environ.get(VARIABLE, ""), source)
+        for note in notes:
+            say(note)
         for target in targets:
             if target.arch in AMD:
-                print(f"{target.arch}: packed, but nothing launches these yet: on AMD Triton compiles", flush=True)
+                say(f"{target.arch}: packed, but nothing launches these yet: on AMD Triton compiles")
         if options.prebuilt:
             ranks = options.rank or rank_classes()
-            print(copy_prebuilt(options.prebuilt, targets, options.output, ranks, options.only).summary(), flush=True)
+            say(copy_prebuilt(options.prebuilt, targets, options.output, ranks, options.only, refused).summary())
             return 0
+        if missing := triton_missing():
+            raise ValueError(f"no kernels can be compiled: {missing}")
         jobs = options.jobs or default_jobs()
-        print(f"compiling kernels for {', '.join(target.arch for target in targets)} in {jobs} processes", flush=True)
-        print(build_kernels(targets, options.output, options.rank, jobs, options.only), flush=True)
+        say(f"compiling kernels for {', '.join(target.arch for target in targets)} in {jobs} processes")
+        say(str(build_kernels(targets, options.output, options.rank, jobs, options.only, refused, say)))
     except ValueError as error:
         raise SystemExit(str(error)) from None
     return 0

@@ -33,10 +33,13 @@ _INSIDE = "rpsft_kernels/kernels/"
 
 @dataclass(frozen=True)
 class Checked:
-    """What was looked at, and what is wrong with it. ``complete``: every variant was to be built."""
+    """What was looked at, and what is wrong with it. ``complete``: every variant was to be built. ``left_out``:
+    variants that the manifest says could not be kept, which is nothing wrong.
+    """
 
     place: str
     kernels: int
+    left_out: int
     files: int
     architectures: tuple[str, ...]
     complete: bool
@@ -44,10 +47,11 @@ class Checked:
 
     def __str__(self) -> str:
         what = "every variant" if self.complete else "a selection of the variants"
+        less = f", {self.left_out} left out as the manifest says" if self.left_out else ""
         count = f"{len(self.findings)} findings" if self.findings else "nothing amiss"
         return (
-            f"{self.place}: {self.kernels} kernels ({what}) for {', '.join(self.architectures)} in {self.files} files: "
-            f"{count}"
+            f"{self.place}: {self.kernels} kernels ({what}{less}) for {', '.join(self.architectures)} in {self.files} "
+            f"files: {count}"
         )
 
 
@@ -99,8 +103,8 @@ def _checked(place: Path, folder: Path) -> Checked:
         raise ValueError(f"place: {place} has schema {manifest.get('schema')!r}, expected {aot.SCHEMA}")
     complete = not manifest["only"] and set(manifest["ranks"]) >= set(rank_classes())
     return Checked(
-        str(place), len(manifest["kernels"]), len(list(folder.iterdir())), tuple(manifest["architectures"]), complete,
-        list(_folder(folder, manifest)),
+        str(place), len(manifest["kernels"]), len(manifest["left_out"]), len(list(folder.iterdir())),
+        tuple(manifest["architectures"]), complete, list(_folder(folder, manifest)),
     )  # fmt: skip
 
 
@@ -109,9 +113,15 @@ def _folder(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
         yield f"{aot.MANIFEST}: compiled from other sources than this package's"
     asked = wanted(manifest)
     listed = Counter(entry["id"] for entry in manifest["kernels"])
+    left_out = Counter(each["id"] for each in manifest["left_out"])
     for identity, variant in asked.items():
-        if listed[identity] != 1:
-            yield f"{variant.label()}: {listed[identity]} entries with the id {identity}, expected one"
+        if listed[identity] + left_out[identity] != 1:
+            found = f"{listed[identity]} entries with the id {identity}"
+            found += f", {left_out[identity]} that leave it out" if left_out[identity] else ""
+            yield f"{variant.label()}: {found}, expected one"
+    for each in manifest["left_out"]:
+        if each["id"] not in asked:
+            yield f"{each['id']} ({each['label']}, {each['arch']}): is left out, but nothing asks for it"
     described = {aot.MANIFEST}
     for entry in manifest["kernels"]:
         described |= {place["file"] for place in (entry, entry.get("ptx")) if place}

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from .ops.triton.variant import Variant
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
+# Beside the folder, where a build was to fill it and could not: why.
+REASON = "_kernels_build.txt"
 FOLDER = Path(__file__).with_name("kernels")
 _SOURCES = Path(__file__).parent / "ops" / "triton"
 # What is compiled, and with which options; how it is planned and launched may change without making a kernel stale.
@@ -159,7 +161,8 @@ class Library:
             sources = source_digest()
         except (OSError, ValueError) as error:
             if not path.exists():
-                raise ValueError("this installation carries no kernels compiled ahead of time") from None
+                why = _why_none(folder)
+                raise ValueError(f"this installation carries no kernels compiled ahead of time{why}") from None
             raise ValueError(f"{path}: {error}") from error
         _check_manifest(path, manifest)
         if manifest["sources"] != sources:
@@ -177,7 +180,11 @@ class Library:
             versions = sorted({entry["ptx"]["isa"] for entry in entries if "ptx" in entry})
             ptx = f", with PTX {', '.join(versions)}" if versions else ""
             gone = f", {len(files) - len(present)} of them missing" if len(present) < len(files) else ""
-            lines.append(f"{name:<10}{len(entries):>5} kernels in {len(files)} files{gone}, {size / 1e6:.1f} MB{ptx}")
+            lacking = sum(each["arch"] == name for each in self.manifest["left_out"])
+            less = f", {lacking} left out" if lacking else ""
+            lines.append(
+                f"{name:<10}{len(entries):>5} kernels in {len(files)} files{gone}{less}, {size / 1e6:.1f} MB{ptx}"
+            )
         return "\n".join(lines)
 
     def arches(self) -> list[tuple[str, Arch]]:
@@ -200,6 +207,11 @@ class Library:
             found.setdefault(entry["arch"], []).append(entry)
         return found
 
+    @cached_property
+    def left_out(self) -> dict[str, dict[str, str]]:
+        """By the ids of kernels that it would have: their ``label``, ``arch`` and the ``reason`` why it has not."""
+        return {each["id"]: each for each in self.manifest["left_out"]}
+
     def _ways(self, device: Device, refused: Refused) -> Iterator[tuple[str, str]]:
         """Architecture and way of all code that might run on a device, the best first."""
         for how in _WAYS:
@@ -210,16 +222,20 @@ class Library:
 
     def find(self, variant: Variant, device: Device, refused: Refused = frozenset()) -> Choice | str:
         """The kernel that serves a variant, or why none does: machine code for that device before PTX, newest first."""
-        obstacle = ""
+        obstacles = []
         for name, how in self._ways(device, refused):
-            entry = self.by_id.get(kernel_id(variant, name))
+            identity = kernel_id(variant, name)
+            entry = self.by_id.get(identity)
+            if identity in self.left_out:
+                obstacles.append(f"left out of the {name} kernels: {self.left_out[identity]['reason']}")
             if entry is None or (how == "ptx" and "ptx" not in entry):
                 continue
             obstacle = _obstacle(entry, how, device)
             if not obstacle:
                 return Choice(entry, how)
-        if obstacle:
-            return obstacle
+            obstacles.append(obstacle)
+        if obstacles:
+            return "; ".join(dict.fromkeys(obstacles))
         reason = f"none of this installation's kernels ({self.held()}) is that variant for that device"
         return reason + "; RPSFT_TILES is set" if os.environ.get("RPSFT_TILES") else reason
 
@@ -243,6 +259,14 @@ class Library:
                     yield Service(table, name, how, len(own)), obstacle
 
 
+def _why_none(folder: Path) -> str:
+    """What a build that was to compile them says of it, in a file beside the folder."""
+    try:
+        return ": " + folder.with_name(REASON).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
 def _obstacle(entry: dict[str, Any], how: str, device: Device) -> str:
     """Why a kernel's code does not run on a device after all; "" where it does."""
     # On the architecture that it was made for it fits.
@@ -264,11 +288,14 @@ def _check_manifest(path: Path, manifest: Any) -> None:
         raise ValueError(f"{path}: got {type(manifest).__name__}, expected a JSON object{way_out}")
     if manifest.get("schema") != SCHEMA:
         raise ValueError(f"{path}: got schema {manifest.get('schema')!r}, expected {SCHEMA}{way_out}")
-    expected = {"sources": str, "architectures": list, "versions": dict, "kernels": list}
+    expected = {"sources": str, "architectures": list, "versions": dict, "left_out": list, "kernels": list}
     for name, kind in expected.items():
         if not isinstance(manifest.get(name), kind):
             got = type(manifest[name]).__name__ if name in manifest else "nothing"
             raise ValueError(f"{path}: {name}: got {got}, expected {kind.__name__}{way_out}")
+    for number, each in enumerate(manifest["left_out"]):
+        if not isinstance(each, dict) or not {"id", "label", "arch", "reason"} <= each.keys():
+            raise ValueError(f"{path}: left_out[{number}]: got {each!r}, expected id, label, arch and reason{way_out}")
     wanted = ("id", "arch", "table", "entry", "threads", "shared", "scratch", "arguments", "layout", "file", "sha256")
     for number, entry in enumerate(manifest["kernels"]):
         lacking = [name for name in wanted if not isinstance(entry, dict) or name not in entry]

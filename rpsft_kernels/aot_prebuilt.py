@@ -12,12 +12,18 @@ from .aot_targets import Target
 
 
 def copy_prebuilt(
-    prebuilt: str | Path, targets: Sequence[Target], folder: str | Path, ranks: Sequence[int], only: str
+    prebuilt: str | Path,
+    targets: Sequence[Target],
+    folder: str | Path,
+    ranks: Sequence[int],
+    only: str,
+    strict: bool = False,
 ) -> Library:
     """Copy a folder of kernels, where they are those that a build of these sources for these targets would make.
 
     Raises:
-        ValueError: it holds none, or those of other sources, targets, globs or bytes; the message says what differs.
+        ValueError: it holds none, or those of other sources, targets, globs or bytes, or ``strict`` and some were left
+            out; the message says what differs.
     """
     library = Library.open(Path(prebuilt))
     manifest = library.manifest
@@ -28,6 +34,11 @@ def copy_prebuilt(
                 f"RPSFT_AOT_PREBUILT: {prebuilt} was built with {name} {manifest[name]!r}, expected {value!r}; "
                 "build it with python -m rpsft_kernels.aot_build"
             )
+    if strict and manifest["left_out"]:
+        raise ValueError(
+            f"RPSFT_AOT_PREBUILT: {prebuilt} leaves {len(manifest['left_out'])} kernels out, expected none; without "
+            "RPSFT_STRICT=1 or --strict that is allowed"
+        )
     places = [place for entry in manifest["kernels"] for place in (entry, entry.get("ptx")) if place]
     for name, digest in {place["file"]: place["sha256"] for place in places}.items():
         path = library.folder / name

@@ -1,11 +1,10 @@
-"""What TORCH_CUDA_ARCH_LIST asks for. The standard library alone: setup.py loads this file by its path, before the
-package or torch can be imported.
+"""What kernels are compiled for: lists of architectures, read. The standard library alone: setup.py imports this file
+where there is no torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
@@ -36,12 +35,16 @@ def cuda_architecture(capability: int) -> str:
     raise ValueError(f"compute capability {capability / 10:.1f}: the kernels need 8.0 (bfloat16 tensor cores) or newer")
 
 
-def parse_architectures(text: str) -> list[Target]:
-    """The targets that TORCH_CUDA_ARCH_LIST names: ``"8.0;9.0a 10.0+PTX;gfx942"``.
+def parse_architectures(text: str, source: str = "architectures") -> list[Target]:
+    """The targets that a list names: ``"8.0;9.0a 10.0+PTX,gfx942"``.
 
     Triton compiles 9.0 and newer for that architecture alone ("9.0" and "9.0a" are the same). PTX is kept where it is
     asked for, and for the newest target whose PTX newer GPUs can translate. Capabilities that no kernel is compiled for
     are left out (:func:`left_out`).
+
+    Args:
+        text: architectures, separated by semicolons, commas or spaces.
+        source: where the list is from: the error's first word.
 
     Raises:
         ValueError: an unknown architecture, or none that kernels can be compiled for.
@@ -53,11 +56,11 @@ def parse_architectures(text: str) -> list[Target]:
         name, ptx = word.removesuffix("+PTX"), word.endswith("+PTX")
         target = _target(name, ptx)
         if target is None or (ptx and name in AMD):
-            raise ValueError(f"TORCH_CUDA_ARCH_LIST: got {word!r}, {_expected()}")
+            raise ValueError(f"{source}: got {word!r}, {_expected()}")
         earlier = targets.get(target.architecture)
         targets[target.architecture] = target if earlier is None or ptx else earlier
     if not targets:
-        raise ValueError(f"TORCH_CUDA_ARCH_LIST: got {text!r}, {_expected()}")
+        raise ValueError(f"{source}: got {text!r}, {_expected()}")
     portable = [t.architecture for t in targets.values() if t.arch not in AMD and not t.arch.endswith("a")]
     for architecture in portable:
         if architecture == max(portable):
@@ -66,17 +69,8 @@ def parse_architectures(text: str) -> list[Target]:
 
 
 def left_out(text: str) -> list[str]:
-    """The words of TORCH_CUDA_ARCH_LIST that name GPUs which no kernel is compiled for."""
+    """The words of a list that name GPUs which no kernel is compiled for."""
     return [word for word in _words(text) if _skipped(word)]
-
-
-def local_version(targets: Sequence[Target]) -> str:
-    """What a wheel's version says of the kernels inside: ``"+sm80.sm90"`` for 8.0 and 9.0.
-
-    AMD's are not among them: the launcher cannot start them yet.
-    """
-    names = [target.architecture.replace("_", "") for target in targets if target.arch not in AMD]
-    return "+" + ".".join(names) if names else ""
 
 
 def _words(text: str) -> list[str]:
@@ -101,7 +95,5 @@ def _target(name: str, ptx: bool) -> Target | None:
 
 def _expected() -> str:
     known = ", ".join(f"{n // 10}.{n % 10}" + ("(a)" if n >= 90 else "") for n in CAPABILITIES)
-    return (
-        f"expected some of {known} (each with +PTX or without) and {', '.join(AMD)}, separated by semicolons; unset it "
-        "to build without kernels"
-    )
+    names = f"{known} (each with +PTX or without) and {', '.join(AMD)}"
+    return f"expected some of {names}, separated by semicolons, commas or spaces"

@@ -51,7 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what this machine serves)")
 
     kernels = commands.add_parser("kernels", help="the kernels compiled ahead of time in this installation")
-    kernels.add_argument("--build", metavar="ARCH", help='compile them instead, for architectures such as "8.0;9.0"')
+    kernels.add_argument(
+        "--build", metavar="ARCH", help='compile them instead: for architectures such as "8.0;9.0", or native'
+    )
+    kernels.add_argument("--strict", action="store_true", help="building: a kernel that is left out is an error")
     kernels.add_argument("--output", help="the folder to build (default: this installation's)")
     kernels.add_argument("--only", default="", help="globs on variants' labels, separated by semicolons")
     kernels.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what this machine serves)")
@@ -172,11 +175,13 @@ def _kernels(options: argparse.Namespace) -> int:
     from .aot_library import FOLDER
 
     if options.build is not None:
-        from .aot_build import build_kernels
+        from .aot_build import build_kernels, say
 
         folder = options.output or FOLDER
         try:
-            built = build_kernels(options.build, folder, jobs=options.jobs, only=options.only)
+            built = build_kernels(
+                options.build, folder, jobs=options.jobs, only=options.only, strict=options.strict, say=say
+            )
         except ValueError as error:
             raise SystemExit(str(error)) from None
         print(built)

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wheels import without
 
+from rpsft_kernels import aot_build
 from rpsft_kernels import aot_library as aot
-from rpsft_kernels.aot_build import build_kernels, parameter_table, wanted_variants
+from rpsft_kernels.aot_build import build_kernels, wanted_variants
+from rpsft_kernels.aot_compile import Kernel, LeftOut, parameter_table
 from rpsft_kernels.cli import main
 from rpsft_kernels.ops.triton.variant import Variant, list_variants
 
@@ -25,6 +28,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def manifest(folder: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((folder / aot.MANIFEST).read_text())
     return loaded
+
+
+def test_without_torch_there_is_no_package(tmp_path: Path) -> None:
+    """Or else the test below does not show what it is to show."""
+    absent = without(tmp_path, "torch")
+    run = subprocess.run(
+        [sys.executable, "-c", "import rpsft_kernels"], env={**os.environ, "PYTHONPATH": absent}, capture_output=True
+    )
+    assert b"ModuleNotFoundError: torch is absent" in run.stderr
 
 
 def test_descriptors_live_in_scratch_memory(kernels: Path) -> None:
@@ -53,13 +65,16 @@ def test_no_path_of_this_machine_is_in_a_file(kernels: Path) -> None:
 
 
 def test_two_builds_are_the_same_to_the_last_byte(kernels: Path, tmp_path: Path) -> None:
-    """In another working directory, with another cache, in one process after the other, from the command line."""
+    """In another working directory, with another cache, in one process after the other, from the command line, and
+    where neither torch nor anything else that it brings can be imported.
+    """
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "temporary").mkdir()
     found = manifest(kernels)
-    command = [sys.executable, "-m", "rpsft_kernels.aot_build", "--arch", "9.0a 8.0", "--output", "again"]
-    command += ["--rank", "32", "--jobs", "1", "--only", found["only"]]
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(REPOSITORY / "build_tools" / "compile_kernels.py"), "--arch", "9.0a 8.0"]
+    command += ["--output", "again", "--rank", "32", "--jobs", "1", "--only", found["only"]]
+    absent = without(tmp_path / "without", "torch", "numpy", "safetensors", "tqdm")
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": absent}
     run = subprocess.run(command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert re.search(r"\d+ kernels in \d+ files, [\d.]+ MB, \d+ s; peak memory \d+ MiB in the largest", run.stdout)
@@ -100,7 +115,7 @@ def test_kernels_of_other_sources_are_refused(kernels: Path, tmp_path: Path) -> 
     found = manifest(kernels)
     for change, message in (
         ({"sources": "0" * 64}, "were compiled from other sources"),
-        ({"schema": 99}, "got schema 99, expected 2"),
+        ({"schema": 99}, "got schema 99, expected 3"),
     ):
         (tmp_path / aot.MANIFEST).write_text(json.dumps(found | change))
         with pytest.raises(ValueError, match=message):
@@ -110,6 +125,7 @@ def test_kernels_of_other_sources_are_refused(kernels: Path, tmp_path: Path) -> 
         ({k: v for k, v in found.items() if k != "kernels"}, r"kernels: got nothing, expected list"),
         (found | {"kernels": {}}, r"kernels: got dict, expected list"),
         (found | {"kernels": [{"id": "x"}]}, r"kernels\[0\]: has no arch, table, "),
+        (found | {"left_out": [{"id": "x"}]}, r"left_out\[0\]: got \{'id': 'x'\}, expected id, label, arch and reason"),
         (found | {"kernels": [7]}, r"kernels\[0\]: has no id, arch, "),
     ):
         (tmp_path / aot.MANIFEST).write_text(json.dumps(content))
@@ -118,7 +134,10 @@ def test_kernels_of_other_sources_are_refused(kernels: Path, tmp_path: Path) -> 
     (tmp_path / aot.MANIFEST).write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json: "):
         aot.Library.open(tmp_path)
-    with pytest.raises(ValueError, match="carries no kernels compiled ahead of time"):
+    with pytest.raises(ValueError, match="carries no kernels compiled ahead of time$"):
+        aot.Library.open(tmp_path / "absent")
+    (tmp_path / aot.REASON).write_text("they could not be compiled: no Triton\n")
+    with pytest.raises(ValueError, match="kernels compiled ahead of time: they could not be compiled: no Triton$"):
         aot.Library.open(tmp_path / "absent")
 
 
@@ -165,6 +184,21 @@ def test_a_build_replaces_builds_only(tmp_path: Path, capsys: pytest.CaptureFixt
     # As an installation that only root may write.
     with pytest.raises(SystemExit, match=r"folder: .*mine/kernels cannot be written \(.*name another one \(--output\)"):
         main(["kernels", "--build", "8.0", "--output", str(tmp_path / "mine" / "kernels"), "--only", "squares*"])
+
+
+def test_a_build_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line at every tenth at most, or when some seconds have passed."""
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(aot_build.time, "monotonic", lambda: next(clock))
+    lines: list[str] = []
+    some: list[Kernel | LeftOut] = [Kernel({"format": "cubin"}, [b"%d" % i]) for i in range(40)]
+    some[20] = LeftOut("id", "squares()", "sm_80", "spills 16 bytes")
+    entries, left_out = aot_build._kept(tmp_path, iter(some), 40, lines.append)
+    assert len(entries) == 39 == len(list(tmp_path.iterdir()))
+    assert left_out == [some[20]]
+    assert lines[:3] == ["3 of 40 kernels, 6 s", "4 of 40 kernels, 8 s", "7 of 40 kernels, 14 s"]
+    assert "left out: squares() for sm_80: spills 16 bytes" in lines
+    assert 10 <= len(lines) <= 21
 
 
 def test_the_native_launcher_takes_every_kernel(kernels: Path) -> None:

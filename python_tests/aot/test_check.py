@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from rpsft_kernels import aot_library as aot
-from rpsft_kernels.aot_build import build_kernels
+from rpsft_kernels.aot_build import main as build
+from rpsft_kernels.aot_build import wanted_variants
 from rpsft_kernels.aot_check import check_kernels
 from rpsft_kernels.aot_limits import exceeded
 from rpsft_kernels.cli import main
@@ -185,8 +186,11 @@ def fresh_tables() -> Iterator[Callable[[], None]]:
     tile_table.cache_clear()
 
 
-def test_a_build_refuses_what_its_gpu_has_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_tables: Callable[[], None]
+def test_what_a_gpu_has_not_is_left_out(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_tables: Callable[[], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A tile table whose residents do not fit: Hopper's shapes where a block has 99 KiB."""
     table = json.loads(Path(aot.__file__).with_name("ops").joinpath("triton", "tiles", "sm_90.json").read_text())
@@ -194,10 +198,41 @@ def test_a_build_refuses_what_its_gpu_has_not(
     path.write_text(json.dumps(table | {"architecture": "sm_86"}))
     monkeypatch.setenv("RPSFT_TILES", str(path))
     fresh_tables()
-    only = "project(weight_type=bf16, base_type=bf16, basis_type=bf16, aligned=True, even=True*"
-    with pytest.raises(RuntimeError, match=r"project\(.*\) for sm_86: .*\d+ bytes of shared memory, of 101376"):
-        build_kernels("8.6", tmp_path / "kernels", ranks=(768,), jobs=1, only=only)
+    only = "project(weight_type=bf16, base_type=bf16, basis_type=bf16, aligned=True, even=True*;squares*"
+    command = ["--arch", "8.6", "--output", str(tmp_path / "kernels"), "--rank", "768", "--jobs", "1", "--only", only]
+    said = r"project\(.*\) for sm_86: .*\d+ bytes of shared memory, of 101376"
+    monkeypatch.setenv("RPSFT_STRICT", "1")
+    with pytest.raises(SystemExit, match=rf"^strict: 1 of 2 kernels cannot be kept, .*\(left out: {said}"):
+        build(command)
     assert not (tmp_path / "kernels").exists()
+    monkeypatch.delenv("RPSFT_STRICT")
+    capsys.readouterr()
+    assert build(command) == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf"^left out: {said}", printed, re.M)
+    assert re.search(r"1 kernels in 3 files, 1 left out, ", printed)
+    manifest = json.loads((tmp_path / "kernels" / aot.MANIFEST).read_text())
+    (left_out,) = manifest["left_out"]
+    (variant,) = [v for v in wanted_variants("sm_86", (768,), only) if v.kernel == "project"]
+    assert (left_out["id"], left_out["label"]) == (aot.kernel_id(variant, "sm_86"), variant.label())
+    assert [entry["kernel"] for entry in manifest["kernels"]] == ["squares"]
+    checked = check_kernels(tmp_path / "kernels")
+    assert (checked.findings, checked.left_out) == ([], 1)
+    assert "a selection of the variants, 1 left out as the manifest says" in str(checked)
+    library = aot.Library.open(tmp_path / "kernels")
+    assert re.search(r"sm_86 +1 kernels in 2 files, 1 left out", library.summary())
+    reason = library.find(variant, aot.Device(86, 99 << 10))
+    assert isinstance(reason, str)
+    assert reason.startswith(f"left out of the sm_86 kernels: {left_out['reason']}")
+    with pytest.raises(SystemExit, match="RPSFT_AOT_PREBUILT: .* leaves 1 kernels out, expected none"):
+        build([*command, "--prebuilt", str(tmp_path / "kernels"), "--strict"])
+    # As long as something asks for it.
+    manifest["left_out"].append(left_out | {"id": "0" * 20})
+    manifest["kernels"].append(manifest["kernels"][0] | {"id": left_out["id"]})
+    (tmp_path / "kernels" / aot.MANIFEST).write_text(json.dumps(manifest))
+    findings = check_kernels(tmp_path / "kernels").findings
+    assert any("1 entries with the id" in found and "1 that leave it out, expected one" in found for found in findings)
+    assert any(re.search(r"^0{20} \(project.*is left out, but nothing asks for it", found) for found in findings)
 
 
 def test_a_wheel_without_its_launcher(kernels: Path, tmp_path: Path) -> None:

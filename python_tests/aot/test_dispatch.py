@@ -9,6 +9,7 @@ import torch
 from world import DEVICE, PULL, SQUARES, World
 
 from rpsft_kernels import aot, compilers
+from rpsft_kernels.aot_library import kernel_id
 from rpsft_kernels.ops import triton as backend
 from rpsft_kernels.ops.triton.launch import launch
 
@@ -187,3 +188,18 @@ def test_without_the_package_triton(world: World, monkeypatch: pytest.MonkeyPatc
     assert backend.unavailable(DEVICE, torch.bfloat16) == (
         f"{missing}, and this installation carries no kernels compiled ahead of time"
     )
+
+
+def test_what_was_left_out_is_compiled_or_refused_with_the_reason(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lacking = {"id": kernel_id(PULL, "sm_90a"), "label": PULL.label(), "arch": "sm_90a", "reason": "spills 16 bytes"}
+    world.left_out.append(lacking)
+    world.install((SQUARES, "sm_90a"))
+    with caplog.at_level(logging.INFO, "rpsft_kernels"):
+        assert world.launch(PULL) == "jit"
+    assert "compute capability 9.0: left out of the sm_90a kernels: spills 16 bytes" in caplog.text
+    monkeypatch.setenv("RPSFT_AOT", "only")
+    with pytest.raises(RuntimeError, match="left out of the sm_90a kernels: spills 16 bytes; RPSFT_AOT=1 lets Triton"):
+        world.launch(PULL)
+    assert world.launch(SQUARES) == "squares-sm_90a.cubin"

@@ -17,7 +17,8 @@ import pytest
 import workload
 from torch import Tensor
 
-from rpsft_kernels.aot_build import build_kernels, parameter_table
+from rpsft_kernels.aot_build import build_kernels
+from rpsft_kernels.aot_compile import parameter_table
 from rpsft_kernels.aot_library import Library
 from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
 from rpsft_kernels.ops.triton.kernels import KERNELS

@@ -12,24 +12,30 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from wheels import build_wheel, copy_sources, run_python, version
+from fake_driver import fake_driver
+from wheels import REPOSITORY, build_wheel, copy_sources, run_python, version, without
 
 pytestmark = pytest.mark.xdist_group("wheels")
-ARCHITECTURES = "7.5 8.0;9.0+PTX 9.0a"
+# As NVIDIA's images set it, for other packages.
+CONTAINER = {"TORCH_CUDA_ARCH_LIST": "7.5 8.0 8.6 9.0 10.0 12.0+PTX"}
 # The engine is not what this is about, and takes a minute.
 FEW = {
     "RPSFT_NATIVE": "0",
     "MAX_JOBS": "2",
     "RPSFT_AOT_KERNELS": "squares*;full_drift(weight_type=bf16, base_type=bf16, aligned=True*",
-    "TORCH_CUDA_ARCH_LIST": ARCHITECTURES,
+    "RPSFT_CUDA_ARCHS": "7.5 8.0;9.0+PTX,9.0a",
     "SOURCE_DATE_EPOCH": "1700000000",
+    **CONTAINER,
 }
+# What is compiled for a GPU that is found.
+NATIVE = {name: FEW[name] for name in ("MAX_JOBS", "RPSFT_AOT_KERNELS", "TORCH_CUDA_ARCH_LIST")}
 
 
 def hook(source: Path, call: str, **variables: str) -> str:
     """What a hook of the build backend returns, called as a build front end does."""
     program = (
-        f"import sys; sys.path.insert(0, 'build_tools'); import backend; found = {call}; print('\\n' + str(found))"
+        "import sys; sys.path.insert(0, 'build_tools'); import backend; "
+        f"{call if 'found =' in call else f'found = {call}'}; print('\\n' + str(found))"
     )
     run = run_python("-c", program, cwd=source, **variables)
     assert run.returncode == 0, run.stdout[-3000:]
@@ -69,13 +75,14 @@ def wheel(archive: Path) -> tuple[Path, str]:
 
 def test_a_wheel_carries_its_kernels_and_says_so(wheel: tuple[Path, str], tmp_path: Path) -> None:
     path, printed = wheel
-    assert "TORCH_CUDA_ARCH_LIST: no kernels are compiled for 7.5" in printed
+    assert "RPSFT_CUDA_ARCHS: no kernels are compiled for 7.5" in printed
     assert "compiling kernels for sm_80, sm_90a in 2 processes" in printed
     assert "4 kernels in 9 files" in printed
     assert "peak memory" in printed
-    assert path.name.startswith(f"rpsft_kernels-{version()}+sm80.sm90-")
+    # A package index takes no local version.
+    assert path.name.startswith(f"rpsft_kernels-{version()}-")
     text = metadata(path)
-    assert f"\nVersion: {version()}+sm80.sm90\n" in text
+    assert f"\nVersion: {version()}\n" in text
     assert "kernels-sm_80,kernels-sm_90a\n" in text
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.startswith("rpsft_kernels/kernels/")]
@@ -119,7 +126,7 @@ def test_other_kernels_are_not_taken_for_these(wheel: tuple[Path, str], tmp_path
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path)
     folder = tmp_path / "rpsft_kernels" / "kernels"
-    command = ("-m", "rpsft_kernels.aot_build", "--output", "new", "--prebuilt", folder)
+    command = (REPOSITORY / "build_tools" / "compile_kernels.py", "--output", "new", "--prebuilt", folder)
     for words, message in (
         (("--arch", "9.0", "--only", FEW["RPSFT_AOT_KERNELS"]), "was built with architectures ['sm_80', 'sm_90a']"),
         (("--arch", "8.0;9.0"), "was built with only 'squares*;"),
@@ -144,18 +151,28 @@ def test_a_source_distribution_is_complete_and_untagged(archive: Path) -> None:
     assert not any(name.endswith((".cubin", ".so")) for name in names)
 
 
-def test_only_wheels_ask_for_what_compiles_kernels(source: Path) -> None:
+def test_only_wheels_ask_for_what_compiles_kernels(source: Path, tmp_path: Path) -> None:
     for kind in ("sdist", "editable"):
         assert hook(source, f"backend.get_requires_for_build_{kind}()", **FEW) == "[]"
-    asked = hook(source, "backend.get_requires_for_build_wheel()", **FEW)
-    assert "triton>=3.6" in asked and "torch>=" in asked
-    assert hook(source, "backend.get_requires_for_build_wheel()") == "[]"
-    asked = hook(source, "backend.get_requires_for_build_wheel()", RPSFT_AOT_PREBUILT="kernels", **FEW)
-    assert "triton" not in asked and "torch>=" in asked
+    asks = "backend.get_requires_for_build_wheel()"
+    # Triton alone, which is small beside torch.
+    assert hook(source, asks, **FEW) == "['triton>=3.9']"
+    assert hook(source, asks, **CONTAINER) == "[]"
+    assert hook(source, asks, RPSFT_AOT_PREBUILT="kernels", **FEW) == "[]"
+    gpu = fake_driver(tmp_path, 90)
+    assert hook(source, asks, RPSFT_CUDA_DRIVER=gpu, RPSFT_CUDA_ARCHS="none", **CONTAINER) == "[]"
+    assert hook(source, asks, RPSFT_CUDA_DRIVER=gpu, RPSFT_CUDA_ARCHS="native") == "['triton>=3.9']"
+    # Where it is but wished for, only if there is one: no older Python has this version.
+    expected = "['triton>=3.9']" if sys.version_info >= (3, 11) else "[]"
+    assert hook(source, asks, RPSFT_CUDA_DRIVER=gpu, **CONTAINER) == expected
+    other = f"backend.platform.machine = lambda: 's390x'; found = {asks}"
+    assert hook(source, other, RPSFT_CUDA_DRIVER=gpu) == "[]"
+    for kind in ("sdist", "editable"):
+        assert hook(source, f"backend.get_requires_for_build_{kind}()", RPSFT_CUDA_DRIVER=gpu) == "[]"
 
 
-def test_an_editable_install_claims_no_kernels(source: Path) -> None:
-    name = hook(source, "backend.build_editable('editable')", **FEW)
+def test_an_editable_install_claims_no_kernels(source: Path, tmp_path: Path) -> None:
+    name = hook(source, "backend.build_editable('editable')", RPSFT_CUDA_DRIVER=fake_driver(tmp_path, 90), **FEW)
     assert name.startswith(f"rpsft_kernels-{version()}-")
     text = metadata(source / "editable" / name)
     assert f"\nVersion: {version()}\n" in text
@@ -173,7 +190,7 @@ def test_kernels_without_a_launcher_are_refused_before_they_are_compiled(source:
     run = run_python(*command, cwd=source, **few, CXX="no-such-compiler")
     assert run.returncode != 0
     assert (
-        "TORCH_CUDA_ARCH_LIST is set (RPSFT_NATIVE=0: no launcher), but rpsft_kernels._native was not built: "
+        "RPSFT_CUDA_ARCHS asks for kernels (RPSFT_NATIVE=0: no launcher), but rpsft_kernels._native was not built: "
         "no C++ compiler: no-such-compiler was not found"
     ) in run.stdout
     assert "compiling kernels" not in run.stdout
@@ -181,6 +198,61 @@ def test_kernels_without_a_launcher_are_refused_before_they_are_compiled(source:
 
 def test_unknown_architectures_are_refused_before_anything_is_built(source: Path) -> None:
     command = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "none", ".")
-    run = run_python(*command, cwd=source, TORCH_CUDA_ARCH_LIST="8.0 Hopper")
+    run = run_python(*command, cwd=source, RPSFT_CUDA_ARCHS="8.0 Hopper")
     assert run.returncode != 0
-    assert "TORCH_CUDA_ARCH_LIST: got 'Hopper', expected some of 8.0" in run.stdout
+    assert "RPSFT_CUDA_ARCHS: got 'Hopper', expected some of 8.0" in run.stdout
+
+
+@pytest.fixture(scope="module")
+def linked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sources beside the objects of an engine that was built of them."""
+    return copy_sources(tmp_path_factory.mktemp("linked") / "source", objects=True)
+
+
+def held(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return [name for name in archive.namelist() if "/kernels/" in name or name.endswith("_kernels_build.txt")]
+
+
+def test_an_installation_where_there_is_no_gpu_has_no_kernels(linked: Path, tmp_path: Path) -> None:
+    wheel, printed = build_wheel(linked, tmp_path / "wheels", **NATIVE)
+    assert "no kernels are compiled: no CUDA driver: " in printed
+    assert held(wheel) == []
+
+
+def test_an_installation_has_the_kernels_of_its_gpu(linked: Path, tmp_path: Path) -> None:
+    """Without a word about them, and where torch is not among what it is built with."""
+    absent = without(tmp_path / "without", "torch", "numpy")
+    driver = fake_driver(tmp_path / "driver", 90)
+    wheel, printed = build_wheel(linked, tmp_path / "wheels", RPSFT_CUDA_DRIVER=driver, PYTHONPATH=absent, **NATIVE)
+    assert "compiling kernels for sm_90a in 2 processes" in printed
+    # Two kernels and a manifest.
+    assert len(held(wheel)) == 3
+    assert wheel.name.startswith(f"rpsft_kernels-{version()}-")
+    assert f"\nVersion: {version()}\n" in metadata(wheel)
+    # Said before it was known to succeed, else.
+    assert "kernels-sm" not in metadata(wheel)
+
+
+def test_kernels_that_cannot_be_compiled_are_no_reason_not_to_install(linked: Path, tmp_path: Path) -> None:
+    variables = NATIVE | {"RPSFT_CUDA_DRIVER": fake_driver(tmp_path, 90), "PYTHONPATH": str(tmp_path)}
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util; found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else found(name, *rest)\n"
+    )
+    wheel, printed = build_wheel(linked, tmp_path / "wheels", **variables)
+    said = "no kernels can be compiled: the package triton is not installed (pip install triton)"
+    assert f"WARNING: rpsft_kernels is installed without kernels for this machine's GPU: {said} (" in printed
+    assert "RPSFT_CUDA_ARCHS=none does without them, RPSFT_CUDA_ARCHS=native makes this an error" in printed
+    assert held(wheel) == ["rpsft_kernels/_kernels_build.txt"]
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    program = "from rpsft_kernels import aot; print(aot.installed())"
+    installed = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
+    )
+    assert f"kernels compiled ahead of time: they could not be compiled: {said}" in installed.stdout
+    command = ("-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", "none", ".")
+    run = run_python(*command, cwd=linked, **variables, RPSFT_STRICT="1")
+    assert run.returncode != 0
+    assert f"the GPU kernels that RPSFT_CUDA_ARCHS or RPSFT_STRICT asks for were not built: {said}" in run.stdout

@@ -60,6 +60,8 @@ class World:
         self.native = Recorder()
         self.compiled: list[Variant] = []
         self.scratch: list[int] = []
+        # What a build left out: see ``aot_compile.LeftOut``.
+        self.left_out: list[dict[str, str]] = []
         for module in (aot, aot_kernel):
             monkeypatch.setattr(module, "binding", lambda: self.native)
         for cause in ("triton_missing", "compiler_missing"):
@@ -85,7 +87,7 @@ class World:
                 file["sha256"] = hashlib.sha256(file["file"].encode()).hexdigest()
         arches = list(dict.fromkeys(entry["arch"] for entry in entries))
         found = {"schema": SCHEMA, "sources": source_digest(), "architectures": arches, "kernels": entries}
-        found["versions"] = {"triton": "3.9.0"}
+        found |= {"versions": {"triton": "3.9.0"}, "left_out": self.left_out}
         (self.folder / MANIFEST).write_text(json.dumps(found))
         library = Library.open(self.folder)
         self.monkeypatch.setattr(aot, "installed", lambda: library)
