@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import shutil
 import struct
 import subprocess
 from dataclasses import dataclass
@@ -72,11 +75,41 @@ def _cuobjdump(option: str, path: Path) -> str:
     return run.stdout
 
 
+def disassembler() -> Path:
+    """nvdisasm: the one that TRITON_NVDISASM_PATH names, else Triton's own, else one on the path of commands.
+
+    Raises:
+        ValueError: there is none.
+    """
+    named = os.environ.get("TRITON_NVDISASM_PATH")
+    if named:
+        if not os.access(named, os.X_OK):
+            raise ValueError(f"environment variable TRITON_NVDISASM_PATH: {named!r} is no program")
+        return Path(named)
+    found = None
+    if importlib.util.find_spec("triton") is not None:
+        found = shutil.which("nvdisasm", path=str(nvidia_tools()))
+    found = found or shutil.which("nvdisasm")
+    if found is None:
+        raise ValueError(
+            "nvdisasm, which reads machine code, is not found: it comes with the package triton (pip install triton) and "
+            "with CUDA; TRITON_NVDISASM_PATH names one"
+        )
+    return Path(found)
+
+
 def disassemble(path: Path) -> str:
-    """A cubin's instructions, one a line."""
+    """A cubin's instructions, one a line.
+
+    Raises:
+        ValueError: there is no nvdisasm, or it cannot read the file.
+    """
     # Without its analysis of the data flow, which takes it half of its time.
-    command = [str(nvidia_tools() / "nvdisasm"), "-ndf", "-c", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [str(disassembler()), "-ndf", "-c", str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if run.returncode != 0:
+        raise ValueError(f"path: nvdisasm cannot read {path.name}: {(run.stderr or run.stdout).strip()[-200:]}")
+    return run.stdout
 
 
 def read_hsaco(image: bytes) -> tuple[str, set[str]]:

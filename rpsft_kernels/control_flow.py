@@ -1,0 +1,145 @@
+"""Where control can go in NVIDIA machine code: the edges between instructions that any path may take.
+
+A thread's predicates are not followed: a branch that may be taken is taken and not taken.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Iterable, Iterator
+
+from .sass import JUMPS, Instruction, Program, Unknown
+
+
+def edges(program: Program) -> dict[int, tuple[int, ...]]:
+    """For each instruction that can be reached, by its number: those that can come next.
+
+    Raises:
+        Unknown: it cannot be told.
+    """
+    return _Flow(program).edges()
+
+
+class Worklist:
+    """Numbers to look at, the smallest first, each once until it is added again: a later part of a program is looked at
+    when all that is known of the earlier ones is known.
+    """
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self._heap = sorted(numbers)
+        self._waiting = set(self._heap)
+
+    def add(self, number: int) -> None:
+        if number not in self._waiting:
+            self._waiting.add(number)
+            heapq.heappush(self._heap, number)
+
+    def __iter__(self) -> Iterator[int]:
+        while self._heap:
+            number = heapq.heappop(self._heap)
+            self._waiting.discard(number)
+            yield number
+
+
+class _Flow:
+    """``BSSY B0, label`` begins a region at whose end ``BSYNC B0`` waits for all threads of it; control goes on at the
+    label. So which regions may have begun is carried along: one bit for a barrier and the BSSY that set it last.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.begins = [each for each in program.instructions if each.name == "BSSY"]
+        set_here = {
+            each.operands[0] for each in program.instructions if each.name in ("BSSY", "BMOV") and each.operands
+        }
+        self.barriers = {name: i for i, name in enumerate(sorted(n for n in set_here if n.startswith("B")))}
+        self.returns = [each.number + 1 for each in program.instructions if each.name == "CALL"]
+
+    def edges(self) -> dict[int, tuple[int, ...]]:
+        states = dict.fromkeys(self.program.entries, 0)
+        found: dict[int, tuple[int, ...]] = {}
+        work = Worklist(self.program.entries)
+        for number in work:
+            state = states[number]
+            found[number] = tuple(dict.fromkeys(self._next(self.program.instructions[number], state)))
+            after = self._after(self.program.instructions[number], state)
+            for place in found[number]:
+                before = states.get(place)
+                if before is None or after & ~before:
+                    states[place] = after | (before or 0)
+                    work.add(place)
+        for number in found:
+            each = self.program.instructions[number]
+            if each.name == "BSYNC" and not states[number] & self._of_barrier(each.operands[0]):
+                raise Unknown(f"{each} goes where cannot be told: nothing sets its barrier before")
+        return found
+
+    def _of_barrier(self, name: str) -> int:
+        if name not in self.barriers:
+            return 0
+        return ((1 << len(self.begins)) - 1) << (self.barriers[name] * len(self.begins))
+
+    def _after(self, each: Instruction, state: int) -> int:
+        if each.name == "BSSY":
+            kept = state if each.guarded else state & ~self._of_barrier(each.operands[0])
+            place = self.barriers[each.operands[0]] * len(self.begins) + self.begins.index(each)
+            return kept | 1 << place
+        if each.name == "BMOV" and each.operands[0] in self.barriers:
+            # Put back from a register: any of them.
+            return state | self._of_barrier(each.operands[0])
+        return state
+
+    def _next(self, each: Instruction, state: int) -> Iterator[int]:
+        falls = True
+        if each.name in ("BRA", "JMP"):
+            yield self._label(each)
+            # Also an operand can be a condition: BRA.U !UP0, BRA P1, BRA.DIV.
+            falls = each.guarded or len(each.operands) != 1 or "DIV" in each.modifiers
+        elif each.name == "WARPSYNC" and each.target is not None:
+            yield self._label(each)
+        elif each.name == "BSYNC":
+            begun = (state & self._of_barrier(each.operands[0])) >> (
+                self.barriers.get(each.operands[0], 0) * len(self.begins)
+            )
+            yield from (self._label(begin) for i, begin in enumerate(self.begins) if begun >> i & 1)
+        elif each.name == "CALL":
+            yield self._label(each)
+            self._check_return(each)
+            falls = each.guarded
+        elif each.name == "RET":
+            yield from self.returns
+            falls = each.guarded
+        elif each.name in ("EXIT", "KILL"):
+            falls = each.guarded or bool(each.operands)
+        elif each.name in JUMPS and each.name != "WARPSYNC":
+            raise Unknown(f"{each} goes where cannot be told")
+        if falls:
+            behind = each.number + 1
+            if behind == len(self.program.instructions) or self._at(behind).function != each.function:
+                raise Unknown(f"{each} is followed by the end of {each.function}")
+            yield behind
+
+    def _at(self, number: int) -> Instruction:
+        return self.program.instructions[number]
+
+    def _label(self, each: Instruction) -> int:
+        place = self.program.labels.get(each.target or "")
+        if place is None or place == len(self.program.instructions):
+            raise Unknown(f"{each} goes where cannot be told: no label of this code is its target")
+        return place
+
+    def _check_return(self, call: Instruction) -> None:
+        """A call returns where an address in a register says: some instruction has to have put there what is behind
+        the call.
+        """
+        behind = f"{call.address + 16:#x}"
+        names = [re.escape(name) for name, place in self.program.labels.items() if place == call.number + 1]
+        label = re.compile(rf"(?:{'|'.join(names)})(?![\w.$])") if names else None
+        for each in self._of_function(call.function):
+            if each.name in ("MOV", "IMAD") and (each.operands[-1] == behind or (label and label.search(each.rest))):
+                return
+        raise Unknown(f"{call} returns where cannot be told")
+
+    def _of_function(self, name: str) -> Iterable[Instruction]:
+        return (each for each in self.program.instructions if each.function == name)
