@@ -92,8 +92,8 @@ def disassembler() -> Path:
     found = found or shutil.which("nvdisasm")
     if found is None:
         raise ValueError(
-            "nvdisasm, which reads machine code, is not found: it comes with the package triton (pip install triton) and "
-            "with CUDA; TRITON_NVDISASM_PATH names one"
+            "nvdisasm, which reads machine code, is not found: the package triton brings it (pip install triton), and so "
+            "does CUDA; TRITON_NVDISASM_PATH names one"
         )
     return Path(found)
 
