@@ -92,7 +92,7 @@ def disassembler() -> Path:
     found = found or shutil.which("nvdisasm")
     if found is None:
         raise ValueError(
-            "nvdisasm, which reads machine code, is not found: the package triton brings it (pip install triton), and so "
+            "nvdisasm, which reads machine code, is not found: the package triton brings it (pip install triton), as "
             "does CUDA; TRITON_NVDISASM_PATH names one"
         )
     return Path(found)
