@@ -57,7 +57,7 @@ def kernels() -> str:
             f"no kernels can be compiled: {why}; carry rpsft_kernels/kernels here from a machine with Triton 3.9: "
             f'python -m rpsft_kernels kernels --build "{major}.{minor}"'
         )
-    variables = without(os.environ, "TRITON_INTERPRET", "PYTHONPATH")
+    variables = without(os.environ, "PYTHONPATH", "RPSFT_AOT_KERNELS")
     command = [python, str(COMPILE), "--arch", f"{major}.{minor}", "--output", str(FOLDER)]
     if run(command, variables):
         return "the kernels were not compiled: see above"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from prepare import TRITON, at_least
 
 # On a GPU deterministic algorithms ask this of cuBLAS, which tests compare with.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -18,3 +20,12 @@ def _poisoned_workspaces() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def any_tiles(device: torch.device) -> None:
+    """For tests of tile shapes that no kernel was compiled ahead of time for: Triton compiles them, where it may."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        version = importlib.metadata.version("triton")
+        if not at_least(version, TRITON):
+            pytest.skip(f"what Triton {version} compiles for compute capability 9.0 is refused where it may be wrong")

@@ -230,6 +230,7 @@ def test_aligned_operands_take_the_vector_and_descriptor_paths(
         check_gradients(shapes, torch.bfloat16, torch.bfloat16, True, layout, device)
 
 
+@pytest.mark.usefixtures("any_tiles")
 @pytest.mark.parametrize("coarse", [("drift", "gradient"), ("project", "pull")])
 def test_phases_with_different_tiles_leave_no_gaps(
     coarse: tuple[str, str], monkeypatch: pytest.MonkeyPatch, device: torch.device

@@ -57,6 +57,7 @@ def test_a_table_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tile_table("sm_90")
 
 
+@pytest.mark.usefixtures("any_tiles")
 def test_tuning_takes_the_fastest_shape_and_passes_over_what_fails(
     capsys: pytest.CaptureFixture[str], device: torch.device
 ) -> None:
