@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,7 +197,12 @@ def test_device_tests_and_the_others_are_all() -> None:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Commands that would be run."""
     commands: list[str] = []
-    monkeypatch.setattr(prepare, "run", lambda command, _: commands.append(" ".join(command)) or 0)
+
+    def record(command: Sequence[str], _: Mapping[str, str]) -> int:
+        commands.append(" ".join(command))
+        return 0
+
+    monkeypatch.setattr(prepare, "run", record)
     return commands
 
 
@@ -234,8 +240,10 @@ def test_another_triton_gets_an_environment_of_its_own(
 
 def library(**changes: Any) -> SimpleNamespace:
     arches = [("sm_90a", SimpleNamespace(number=90))]
-    facts = {"manifest": {"only": ""}, "arches": lambda: arches, "held": lambda: "sm_90a", "summary": lambda: "kernels"}
-    return SimpleNamespace(**{**facts, **changes})
+    manifest = {"only": "", "versions": {"triton": "3.9.0"}, **changes}
+    return SimpleNamespace(
+        manifest=manifest, arches=lambda: arches, held=lambda: "sm_90a", summary=lambda: "a summary of kernels"
+    )
 
 
 def test_kernels_that_are_current_are_taken(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
@@ -243,8 +251,11 @@ def test_kernels_that_are_current_are_taken(monkeypatch: pytest.MonkeyPatch, ran
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert prepare.kernels() == "" and ran == []
     assert prepare.stale(Path("kernels"), 80) == "the kernels in kernels are for sm_90a"
-    monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", lambda folder: library(manifest={"only": "pull*"}))
+    monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", lambda folder: library(only="pull*"))
     assert prepare.stale(Path("kernels"), 90) == "the kernels in kernels are a selection: pull*"
+    old = {"triton": "3.8.0"}
+    monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", lambda folder: library(versions=old))
+    assert prepare.stale(Path("kernels"), 90) == "the kernels in kernels were compiled by Triton 3.8.0"
 
 
 def test_kernels_of_other_sources_are_compiled_anew(

@@ -77,6 +77,9 @@ def stale(folder: Path, capability: int) -> str:
         return f"the kernels in {folder} are for {library.held()}"
     if library.manifest["only"]:
         return f"the kernels in {folder} are a selection: {library.manifest['only']}"
+    version = library.manifest["versions"]["triton"]
+    if capability == 90 and not at_least(version, TRITON):
+        return f"the kernels in {folder} were compiled by Triton {version}"
     print(library.summary(), flush=True)
     return ""
 

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(row(outcome), flush=True)
 
     began = time.monotonic()
-    right = run_parts(wanted, LOGS, told=told)
+    right = run_parts(wanted, LOGS, lanes=4, told=told)
     print("\n" + summary(outcomes, time.monotonic() - began), flush=True)
     return 0 if right else 1
 

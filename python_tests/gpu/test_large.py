@@ -37,7 +37,8 @@ def filled(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def basis(rows: int, device: torch.device) -> Tensor:
     generator = torch.Generator(device).manual_seed(rows + 1)
     columns = torch.empty(rows, RANK, device=device).normal_(generator=generator)
-    return torch.linalg.qr(columns).Q.to(torch.bfloat16).contiguous()
+    orthonormal: Tensor = torch.linalg.qr(columns).Q
+    return orthonormal.to(torch.bfloat16).contiguous()
 
 
 @pytest.mark.parametrize("shape", [(SHORT, LONG), (LONG, SHORT)], ids=["wide", "tall"])
