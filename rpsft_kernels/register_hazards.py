@@ -87,9 +87,10 @@ class _Product:
             read |= _span(register(operand), _OPERAND_REGISTERS)
         for position, operand in enumerate(each.operands[descriptors[-1] + 1 :]):
             # The sum that is added to, the accumulators themselves as a rule; behind it a sparse product's positions.
-            read |= _span(register(operand), count if position == 0 else 1)
+            if position or register(operand) != first:
+                read |= _span(register(operand), 1 if position else count)
         shape = f"{each.name}.{size[0]}.{'.'.join(types[:1])}"
-        return cls(each, shape, accumulators, frozenset(read - accumulators), bool(barriers))
+        return cls(each, shape, accumulators, frozenset(read), bool(barriers))
 
     def continues(self, other: _Product) -> bool:
         """Whether it may follow on another's accumulators without a wait."""
@@ -176,45 +177,36 @@ class _Analysis:
 
     def findings(self) -> Iterator[str]:
         states = self._states()
-        for number in self.products:
-            if number not in states:
-                yield f"{self.program.instructions[number]} is reached on no way that is known here"
         for each in self.program.instructions:
-            state = states.get(each.number)
+            state, product = states.get(each.number), self.products.get(each.number)
             if state is None:
-                continue
-            product = self.products.get(each.number)
-            if product is not None:
+                if product is not None:
+                    yield f"{each.function}: {each} is reached on no way that is known here"
+            elif product is not None:
                 yield from self._of_product(product, state)
             else:
                 yield from self._of_other(each, state)
 
     def _of_other(self, each: Instruction, state: int) -> Iterator[str]:
         try:
-            writes, reads = each.writes, each.reads
+            each.check_known()
         except Unknown as error:
-            yield str(error)
+            yield f"{each.function}: {error}"
             return
         if state:
-            yield from self._touched(each, "writes", writes, self._no_write, state)
-            yield from self._touched(each, "reads", reads, self._no_read, state)
+            yield from self._touched(each, "writes", each.writes, self._no_write, state)
+            yield from self._touched(each, "reads", each.reads, self._no_read, state)
 
     def _of_product(self, product: _Product, state: int) -> Iterator[str]:
         each = product.instruction
-        for register_ in sorted(product.read & product.accumulators):
-            yield f"{each} reads R{register_}, which it accumulates in"
+        if both := sorted(product.read & product.accumulators):
+            yield f"{each.function}: {each} reads {_ranges(both)} while it accumulates there"
         others = state
         for number, other in self.products.items():
             if product.continues(other):
                 others &= ~self._bits(number)
         yield from self._touched(each, "writes", product.accumulators, self._no_write, others)
-        # Accumulators that it goes on with are its own, but they may be what another reads.
-        kept = {r: bits & ~self._accumulating(product) for r, bits in self._no_write.items()}
-        yield from self._touched(each, "writes", product.accumulators, kept, state & ~others)
         yield from self._touched(each, "reads", product.read, self._no_read, state)
-
-    def _accumulating(self, product: _Product) -> int:
-        return sum(self._bits(n) for n, other in self.products.items() if product.continues(other))
 
     def _touched(
         self, each: Instruction, how: str, registers: Iterable[int], forbidden: dict[int, int], state: int

@@ -44,6 +44,7 @@ _OTHERS = _words(
 )
 JUMPS = _words("BRA BRX BRXU BSYNC CALL EXIT JMP JMX JMXU KILL RET WARPSYNC")
 PRODUCTS = _words("HGMMA IGMMA QGMMA BGMMA")
+_KNOWN = _VALUES | _OTHERS | JUMPS | PRODUCTS
 
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*(.*?)\s*;\s*$")
 _LABEL = re.compile(r"([^\s:]+):\s*$")
@@ -98,7 +99,7 @@ class Instruction:
         return found[1] if found else None
 
     def check_known(self) -> None:
-        if self.name not in _VALUES | _OTHERS | JUMPS | PRODUCTS:
+        if self.name not in _KNOWN:
             raise Unknown(f"{self} is an instruction that is not known here")
 
     @cached_property
