@@ -105,6 +105,13 @@ def accumulate_rotation_grad_(
     The product is added inside the kernel, summed in float32 and rounded once to the gradient's own dtype; no tensor as
     large as a weight is allocated, except a ``.grad`` that did not exist yet. Frozen weights of a module
     count towards R and get no gradient.
+
+    Nothing here waits for a GPU, and the call can be captured in a CUDA graph, once the same step has run outside of
+    the capture (that loads kernels and sets pinned memory aside). A replay reads the weights and adds to the gradients
+    where they lay during the capture, with the ``coeff`` and the anchors of then. A ``.grad`` that the capture itself
+    made lies in the graph's memory, and is written, not added to, at each replay. The same holds for
+    :func:`rotation_penalty` and its backward pass. Weights over several processes are the exception: see
+    :mod:`rpsft_kernels.sharding.exchange`.
     """
     whole_module = isinstance(weights, nn.Module)
 
@@ -181,7 +188,8 @@ def _pull(bucket: Bucket, members: list[int], drifts: list[Tensor], coeff: float
             pieces.append(tile)
             if full:
                 weights.append(values[j])
-    factors = torch.tensor(scales, dtype=chosen[0].dtype, device=chosen[0].device)
+    # On the CPU whatever the weights' device: a copy from here to a GPU would wait for it.
+    factors = torch.tensor(scales, dtype=chosen[0].dtype)
     lefts = [piece.left for piece in pieces if piece.left is not None]
     rights = [piece.right for piece in pieces if piece.right is not None]
     bases = [piece.base for piece in pieces if piece.base is not None] if full else []

@@ -352,12 +352,13 @@ def _report_foreign_blocks(terms: list[Term], arithmetic: str) -> None:
         if block is None or not block.numel() or term.anchor.arithmetic == arithmetic or term.anchor in _reported:
             continue
         _reported.add(term.anchor)
-        residual = (torch.finfo(torch.float32).eps * block.norm().item()) ** 2
+        # Relative to the block: its norm lies on the GPU, which a step does not wait for.
+        residual = torch.finfo(torch.float32).eps ** 2
         warnings.warn(
             f"{term.name}: the anchor's block was computed by {term.anchor.arithmetic!r} and is used by "
             f"{arithmetic!r}, which rounds differently: at the pretrained weight its penalty is not exactly 0 but of "
-            f"the order of {residual:.1e}. Rebuild it from the pretrained weight: Anchors.load(path, model) or "
-            "Anchor.rebuilt_block(weight); or keep the base",
+            f"the order of {residual:.1e} ||B||_F^2, where B is the block. Rebuild it from the pretrained weight: "
+            "Anchors.load(path, model) or Anchor.rebuilt_block(weight); or keep the base",
             UserWarning,
             stacklevel=5,
         )

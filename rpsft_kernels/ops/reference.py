@@ -84,7 +84,7 @@ def project_drift(
             squares[i] = drift.square().sum()
         else:
             drift = weight.new_empty((0, 0), dtype=dtype)
-            squares[i] = 0
+            squares[i].zero_()
             for block in _row_blocks(*weight.shape):
                 squares[i] += _drift_rows(weight, base, block, dtype).square().sum()
         drifts.append(drift)

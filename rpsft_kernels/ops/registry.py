@@ -57,6 +57,23 @@ def _fake_project_drift(
     return drifts, weights[0].new_empty((len(weights),), dtype=dtype)
 
 
+def _into(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    drifts: Sequence[Tensor],
+    scales: Tensor,
+    accumulate: bool,
+    backend: str,
+) -> None:
+    if grads:
+        # The device of the gradients: the scales may lie on the CPU.
+        with _without_autocast(grads[0].device):
+            load(backend).pull_back_into(grads, weights, lefts, rights, bases, drifts, scales, accumulate=accumulate)
+
+
 def _run_pull_back(
     weights: Sequence[Tensor],
     lefts: Sequence[Tensor],
@@ -67,9 +84,8 @@ def _run_pull_back(
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
-    grads = _empty_grads(weights, lefts, rights, scales, dtype)
-    with _without_autocast(scales.device):
-        load(backend).pull_back_into(grads, weights, lefts, rights, bases, drifts, scales, accumulate=False)
+    grads = _empty_grads(weights, lefts, rights, dtype)
+    _into(grads, weights, lefts, rights, bases, drifts, scales, False, backend)
     return grads
 
 
@@ -83,21 +99,15 @@ def _fake_pull_back(
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
-    return _empty_grads(weights, lefts, rights, scales, dtype)
+    return _empty_grads(weights, lefts, rights, dtype)
 
 
 def _empty_grads(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    scales: Tensor,
-    dtype: torch.dtype,
+    weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
     if lefts:
-        shapes = [(u.shape[0], v.shape[0]) for u, v in zip(lefts, rights, strict=True)]
-    else:
-        shapes = [(w.shape[0], w.shape[1]) for w in weights]
-    return [scales.new_empty(shape, dtype=dtype) for shape in shapes]
+        return [u.new_empty((u.shape[0], v.shape[0]), dtype=dtype) for u, v in zip(lefts, rights, strict=True)]
+    return [w.new_empty((w.shape[0], w.shape[1]), dtype=dtype) for w in weights]
 
 
 def _run_pull_back_(
@@ -111,8 +121,7 @@ def _run_pull_back_(
     accumulate: bool,
     backend: str,
 ) -> None:
-    with _without_autocast(scales.device):
-        load(backend).pull_back_into(grads, weights, lefts, rights, bases, drifts, scales, accumulate=accumulate)
+    _into(grads, weights, lefts, rights, bases, drifts, scales, accumulate, backend)
     # Autograd must see that a tensor which it has saved is another one now.
     torch.autograd.graph.increment_version(grads)
 
@@ -208,7 +217,8 @@ def _backward_of_projection(
     def pick(pieces: list[Any]) -> list[Any]:
         return [pieces[i] for i in wanted] if pieces else []
 
-    chosen, factors = pick(drifts), scales if len(wanted) == n else scales[wanted]
+    # Not scales[wanted]: an index by a list is sent to the GPU, which has to be waited for.
+    chosen, factors = pick(drifts), scales if len(wanted) == n else torch.stack([scales[i] for i in wanted])
     if lefts:
         chosen, factors = _drift_gradient(chosen, pick(list(grad_drifts)), factors)
     pulled = _pull_back(pick(weights), pick(lefts), pick(rights), pick(bases), chosen, factors, ctx.dtype, ctx.backend)
@@ -244,7 +254,7 @@ def _backward_of_pull(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
         to_scales = torch.stack([(g * d).sum() for g, d in zip(grads, moved, strict=True)])
         to_weights = [(g * f).to(w.dtype) for g, f, w in zip(grads, factors, weights, strict=True)]
     none = [None] * n_lefts
-    return to_weights, none, none, [None] * n_bases, to_drifts, to_scales.to(scales.dtype), None, None
+    return to_weights, none, none, [None] * n_bases, to_drifts, to_scales.to(scales.device, scales.dtype), None, None
 
 
 torch.library.register_autograd(
@@ -300,7 +310,8 @@ def pull_back(
         rights: N bases V (n, k), or [] for full anchors.
         bases: N pretrained weights (m, n) for full anchors, else [].
         drifts: N tensors (k, k), float32 (float64 for float64 weights).
-        scales: (N,), the dtype of the drifts, on the weights' device.
+        scales: (N,), the dtype of the drifts, on the weights' device or on the CPU. Those of the CPU travel with what
+            the backend sends to a GPU in any case, and are not waited for.
         dtype: of the gradients.
         backend: the backend's name.
 

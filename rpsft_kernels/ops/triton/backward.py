@@ -9,12 +9,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .forward import access_of, addresses, static_columns, up, vectors
+from .forward import access_of, addresses, static_columns, up
 from .launch import launch
-from .problem import Problem, PullGroup, is_transposed, lies, type_name
+from .problem import Problem, PullGroup, is_transposed, lies, type_name, vectors
 from .profile import Profile, device_profile
 from .schedule import Grid, Schedule, build_schedule
-from .table import upload_fields, upload_schedule
+from .table import upload_fields_and_scales, upload_schedule
 from .tile_table import rank_class
 from .variant import Variant, basis_parts, gradient_variant, pull_variant
 
@@ -125,10 +125,9 @@ def run_backward(
     accumulate: bool,
 ) -> None:
     """``grads = scale * U C V^T``, or ``+=``."""
-    device = scales.device
+    device = grads[0].device
     profile = device_profile(device)
     drifts = [vectors(c) for c in drifts]
-    scales = vectors(scales)
     groups: dict[PullGroup, list[tuple[int, Problem]]] = {}
     for i, grad in enumerate(grads):
         group, problem = describe(lefts[i], rights[i], grad, profile)
@@ -145,7 +144,7 @@ def run_backward(
         columns["DRIFT"] = addresses([drifts[i] for i in members])
         columns["GRAD"] = addresses([grads[i] for i in members])
         columns["PLANES"] = [planes.data_ptr() + 2 * offset for offset in plan.planes_offsets]
-        table = upload_fields(columns, len(members), device)
+        table, factors = upload_fields_and_scales(columns, len(members), scales, device)
         pull, gradient = plan.pull_schedule, plan.gradient_schedule
-        launch(plan.pull, pull.programs_with_work, device, table, *upload_schedule(pull, device), scales)
+        launch(plan.pull, pull.programs_with_work, device, table, *upload_schedule(pull, device), factors)
         launch(plan.gradient, gradient.programs_with_work, device, table, *upload_schedule(gradient, device))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .launch import launch
-from .problem import Group, Problem, is_transposed, lies, readable, type_name
+from .problem import Group, Problem, is_transposed, lies, readable, type_name, vectors
 from .profile import Profile, device_profile
 from .schedule import Grid, Schedule, build_schedule, splits_of
 from .table import upload_fields, upload_schedule
@@ -164,12 +164,6 @@ def describe(
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [t.data_ptr() for t in tensors]
-
-
-def vectors(values: Tensor) -> Tensor:
-    """Numbers (C, B, scales) in float32, contiguous, and at a multiple of 16 bytes as fresh tensors are."""
-    values = values.to(torch.float32).contiguous()
-    return values if values.data_ptr() % 16 == 0 else values.clone()
 
 
 def run_forward(

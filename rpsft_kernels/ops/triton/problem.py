@@ -66,6 +66,12 @@ def readable(weight: Tensor, base: Tensor) -> Tensor:
     return base if known else base.to(weight.dtype)
 
 
+def vectors(values: Tensor) -> Tensor:
+    """Numbers (C, B, scales) in float32, contiguous, and at a multiple of 16 bytes as fresh tensors are."""
+    values = values.to(torch.float32).contiguous()
+    return values if values.data_ptr() % 16 == 0 else values.clone()
+
+
 class Problem(NamedTuple):
     """The static description of one weight, equal for equal layouts. Pieces that a phase lacks have strides (0, 0)."""
 

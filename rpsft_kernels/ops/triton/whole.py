@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .forward import addresses, static_columns, vectors
+from .forward import addresses, static_columns
 from .launch import launch
 from .problem import Problem, lies, readable, type_name
 from .profile import device_profile
 from .schedule import Grid, Schedule, build_schedule
-from .table import upload_fields, upload_schedule
+from .table import upload_fields, upload_fields_and_scales, upload_schedule
 from .variant import TypeName, Variant, full_drift_variant, full_gradient_variant, squares_variant
 
 
@@ -87,9 +87,8 @@ def run_whole_backward(
     grads: Sequence[Tensor], weights: Sequence[Tensor], bases: Sequence[Tensor], scales: Tensor, accumulate: bool
 ) -> None:
     """``grads = scale * (W - W0)``, or ``+=``."""
-    device = scales.device
+    device = grads[0].device
     profile = device_profile(device)
-    scales = vectors(scales)
     bases = list(map(readable, weights, bases))
     for group, entries in _groups(weights, bases, grads).items():
         members, problems = [i for i, _ in entries], tuple(p for _, p in entries)
@@ -104,5 +103,5 @@ def run_whole_backward(
             "BASE": addresses([bases[i] for i in members]),
             "GRAD": addresses([grads[i] for i in members]),
         }
-        table = upload_fields(columns, len(members), device)
-        launch(variant, schedule.programs_with_work, device, table, *upload_schedule(schedule, device), scales)
+        table, factors = upload_fields_and_scales(columns, len(members), scales, device)
+        launch(variant, schedule.programs_with_work, device, table, *upload_schedule(schedule, device), factors)
