@@ -1,5 +1,5 @@
 """``python -m rpsft_kernels``: the kernels' schedule, each rank's costs, a roofline, compilation, tuning,
-and what a bug report needs."""
+a self-test, and what a bug report needs."""
 
 from __future__ import annotations
 
@@ -64,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("env", help="what a bug report needs: versions, backends, kernels, devices")
 
+    selftest = commands.add_parser("selftest", help="test the backends of this installation where they run")
+    selftest.add_argument("--device", help="cuda, cuda:1, cpu (default: the first GPU, where there is one)")
+    selftest.add_argument("--quick", action="store_true", help="the part that runs by itself before the first launch")
+
     tune = commands.add_parser("tune", help="time tile shapes on this GPU and write a table for RPSFT_TILES")
     tune.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
     tune.add_argument("--rank", type=int, default=768)
@@ -81,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compile": _compile,
         "kernels": _kernels,
         "env": _env,
+        "selftest": _selftest,
         "tune": _tune,
     }
     return commands[options.command](options)
@@ -211,6 +216,18 @@ def _env(options: argparse.Namespace) -> int:
 
     print(environment_report())
     return 0
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    import torch
+
+    from .ops.selftest.command import test_device
+
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise SystemExit(f"--device: got {options.device!r}, expected cuda, cuda:1 or cpu ({error})") from None
+    return test_device(device, options.quick)
 
 
 def _tune(options: argparse.Namespace) -> int:

@@ -95,6 +95,7 @@ def _count() -> int:
 def _device(device: torch.device) -> Iterator[_Fact]:
     yield str(device), lambda: _properties(device)
     yield f"{device} kernels", lambda: _served(device)
+    yield f"{device} self-test", lambda: _tested(device)
     yield from _backends(device)
 
 
@@ -117,6 +118,12 @@ def _served(device: torch.device) -> str:
     if aot.compiles():
         return f"JIT, table {own}: {why}"
     return f"none: {why}; {compilers.jit_missing() or 'RPSFT_AOT=only'}"
+
+
+def _tested(device: torch.device) -> str:
+    from .ops.selftest import gate
+
+    return gate.state(device)
 
 
 def _backends(device: torch.device) -> Iterator[_Fact]:

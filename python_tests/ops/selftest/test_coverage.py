@@ -1,0 +1,45 @@
+"""The self-test's cases launch every kernel that each shipped table can be asked for, small and at a size that fills a
+GPU: shown on made-up devices, where launches are only written down.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rpsft_kernels.ops.selftest import cases
+from rpsft_kernels.ops.selftest.cases import REPEATED, all_cases
+from rpsft_kernels.ops.selftest.checks import Subject, call_once
+from rpsft_kernels.ops.selftest.inputs import Source
+from rpsft_kernels.ops.selftest.suite import Launches
+from rpsft_kernels.ops.triton import backward, forward, launch, whole
+from rpsft_kernels.ops.triton.profile import Profile
+from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
+from rpsft_kernels.ops.triton.variant import list_variants
+
+
+@pytest.mark.parametrize("architecture", [*DESCRIPTORS, "interpreter"])
+def test_every_listed_kernel_is_launched(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = Profile(architecture, 132, DESCRIPTORS.get(architecture, False))
+    for module in (forward, backward, whole):
+        monkeypatch.setattr(module, "device_profile", lambda _: profile)
+    monkeypatch.setattr(launch, "_start", lambda *_: None)
+    # Nothing reads the numbers; and smaller weights than on a GPU have the same variants.
+    monkeypatch.setattr(Source, "_normal", lambda self, rows, cols, scale: torch.empty(rows, cols))
+    monkeypatch.setattr(
+        cases, "_LARGE", {"even": (512, 768), "ragged": (520, 776), "odd": (521, 777), "others": (9, 9)}
+    )
+    subject = Subject("triton", torch.device("cpu"))
+    small, large = Launches(profile), Launches(profile)
+    for case in all_cases():
+        with launch.watched(small):
+            for shape in case.small():
+                call_once(case, subject, shape)
+        if case.kind in REPEATED:
+            with launch.watched(large):
+                call_once(case, subject, case.large(of_gpu=True))
+    asked = small.tiles.keys() | large.tiles.keys()
+    listed = set(list_variants(architecture, profile.descriptors, rank_classes()))
+    assert {variant.label() for variant in listed - asked} == set()
+    assert {variant.label() for variant in listed - large.tiles.keys()} == set()
+    assert {variant.label() for variant in asked - listed} == set()

@@ -1,0 +1,51 @@
+"""``python -m rpsft_kernels selftest``: every run that a device allows, printed."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+
+import torch
+
+from . import record
+from .report import table
+from .subjects import jobs
+
+# How often the command says how far it is, where somebody looks on.
+_STEP = 50
+
+
+def test_device(device: torch.device, quick: bool) -> int:
+    """Test what runs on a device and print what was found; on a GPU a pass is written down.
+
+    Returns:
+        The exit status: 0 where nothing was wrong, 1 otherwise, or where there was nothing to test.
+    """
+    if device.type not in ("cpu", "cuda"):
+        print(f"--device: got {device}, expected a GPU (cuda, cuda:1) or cpu")
+        return 1
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= count:
+            print(f"--device: got {device}, expected one of the {count} GPUs that torch sees, or cpu")
+            return 1
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        found, untested = jobs(device, quick)
+        results = []
+        for job in found:
+            total = len(job.cases)
+
+            def progress(done: int, total: int = total) -> None:
+                if done % _STEP == 0 and sys.stderr.isatty():
+                    print(f"\r{done} of {total} cases", end="\r", file=sys.stderr, flush=True)
+
+            results.append(job.run(progress))
+            print(table(results[-1], job.title), flush=True)
+            print()
+    for line in untested:
+        print(line)
+    passed = bool(results) and all(result.passed for result in results)
+    if passed and device.type == "cuda":
+        record.store(record.facts(device))
+    return 0 if passed else 1

@@ -1,0 +1,97 @@
+"""The quick self-test, run by itself before the first launch on a GPU whose kernels have no record of having passed.
+
+RPSFT_SELFTEST=0 leaves it out. A failure is an error, here and at every later call of the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+import torch
+
+from . import record
+
+_log = logging.getLogger("rpsft_kernels")
+_lock = threading.RLock()
+# GPUs of this process whose kernels may be launched, and what was wrong with those of others.
+_passed: set[torch.device] = set()
+_failed: dict[torch.device, str] = {}
+
+
+def switched_off() -> bool:
+    """The environment variable RPSFT_SELFTEST: ``0`` leaves the test out."""
+    value = os.environ.get("RPSFT_SELFTEST", "") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"environment variable RPSFT_SELFTEST: got {value!r}, expected 0 or 1")
+    return value == "0"
+
+
+def ensure(device: torch.device) -> None:
+    """Return where the kernels that serve ``device``, a GPU with its index, have passed the quick self-test, now or
+    earlier; else run it.
+
+    Raises:
+        RuntimeError: they have failed it; or a CUDA graph is being captured, in which nothing can be tested.
+    """
+    if device not in _passed:
+        _ensure(device)
+
+
+def _ensure(device: torch.device) -> None:
+    with _lock:
+        if device in _passed:
+            return
+        if device in _failed:
+            raise RuntimeError(_failed[device])
+        if switched_off():
+            _passed.add(device)
+            return
+        known = record.facts(device)
+        if record.when_passed(known) is None:
+            if _capturing(device):
+                raise RuntimeError(
+                    f"{device}: a CUDA graph is being captured, and its kernels have not passed the self-test yet; run "
+                    "one step before the capture, or python -m rpsft_kernels selftest --quick before the program"
+                )
+            _test(device)
+            record.store(known)
+        _passed.add(device)
+
+
+def _capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _test(device: torch.device) -> None:
+    from .subjects import quick_of_gpu
+
+    _log.info(f"{device}: its kernels have no record of having passed the self-test: the quick part runs now")
+    with torch.cuda.device(device):
+        result = quick_of_gpu(device)
+        torch.cuda.empty_cache()
+    if not result.passed:
+        _failed[device] = _message(device, result.failures)
+        raise RuntimeError(_failed[device])
+    _log.info(f"{device}: self-test passed in {result.seconds:.1f} s")
+
+
+def _message(device: torch.device, failures: list[str]) -> str:
+    name = torch.cuda.get_device_properties(device).name
+    return (
+        f"the kernels of backend 'triton' compute wrong numbers on {device} ({name}), and were not run on yours: "
+        f"{failures[0]}" + (f" ({len(failures)} failures)" if len(failures) > 1 else "") + ". See all of it: python -m "
+        "rpsft_kernels selftest; what a bug report needs: python -m rpsft_kernels env. Ways out: another version of "
+        "Triton or kernels compiled ahead of time by one, use_backend('torch') or RPSFT_BACKEND=torch; "
+        "RPSFT_SELFTEST=0 runs them all the same"
+    )
+
+
+def state(device: torch.device) -> str:
+    """What ``python -m rpsft_kernels env`` says of a GPU."""
+    known = record.facts(device)
+    when = record.when_passed(known)
+    words = f"passed {when}, {record.path(known)}" if when else "no record: the quick part runs before the first launch"
+    return f"RPSFT_SELFTEST=0: not run by itself; {words}" if switched_off() else words
