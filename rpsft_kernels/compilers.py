@@ -21,15 +21,52 @@ def triton_missing() -> str:
     """Why the package triton cannot compile the kernels; "" where it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        # Some builds of torch carry one under another name: of the right age, one may suppose.
-        return ""
-    numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
-    if numbers < [3, 6]:
+    version = triton_version()
+    # Some builds of torch carry one under another name: of the right age, one may suppose.
+    if version and _numbers(version) < (3, 6):
         return f"the package triton {version} is too old (pip install 'triton>=3.6', or a torch that brings it)"
     return ""
+
+
+# Below this version Triton's code for compute capability 9.0 touches registers of pending products (see
+# register_hazards) in kernels that compute an operand in registers: project with bfloat16 bases, gradient of float32
+# bases where W is read by columns and, below 3.8, drift of float32 bases. Known from scans of all of this package's
+# kernels for sm_90 as 3.6.0, 3.7.0, 3.8.0 and 3.9.0 compile them, each with the assembler that it brings (12.8.93,
+# 12.8.93, 12.9.86, 13.4): the first three break the rule, 3.9.0 in no kernel.
+_PRODUCTS_KEPT = (3, 9)
+# These change what assembles, or how.
+_ASSEMBLER = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "PTXAS_OPTIONS", "DISABLE_PTXAS_OPT")
+
+
+def touches_products() -> bool:
+    """Whether the installed Triton is one that is known to."""
+    version = triton_version()
+    return bool(version) and _numbers(version) < _PRODUCTS_KEPT
+
+
+def products_unsafe() -> str:
+    """What speaks against code for compute capability 9.0 that Triton compiles here with an operand in registers; ""
+    where nothing does. It decides where no disassembler is at hand to look at the code itself.
+    """
+    version = triton_version()
+    if not version:
+        return "the version of Triton is not known"
+    if touches_products():
+        return f"Triton {version} is known to compile such kernels wrongly"
+    changed = [name for name in _ASSEMBLER if os.environ.get(name)]
+    return f"{' and '.join(changed)} changes how Triton assembles it" if changed else ""
+
+
+def triton_version() -> str:
+    """ "" where the package has none of its own."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 @lru_cache(maxsize=1)

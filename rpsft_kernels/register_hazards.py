@@ -220,11 +220,11 @@ class _Analysis:
         numbers = [n for n in self.products if pending & self._bits(n)]
         first = self.products[numbers[0]].instruction
         age = next(a for a in range(self.ages) if pending >> (self.index[numbers[0]] * self.ages + a) & 1)
-        more = f" (and {len(numbers) - 1} other products)" if len(numbers) > 1 else ""
-        wait = f"a wait for gsb0, {age - 1:#x} has to come first" if age else "its group has not even ended"
+        more = f" (or {len(numbers) - 1} more)" if len(numbers) > 1 else ""
+        wait = f"WARPGROUP.DEPBAR.LE gsb0, {age - 1:#x} or less lies between" if age else "wait can cover it yet"
         yield (
-            f"{each.function}: {each} {how} {_ranges([r for r, _ in found])} of {first}{more}, which may be pending: "
-            f"{wait}"
+            f"{each.function}: {each} {how} {_ranges([r for r, _ in found])} while {first}{more} may still use them: "
+            f"no {wait}"
         )
 
 

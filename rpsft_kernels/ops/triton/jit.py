@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .kernels import KERNELS, kernel_constants
 from .variant import Variant
+from .vetting import findings, is_vetted, refusal
 
 
 def _scratch(device: torch.device) -> Any:
@@ -19,7 +20,15 @@ def _scratch(device: torch.device) -> Any:
     return allocate
 
 
+# By variant, device, and which pointers are aligned, which Triton compiles for: why it is not launched, "" where it is.
+_refusals: dict[tuple[Variant, int, tuple[bool, ...]], str] = {}
+
+
 def launch_jit(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> None:
+    """
+    Raises:
+        ValueError: the code that Triton makes of it for this GPU may compute wrong numbers; nothing was launched.
+    """
     if device.type == "cuda":
         # Descriptors made inside a kernel live in scratch memory that Triton asks of its caller.
         triton.set_allocator(_scratch(device))
@@ -27,9 +36,36 @@ def launch_jit(variant: Variant, programs: int, device: torch.device, arguments:
             options = variant.options()
             if torch.version.hip is None:
                 options["maxnreg"] = variant.registers
+            _check(variant, device, arguments, options)
             _start(variant, programs, arguments, options)
     else:
         _start(variant, programs, arguments, variant.options())
+
+
+def check_jit(variant: Variant, device: torch.device, arguments: tuple[Tensor, ...]) -> None:
+    """What :func:`launch_jit` raises of a variant, without launching it; it is compiled, where it was not yet."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            _check(variant, device, arguments, variant.options() | {"maxnreg": variant.registers})
+
+
+def _check(variant: Variant, device: torch.device, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+    index = torch.cuda.current_device()
+    if not is_vetted(index):
+        return
+    key = (variant, index, tuple(argument.data_ptr() % 16 == 0 for argument in arguments))
+    refused = _refusals.get(key)
+    if refused is None:
+        # Compiled, or taken from Triton's cache, and not launched.
+        kernel = KERNELS[variant.kernel].run(
+            *arguments, grid=(1,), warmup=True, **kernel_constants(variant), **options
+        )  # fmt: skip
+        # Triton 3.6 and newer may compile in a thread.
+        kernel = kernel.result() if hasattr(kernel, "result") else kernel
+        found = findings(kernel)
+        refused = _refusals[key] = refusal(variant, device, found) if found else ""
+    if refused:
+        raise ValueError(refused)
 
 
 def _start(variant: Variant, programs: int, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:

@@ -1,0 +1,87 @@
+"""Code that Triton compiles here for compute capability 9.0 is looked at once, before its first launch: some versions
+make code that computes wrong numbers (:mod:`rpsft_kernels.register_hazards`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.runtime.cache import get_cache_manager
+
+from ... import aot, compilers
+from ...register_hazards import RULES, scan_cubin
+from .variant import Variant
+
+# "wgmma.mma_async....f32.bf16.bf16 {sums}, {a0, a1, a2, a3}, descriptor, ...": A in registers. In shared memory it is
+# a descriptor too.
+_REGISTER_OPERAND = re.compile(r"wgmma\.mma_async[^{;]*\{[^}]*\}\s*,\s*\{")
+
+
+@lru_cache(maxsize=64)
+def is_vetted(index: int) -> bool:
+    """Whether a CUDA device runs products that go on after their instruction, which only compute capability 9.0 has."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
+
+
+def findings(kernel: Any) -> list[str]:
+    """What speaks against a kernel that Triton compiled (its CompiledKernel); [] of a good one.
+
+    What was found in machine code lies in Triton's cache beside it, for later processes.
+    """
+    ptx = kernel.asm.get("ptx")
+    if ptx is not None and "wgmma.mma_async" not in ptx:
+        return []
+    image: bytes = kernel.asm["cubin"]
+    name = f"rpsft-registers-{RULES}-{hashlib.sha256(image).hexdigest()[:32]}.json"
+    beside = get_cache_manager(kernel.hash)
+    found = _recorded(beside.get_file(name))
+    if found is not None:
+        return found
+    try:
+        found = scan_cubin(image)
+    except ValueError as error:
+        unsafe = compilers.products_unsafe()
+        computed = ptx is None or _REGISTER_OPERAND.search(ptx) is not None
+        return [f"{unsafe}, and its machine code cannot be looked at ({error})"] if unsafe and computed else []
+    beside.put(json.dumps(found), name, binary=False)
+    return found
+
+
+def _recorded(path: str | None) -> list[str] | None:
+    """What was written down before; None where that was nothing, or nothing that can be read."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else None
+
+
+def refusal(variant: Variant, device: torch.device, found: list[str]) -> str:
+    """The error for a launch of what has findings: kernel, GPU, compiler, what is wrong, and the ways out."""
+    major, minor = torch.cuda.get_device_capability(device)
+    gpu = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+    compiler = f"Triton {compilers.triton_version() or 'of an unknown version'} with ptxas {_assembler()}"
+    more = f" (and {len(found) - 1} more of the kind)" if len(found) > 1 else ""
+    ways = ["kernels compiled ahead of time by Triton 3.9 or newer (a wheel that carries them, or pip install . here)"]
+    if aot.mode() == "0":
+        ways.append("RPSFT_AOT=1, where they are installed (it is 0)")
+    ways += ["Triton 3.9 or newer, or a torch that brings it", 'use_backend("torch")']
+    return (
+        f"{variant.label()} is not launched on {device} ({gpu}): as {compiler} compiles it, it may compute wrong "
+        f"numbers: {found[0]}{more}. Take one of: {'; '.join(ways)}"
+    )
+
+
+def _assembler() -> str:
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        return str(get_ptxas(90).version)
+    except Exception:  # the version is one word of an error message about something else
+        return "of an unknown version"
