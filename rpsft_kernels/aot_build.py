@@ -94,7 +94,7 @@ def build_kernels(
         architectures: targets, or what the environment variable RPSFT_CUDA_ARCHS takes: a list, or ``native``.
         folder: is made, or replaced where it holds an earlier build.
         ranks: one of each rank class that is wanted (default: all classes).
-        jobs: processes (default: MAX_JOBS, else one per processor and 1.5 GiB of free memory).
+        jobs: processes (default: MAX_JOBS, else one per processor and GiB of free memory).
         only: globs on the variants' labels, separated by semicolons.
         strict: a kernel that is left out is an error, once all are compiled.
         say: takes lines about what is left out and how far the build is.

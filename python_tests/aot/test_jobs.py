@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 @pytest.mark.parametrize(
     ("processors", "memory", "jobs"),
-    [(2, 8 * GIB, 2), (64, 8 * GIB, 5), (4, GIB, 1), (1, 64 * GIB, 1), (3, None, 3)],
+    [(2, 8 * GIB, 2), (64, 8 * GIB, 8), (4, GIB, 1), (1, 64 * GIB, 1), (3, None, 3)],
 )
 def test_processes_fit_processors_and_memory(
     processors: int, memory: int | None, jobs: int, monkeypatch: pytest.MonkeyPatch
