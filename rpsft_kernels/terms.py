@@ -340,8 +340,11 @@ def buckets_of(terms: list[Term]) -> list[Bucket]:
         members = [terms[i] for i in indices]
         weight = members[0].weight
         backend = ops.resolve_backend(weight.device, weight.dtype)
-        if members[0].anchor.block is not None and not torch.compiler.is_compiling():
-            _report_foreign_blocks(members, ops.arithmetic_id(backend, weight.device, weight.dtype))
+        if not torch.compiler.is_compiling():
+            # Here, where all ranks hear of it, not in the middle of a step.
+            ops.make_ready(backend, weight.device)
+            if members[0].anchor.block is not None:
+                _report_foreign_blocks(members, ops.arithmetic_id(backend, weight.device, weight.dtype))
         buckets.append(Bucket(members, backend))
     return buckets
 

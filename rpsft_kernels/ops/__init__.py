@@ -7,7 +7,7 @@
 from .backend import arithmetic_id, available_backends, requested_backend, resolve_backend, use_backend
 from .bucket import BucketLimits, WeightSpec, plan_buckets
 from .reference import accumulation_dtype
-from .registry import project_drift, pull_back, pull_back_
+from .registry import make_ready, project_drift, pull_back, pull_back_
 
 __all__ = [
     "BucketLimits",
@@ -15,6 +15,7 @@ __all__ = [
     "accumulation_dtype",
     "arithmetic_id",
     "available_backends",
+    "make_ready",
     "plan_buckets",
     "project_drift",
     "pull_back",

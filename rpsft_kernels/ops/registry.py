@@ -21,14 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import load
+from .backend import Backend, load
 from .reference import accumulation_dtype
+from .selftest.gate import ensure
 
 
 def _without_autocast(device: torch.device) -> Any:
     # Autocast would reach the products inside an operator and round what must stay float32. Leaving it where it is off
     # would only take time.
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def make_ready(backend: str, device: torch.device) -> Backend:
+    """The backend, once what it would launch on ``device`` has passed its self-test: at once but for the first time.
+
+    Raises:
+        RuntimeError: the GPU's kernels have failed it, or they were never tested and a CUDA graph is being captured.
+    """
+    if backend == "triton" and device.type == "cuda":
+        ensure(device)
+    return load(backend)
 
 
 def _run_project_drift(
@@ -40,7 +52,7 @@ def _run_project_drift(
     backend: str,
 ) -> tuple[list[Tensor], Tensor]:
     with _without_autocast(weights[0].device):
-        return load(backend).project_drift(weights, lefts, rights, bases, blocks)
+        return make_ready(backend, weights[0].device).project_drift(weights, lefts, rights, bases, blocks)
 
 
 def _fake_project_drift(
@@ -71,7 +83,8 @@ def _into(
     if grads:
         # The device of the gradients: the scales may lie on the CPU.
         with _without_autocast(grads[0].device):
-            load(backend).pull_back_into(grads, weights, lefts, rights, bases, drifts, scales, accumulate=accumulate)
+            ready = make_ready(backend, grads[0].device)
+            ready.pull_back_into(grads, weights, lefts, rights, bases, drifts, scales, accumulate=accumulate)
 
 
 def _run_pull_back(
