@@ -201,6 +201,8 @@ def _launch(
 
 
 def _scratch(size: int, device: torch.device) -> Tensor:
+    # Where programs put their descriptors. Machine code writes one by atomic exchanges and throws away what they give
+    # back: a sanitizer may call that a read of memory that was never written, but no value of it is ever used.
     return torch.empty(size, dtype=torch.int8, device=device)
 
 
