@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from rpsft_kernels.ops import registry
 from rpsft_kernels.ops import triton as triton_backend
+from rpsft_kernels.ops.selftest import gate
 from rpsft_kernels.ops.triton import backward, forward, jit, profile, table, whole
 
 DEVICE = torch.device("cuda", 0)
@@ -223,6 +224,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         monkeypatch.setattr(module, "device_profile", lambda _: interpreter)
         monkeypatch.setattr(module, "launch", _launcher(device))
     monkeypatch.setattr(triton_backend, "unavailable", lambda device, dtype: None)
+    # What has passed its self-test is not tested again.
+    monkeypatch.setattr(gate, "_passed", {DEVICE})
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: _Stream(device))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.capturing)
