@@ -27,6 +27,8 @@ import torch
 from filling import Case, findings, make_inputs
 from parts import Counts, Outcome, Part, run_part, run_parts
 
+from rpsft_kernels import compilers
+
 HERE = Path(run.__file__).parent
 FINDS = "import sys, time, pathlib; here = pathlib.Path(sys.argv[1])\n"
 # Waits for a file that another part writes; its limit ends it where that part never runs beside it.
@@ -213,34 +215,40 @@ def with_triton(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
         return version
 
     monkeypatch.setattr(importlib.metadata, "version", found)
+    monkeypatch.setattr(compilers, "triton_missing", lambda: "" if version else "the package triton is not installed")
 
 
-@pytest.mark.parametrize("version", ["3.9.0", "3.10.1", "4.0.0+git1234"])
-def test_a_triton_that_is_right_compiles(version: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("version", "capability"), [("3.9.0", 90), ("3.10.1", 90), ("4.0.0+git1234", 90), ("3.6.0", 80), ("3.6.0", 120)]
+)
+def test_a_triton_that_is_right_compiles(
+    version: str, capability: int, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with_triton(monkeypatch, version)
-    assert prepare.compiler() == (sys.executable, "") and ran == []
+    assert prepare.compiler(capability) == (sys.executable, "") and ran == []
 
 
-@pytest.mark.parametrize("version", ["3.6.0", "3.8.1", ""])
+@pytest.mark.parametrize(("version", "capability"), [("3.6.0", 90), ("3.8.1", 90), ("", 80)])
 def test_another_triton_gets_an_environment_of_its_own(
-    version: str, ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    version: str, capability: int, ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_triton(monkeypatch, version)
     monkeypatch.setattr(prepare, "ENVIRONMENT", tmp_path / "environment")
     python = str(tmp_path / "environment" / "bin" / "python")
-    assert prepare.compiler() == (python, "")
+    assert prepare.compiler(capability) == (python, "")
     assert ran == [
         f"{sys.executable} -m venv {tmp_path / 'environment'}", f"{python} -m pip install -q --no-deps triton>=3.9"
     ]  # fmt: skip
     monkeypatch.setattr(prepare, "run", lambda command, _: "pip" in command)
-    found, why = prepare.compiler()
-    have = f"the Triton at hand is {version}, older than 3.9" if version else "there is no Triton at hand"
-    assert found == "" and why == f"{have}, and install -q --no-deps triton>=3.9 failed: see above"
+    found, why = prepare.compiler(capability)
+    have = f"Triton {version} is known to compile" if version else "the package triton is not installed"
+    assert found == "" and why.startswith(have)
+    assert why.endswith(", and install -q --no-deps triton>=3.9 failed: see above")
 
 
 def library(**changes: Any) -> SimpleNamespace:
     arches = [("sm_90a", SimpleNamespace(number=90))]
-    manifest = {"only": "", "versions": {"triton": "3.9.0"}, **changes}
+    manifest = {"only": "", "left_out": [], **changes}
     return SimpleNamespace(
         manifest=manifest, arches=lambda: arches, held=lambda: "sm_90a", summary=lambda: "a summary of kernels"
     )
@@ -253,9 +261,9 @@ def test_kernels_that_are_current_are_taken(monkeypatch: pytest.MonkeyPatch, ran
     assert prepare.stale(Path("kernels"), 80) == "the kernels in kernels are for sm_90a"
     monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", lambda folder: library(only="pull*"))
     assert prepare.stale(Path("kernels"), 90) == "the kernels in kernels are a selection: pull*"
-    old = {"triton": "3.8.0"}
-    monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", lambda folder: library(versions=old))
-    assert prepare.stale(Path("kernels"), 90) == "the kernels in kernels were compiled by Triton 3.8.0"
+    lacking = [{"arch": "sm_90a", "label": "project(...)", "reason": "spills"}, {"arch": "sm_80"}]
+    monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", lambda folder: library(left_out=lacking))
+    assert prepare.stale(Path("kernels"), 90) == "the kernels in kernels lack 1, such as project(...): spills"
 
 
 def test_kernels_of_other_sources_are_compiled_anew(
@@ -283,7 +291,7 @@ def test_where_nothing_can_compile_the_way_out_is_told(
 
     monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", opened)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(prepare, "compiler", lambda: ("", "the Triton at hand is 3.6.0, and pip failed"))
+    monkeypatch.setattr(prepare, "compiler", lambda capability: ("", "the Triton at hand is 3.6.0, and pip failed"))
     assert prepare.main(["kernels"]) == 1
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith("no kernels can be compiled: the Triton at hand is 3.6.0, and pip failed; carry ")

@@ -33,7 +33,7 @@ def triton_missing() -> str:
 # bases where W is read by columns and, below 3.8, drift of float32 bases. Known from scans of all of this package's
 # kernels for sm_90 as 3.6.0, 3.7.0, 3.8.0 and 3.9.0 compile them, each with the assembler that it brings (12.8.93,
 # 12.8.93, 12.9.86, 13.4): the first three break the rule, 3.9.0 in no kernel.
-_PRODUCTS_KEPT = (3, 9)
+PRODUCTS_KEPT = (3, 9)
 # These change what assembles, or how.
 _ASSEMBLER = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "PTXAS_OPTIONS", "DISABLE_PTXAS_OPT")
 
@@ -41,7 +41,7 @@ _ASSEMBLER = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "PTXAS_OPTIONS
 def touches_products() -> bool:
     """Whether the installed Triton is one that is known to."""
     version = triton_version()
-    return bool(version) and _numbers(version) < _PRODUCTS_KEPT
+    return bool(version) and _numbers(version) < PRODUCTS_KEPT
 
 
 def products_unsafe() -> str:

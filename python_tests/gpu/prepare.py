@@ -3,16 +3,14 @@
     python python_tests/gpu/prepare.py native | kernels
 
 Neither needs a network where this Python has what they take. Kernels that are there and current are taken as they are.
-Where they are not, the Triton at hand compiles them, if its code is right on this GPU; else a newer one does, in an
-environment of its own (.venv-kernels), which takes a package registry.
+Where they are not, the Triton at hand compiles them, if its code is known to be right on this GPU; else a newer one
+does, in an environment of its own (.venv-kernels), which takes a package registry.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,8 +18,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-kernels"
-# Older ones compile code that may be wrong on compute capability 9.0: the README's table of compilers.
-TRITON = (3, 9)
 COMPILE = ROOT / "build_tools" / "compile_kernels.py"
 
 
@@ -51,10 +47,10 @@ def kernels() -> str:
     if not reason:
         return ""
     print(f"compiling kernels for {major}.{minor}: {reason}", flush=True)
-    python, why = compiler()
+    python, why = compiler(10 * major + minor)
     if not python:
         return (
-            f"no kernels can be compiled: {why}; carry rpsft_kernels/kernels here from a machine with Triton 3.9: "
+            f"no kernels can be compiled: {why}; carry rpsft_kernels/kernels here from a machine with a newer Triton: "
             f'python -m rpsft_kernels kernels --build "{major}.{minor}"'
         )
     variables = without(os.environ, "PYTHONPATH", "RPSFT_AOT_KERNELS")
@@ -77,38 +73,31 @@ def stale(folder: Path, capability: int) -> str:
         return f"the kernels in {folder} are for {library.held()}"
     if library.manifest["only"]:
         return f"the kernels in {folder} are a selection: {library.manifest['only']}"
-    version = library.manifest["versions"]["triton"]
-    if capability == 90 and not at_least(version, TRITON):
-        return f"the kernels in {folder} were compiled by Triton {version}"
+    left_out = [each for each in library.manifest["left_out"] if each["arch"] in own]
+    if left_out:
+        return f"the kernels in {folder} lack {len(left_out)}, such as {left_out[0]['label']}: {left_out[0]['reason']}"
     print(library.summary(), flush=True)
     return ""
 
 
-def compiler() -> tuple[str, str]:
-    """A Python whose Triton compiles right code, or "" and why there is none."""
-    try:
-        found = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        found = ""
-    if found and at_least(found, TRITON):
+def compiler(capability: int) -> tuple[str, str]:
+    """A Python whose Triton compiles right code for a GPU, or "" and why there is none."""
+    from rpsft_kernels import compilers
+
+    why = compilers.triton_missing() or (compilers.products_unsafe() if capability // 10 == 9 else "")
+    if not why:
         return sys.executable, ""
-    wanted = ".".join(map(str, TRITON))
-    have = f"the Triton at hand is {found}, older than {wanted}" if found else "there is no Triton at hand"
     python = ENVIRONMENT / "bin" / "python"
+    wanted = f"triton>={'.'.join(map(str, compilers.PRODUCTS_KEPT))}"
     steps: Sequence[list[str]] = (
         [] if python.exists() else [sys.executable, "-m", "venv", str(ENVIRONMENT)],
-        [str(python), "-m", "pip", "install", "-q", "--no-deps", f"triton>={wanted}"],
+        [str(python), "-m", "pip", "install", "-q", "--no-deps", wanted],
     )
-    print(f"{have}: {ENVIRONMENT.name} gets another", flush=True)
+    print(f"{why}: {ENVIRONMENT.name} gets {wanted}", flush=True)
     for step in filter(None, steps):
         if run(step, without(os.environ, "PYTHONPATH")):
-            return "", f"{have}, and {' '.join(step[-4:])} failed: see above"
+            return "", f"{why}, and {' '.join(step[-4:])} failed: see above"
     return str(python), ""
-
-
-def at_least(version: str, wanted: tuple[int, int]) -> bool:
-    """Whether a version of a package is that old or newer."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= wanted
 
 
 def without(variables: Mapping[str, str], *names: str) -> dict[str, str]:
