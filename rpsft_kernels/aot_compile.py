@@ -17,6 +17,7 @@ from .aot_limits import exceeded
 from .aot_targets import AMD, Target
 from .machine_code import nvidia_tools
 from .ops.triton.variant import ARGUMENT_TYPES, ARGUMENTS, Variant
+from .register_hazards import scan_cubin
 
 # torch allocates every argument at a multiple of 16 bytes at least; see compile_variant.
 _DIVISIBILITY = 16
@@ -102,6 +103,10 @@ def compile_kernel(task: tuple[Variant, Target]) -> Kernel | LeftOut:
 def _faults(entry: dict[str, Any], image: bytes) -> Iterator[str]:
     """What stands against launching a kernel."""
     yield from exceeded(entry)
+    # Products that run on behind their instruction, on registers that compilers have overwritten, are Hopper's alone.
+    if entry["arch"] == "sm_90a" and (hazards := scan_cubin(image)):
+        more = f" (and {len(hazards) - 1} more of the kind)" if len(hazards) > 1 else ""
+        yield f"its machine code may compute wrong numbers: {hazards[0]}{more}"
 
 
 def parameter_table(cubin: bytes, kernel: str) -> list[tuple[int, int]]:

@@ -77,17 +77,17 @@ def test_two_builds_are_the_same_to_the_last_byte(kernels: Path, tmp_path: Path)
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": absent}
     run = subprocess.run(command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert re.search(r"\d+ kernels in \d+ files, [\d.]+ MB, \d+ s; peak memory \d+ MiB in the largest", run.stdout)
+    assert re.search(r"\d+ kernels in \d+ files,.* [\d.]+ MB, \d+ s; peak memory \d+ MiB in the largest", run.stdout)
     again = tmp_path / "elsewhere" / "again"
     assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in kernels.iterdir()}
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_the_largest_shapes_for_8_6_spill_nothing(tmp_path: Path) -> None:
-    """Float32 bases at ranks up to 64 take the most registers there; a build refuses what spills."""
+    """Float32 bases at ranks up to 64 take the most registers there; a build leaves out what spills."""
     only = "project(*basis_type=fp32*aligned=True*;drift(basis_type=fp32*aligned=True*"
     built = build_kernels("8.6", tmp_path / "kernels", ranks=(64,), jobs=2, only=only)
-    assert built.kernels == 44
+    assert (built.kernels, built.left_out) == (44, 0)
 
 
 def test_ids_tell_variants_and_architectures_apart() -> None:
@@ -103,7 +103,10 @@ def test_a_library_opens_what_was_built(kernels: Path) -> None:
         wanted = wanted_variants(table, (32,), library.manifest["only"])
         assert len(wanted) >= 6
         assert set(wanted) <= set(list_variants(table, descriptors, (32,)))
-        assert all(aot.kernel_id(variant, arch) in library.by_id for variant in wanted)
+        assert {aot.kernel_id(variant, arch) for variant in wanted} <= library.by_id.keys() | library.left_out.keys()
+    # Triton before 3.9 overwrites registers that Hopper's asynchronous products still read.
+    wrong = tuple(map(int, library.manifest["versions"]["triton"].split(".")[:2])) < (3, 9)
+    assert {each["arch"] for each in library.left_out.values()} == ({"sm_90a"} if wrong else set())
     assert re.search(r"sm_90a +\d+ kernels in \d+ files", library.summary())
     for entry in library.manifest["kernels"]:
         assert parameter_table((kernels / entry["file"]).read_bytes(), entry["entry"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from rpsft_kernels import aot_compile
 from rpsft_kernels import aot_library as aot
 from rpsft_kernels.aot_build import main as build
 from rpsft_kernels.aot_build import wanted_variants
@@ -32,7 +33,7 @@ def test_what_was_built_passes(kernels: Path, capsys: pytest.CaptureFixture[str]
     assert checked.findings == []
     assert not checked.complete
     assert main(["kernels", "--check", str(kernels)]) == 0
-    assert re.search(r"\d+ kernels \(a selection of the variants\) for sm_80, sm_90a", capsys.readouterr().out)
+    assert re.search(r"\d+ kernels \(a selection of the variants.*\) for sm_80, sm_90a", capsys.readouterr().out)
 
 
 def of_arch(entries: list[dict[str, Any]], arch: str, kernel: str = "gradient") -> dict[str, Any]:
@@ -54,7 +55,7 @@ def flip_a_byte(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def delete_a_file(folder: Path, entries: list[dict[str, Any]]) -> None:
-    (folder / of_arch(entries, "sm_90a", "project")["file"]).unlink()
+    (folder / of_arch(entries, "sm_90a", "pull")["file"]).unlink()
 
 
 def swap_architectures(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -128,7 +129,7 @@ def say(name: str, value: Any, kernel: str = "gradient") -> Change:
     ("change", "finding"),
     [
         (flip_a_byte, r"\(gradient, sm_90a\): \w+\.cubin has another sha256 than the manifest says"),
-        (delete_a_file, r"\(project, sm_90a\): \w+\.cubin does not exist"),
+        (delete_a_file, r"\(pull, sm_90a\): \w+\.cubin does not exist"),
         (swap_architectures, r"\(squares, sm_90a\): architecture: \w+\.cubin has sm_80, the manifest says sm_90a"),
         (no_longer_specific, r"\(squares, sm_90a\): architecture: \w+\.cubin has sm_90, the manifest says sm_90a"),
         (take_another_kernel, r"entry: \w+\.cubin has squares_kernel, the manifest says gradient_kernel"),
@@ -233,6 +234,19 @@ def test_what_a_gpu_has_not_is_left_out(
     findings = check_kernels(tmp_path / "kernels").findings
     assert any("1 entries with the id" in found and "1 that leave it out, expected one" in found for found in findings)
     assert any(re.search(r"^0{20} \(project.*is left out, but nothing asks for it", found) for found in findings)
+
+
+def test_code_that_breaks_the_rules_of_its_registers_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    good: dict[str, Any] = {
+        "arch": "sm_90a", "registers": 128, "spilled": 0, "maximal_registers": 128, "threads": 256, "residents": 1,
+        "shared": 0,
+    }  # fmt: skip
+    monkeypatch.setattr(aot_compile, "scan_cubin", lambda image: [f"{image.decode()} is written", "another"])
+    assert list(aot_compile._faults(good, b"R24")) == [
+        "its machine code may compute wrong numbers: R24 is written (and 1 more of the kind)"
+    ]
+    # No other GPU has such products.
+    assert list(aot_compile._faults(good | {"arch": "sm_100a"}, b"R24")) == []
 
 
 def test_a_wheel_without_its_launcher(kernels: Path, tmp_path: Path) -> None:
