@@ -6,18 +6,26 @@ import datetime
 import multiprocessing
 import os
 import queue
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any, Literal
 
+import pytest
 import torch
 import torch.distributed as dist
 
 # A server that has imported everything forks the ranks: starting one takes a tenth of a second.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "transformers", "rpsft_kernels"])
+_hides = [name for name in ("python_tests.without_triton",) if name in sys.modules]
+_context.set_forkserver_preload([*_hides, "torch", "torch.distributed.tensor", "transformers", "rpsft_kernels"])
 _SECONDS = 180
+# On a GPU it does everywhere.
+FSDP2_RUNS = hasattr(torch.cpu.Stream, "record_event")
+needs_fsdp2 = pytest.mark.skipif(
+    not FSDP2_RUNS, reason="FSDP2 of torch 2.6 does not run on CPUs: their stream has no record_event"
+)
 # Who keeps the store: a file; a server that outlives the ranks, as torchrun's does; or rank 0.
 Keeper = Literal["file", "launcher", "rank 0"]
 

@@ -7,8 +7,7 @@ from collections.abc import Collection
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-# torch.compile, FSDP1 and activation checkpointing hold the wrapped module under these names.
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+from .private_names import WRAPPED
 
 
 def canonical_name(name: str, replicas: Collection[str] = ()) -> str:
@@ -22,7 +21,7 @@ def canonical_name(name: str, replicas: Collection[str] = ()) -> str:
     parts = name.split(".")
     kept = []
     for i, part in enumerate(parts):
-        if part in _WRAPPERS or (part == "module" and ".".join(parts[:i]) in replicas):
+        if part in WRAPPED or (part == "module" and ".".join(parts[:i]) in replicas):
             continue
         kept.append(part)
     return ".".join(kept)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import FSDP2_RUNS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rpsft_kernels as rk
 from rpsft_kernels import evaluation, terms
 from rpsft_kernels.ops import BucketLimits
+from rpsft_kernels.private_names import default_store
 from rpsft_kernels.sharding import Exchange
 
 RANK = 8
@@ -30,7 +32,6 @@ COEFF = 0.3
 ODD = 1
 # (4, 512) and (512, 4) weights are cut by DistributedDataParallel's division, too.
 _SIZES = (24, 512, 24, 40)
-_store = dist.distributed_c10d._get_default_store
 
 
 @dataclass
@@ -73,8 +74,11 @@ def backward(model: Any) -> None:
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             model(inputs).square().mean().backward()
-    else:
+    elif FSDP2_RUNS:
         model(inputs).square().mean().backward()
+    else:
+        for parameter in model.parameters():
+            parameter.grad = parameter.detach() * (1 + dist.get_rank())
 
 
 def ready(wrapper: str, mesh_shape: tuple[int, ...] = ()) -> Any:
@@ -167,12 +171,12 @@ def one_is_late() -> Outcome:
             lost = Exchange._lost
 
             def told(self: Exchange, error: RuntimeError) -> RuntimeError:
-                _store().set("failed", "1")
+                default_store().set("failed", "1")
                 return lost(self, error)
 
             patch.setattr(Exchange, "_lost", told)
         else:
-            _store().wait(["failed"])
+            default_store().wait(["failed"])
         return attempt(accumulate, model, whole_anchors())
 
 
@@ -180,10 +184,10 @@ def one_stays_away() -> Outcome | None:
     """The odd rank lives and never calls: the others wait until the group's timeout."""
     model = ready("fsdp2")
     if dist.get_rank() == ODD:
-        _store().wait(["0 is done", "2 is done"])
+        default_store().wait(["0 is done", "2 is done"])
         return None
     outcome = attempt(accumulate, model, whole_anchors())
-    _store().set(f"{dist.get_rank()} is done", "1")
+    default_store().set(f"{dist.get_rank()} is done", "1")
     return outcome
 
 

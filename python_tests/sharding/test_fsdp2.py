@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from fsdp2_ranks import compare, train
-from ranks import run_ranks
+from ranks import needs_fsdp2, run_ranks
 
+pytestmark = needs_fsdp2
 FLOAT32: dict[str, Any] = {}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "rows": (2, {}),

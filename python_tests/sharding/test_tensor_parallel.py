@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import needs_fsdp2, run_ranks
 from tensor_parallel_ranks import SETTINGS, compare, refused, train
 
 TOLERANCES = {"float32 bases": 1e-5, "bfloat16 bases": 0.01, "bfloat16 bases, blocks": 0.02}
@@ -15,7 +15,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+def cases(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=needs_fsdp2 if "FSDP2" in name else ()) for name in names]
+
+
+@pytest.mark.parametrize("case", cases(*SETTINGS))
 def test_equals_the_unsharded_penalty(case: str) -> None:
     found = run_ranks(SETTINGS[case].size, compare, case, KINDS)
     check_cuts(case, found[0]["cuts"])
@@ -45,12 +49,13 @@ def check_cuts(case: str, cuts: dict[str, int]) -> None:
         assert set(cuts.values()) == {0, 1}
 
 
-@pytest.mark.parametrize("case", ["llama", "uneven layers", "llama under FSDP2"])
+@pytest.mark.parametrize("case", cases("llama", "uneven layers", "llama under FSDP2"))
 def test_ten_steps_stay_with_the_unsharded_run(case: str) -> None:
     for distances in run_ranks(SETTINGS[case].size, train, case, 10):
         assert max(distances.values()) < 1e-3, distances
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("culprit", [0, 3])
 def test_what_one_rank_refuses_all_refuse(culprit: int) -> None:
     for rank, (message, changed) in enumerate(run_ranks(4, refused, "llama under FSDP2", culprit)):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from llama import RANK
-from ranks import run_ranks
+from ranks import needs_fsdp2, run_ranks
 from traffic_ranks import Traffic, replicated, sharded
 
 # Of one C, so that every weight is a bucket of its own; of all.
@@ -23,6 +23,7 @@ def check_sums_only(traffic: Traffic, size: int) -> list[tuple[str, int, int]]:
     return blocks
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("drift_bytes", [ONE, ALL], ids=["many buckets", "few buckets"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_sharded_weights_send_their_blocks_and_nothing_else(size: int, drift_bytes: int) -> None:
@@ -41,6 +42,7 @@ def test_replicated_weights_that_are_not_cut_send_scalars_alone() -> None:
             assert check_sums_only(traffic, 3) == []
 
 
+@needs_fsdp2
 def test_blocks_travel_while_the_next_are_projected() -> None:
     for counted in run_ranks(2, sharded, ONE):
         for traffic in counted.traffic.values():

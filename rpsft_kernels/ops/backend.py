@@ -12,6 +12,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from ..private_names import constant_under_dynamo
+
 NAMES = ("torch", "triton", "native")
 _MODULES = {"torch": "reference", "triton": "triton", "native": "native"}
 _override: ContextVar[str | None] = ContextVar("rpsft_backend", default=None)
@@ -91,6 +93,9 @@ def requested_backend() -> str | None:
     return _checked(name, "environment variable RPSFT_BACKEND") if name else None
 
 
+# Dynamo traces neither a ContextVar nor an import; the answer is a constant of the compiled function (documented at
+# use_backend).
+@constant_under_dynamo
 def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | None = None) -> str:
     """The name of the backend that serves weights of ``dtype`` on ``device``.
 
@@ -116,11 +121,6 @@ def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | N
     if preferred is not None and load(preferred).unavailable(device, dtype) is None:
         return preferred
     return "torch"
-
-
-# Dynamo traces neither a ContextVar nor an import; the answer is a constant of the compiled function (documented at
-# use_backend). This is what torch.compiler.assume_constant_result does, but for importing Dynamo and with it triton.
-resolve_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def arithmetic_id(backend: str, device: torch.device, dtype: torch.dtype) -> str:

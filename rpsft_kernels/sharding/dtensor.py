@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..private_names import flat_mesh, fsdp2_parameters, shards_before
 from .part import Part, Span
 from .weight import LocalWeight
 
@@ -89,7 +90,8 @@ def locate_dtensor(tensor: Tensor, name: str) -> DTensorWeight:
         part, group = Part.whole(shape), None  # type: ignore[arg-type]
     else:
         part, group = Part.rectangle(shape, rows, cols), _group(mesh, split)  # type: ignore[arg-type]
-    local = dtensor._local_tensor
+    with torch.no_grad():
+        local = dtensor.to_local()
     if local.numel() != part.numel or (part.numel and tuple(local.shape) != part.local_shape):
         raise ValueError(
             f"{name}: got a local tensor of shape {tuple(local.shape)}, expected {part.local_shape} for placements "
@@ -103,11 +105,11 @@ def shard_spans(
 ) -> tuple[Span, Span]:
     """Rows and columns of an (m, n) tensor at ``coordinate`` of a mesh of ``sizes``.
 
-    A dimension that several mesh dimensions split is cut by the one with the least ``split_factor`` first (FSDP2 over
-    tensor parallel: the latter's), each time into chunks of the rounded-up size, the last ones smaller or empty.
+    A dimension that several mesh dimensions split is cut first by the one that has the fewest shards before it (FSDP2
+    over tensor parallel: the latter's), each time into chunks of the rounded-up size, the last ones smaller or empty.
     """
     spans = [(0, shape[0]), (0, shape[1])]
-    cuts = [(getattr(p, "split_factor", 1), i) for i, p in enumerate(placements) if not p.is_replicate()]
+    cuts = [(shards_before(p), i) for i, p in enumerate(placements) if not p.is_replicate()]
     for _, i in sorted(cuts):
         dim = placements[i].dim % 2
         begin, end = spans[dim]
@@ -127,7 +129,7 @@ def _group(mesh: Any, split: list[int]) -> ProcessGroup:
         )
     # Made once per mesh, then found again under its name.
     chosen = mesh if len(split) == mesh.ndim else mesh[tuple(names[i] for i in split)]
-    return chosen._flatten().get_group()  # type: ignore[no-any-return]
+    return flat_mesh(chosen).get_group()  # type: ignore[no-any-return]
 
 
 def gathered_by_fsdp2(model: nn.Module) -> Iterator[tuple[Tensor, nn.Parameter]]:
@@ -136,12 +138,6 @@ def gathered_by_fsdp2(model: nn.Module) -> Iterator[tuple[Tensor, nn.Parameter]]
     Between a forward pass and its backward pass, modules that do not reshard show whole parameters: the root always.
     """
     for module in model.modules():
-        state = getattr(module, "_get_fsdp_state", None)
-        if state is None:
-            continue
-        for group in state()._fsdp_param_groups:
-            for held in group.fsdp_params:
-                info = held._module_info
-                shown = getattr(info.module, info.param_name)
-                if shown is not held.sharded_param:
-                    yield shown, held.sharded_param
+        for shown, sharded in fsdp2_parameters(module):
+            if shown is not sharded:
+                yield shown, sharded

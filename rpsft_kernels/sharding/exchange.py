@@ -2,6 +2,12 @@
 
 Sums are all-reduces of the process group. Their order is the backend's: fixed for a given backend, group and buffer
 size, and every rank receives the same bits.
+
+On a GPU a step with weights in such groups waits for it, on purpose: what ranks agree on decides what they do. For each
+group it waits in :meth:`Exchange.agree`, before anything is launched (for what the GPU was doing till then; a rank in
+several groups agrees twice in each), and once for :meth:`Exchange.check_health`, before any gradient is touched (for
+the projections and the sums). Gradients of replicated weights (DDP) that exist cost one more wait, for a checksum of
+the smallest. Such a step cannot be captured in a CUDA graph. Groups of one rank, and weights in none, wait for nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..private_names import default_store
 from .part import Part
 
 # Calls of this process by group. Every rank of a group makes the same ones in the same order; one that missed some
@@ -150,7 +157,7 @@ class Exchange:
 
     def _report(self) -> None:
         """Leave word in the job's store that this rank has come as far as this call."""
-        store = _store()
+        store = default_store()
         try:
             if store is not None:
                 store.set(self._key(self.rank), str(self._call))
@@ -177,7 +184,7 @@ class Exchange:
         )
 
     def _whereabouts(self) -> str:
-        store = _store()
+        store = default_store()
         if store is None:
             return "which rank is missing is not known"
         others = [member for member in range(self.size) if member != self.rank]
@@ -218,10 +225,3 @@ def _measure(name: str, part: Part) -> int:
         * (pow(y, tile.cols[1], _MODULUS) - pow(y, tile.cols[0], _MODULUS))
         for tile in part.tiles
     )
-
-
-def _store() -> Any:
-    try:
-        return dist.distributed_c10d._get_default_store()
-    except (RuntimeError, ValueError):
-        return None

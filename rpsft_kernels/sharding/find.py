@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from ..names import canonical_name, is_deepspeed, named_weights
+from ..private_names import Zero3Parameter, averaging_group, ignored_by_ddp, is_fsdp1_flat
 from .dtensor import gathered_by_fsdp2, is_dtensor, locate_dtensor
-from .flat import find_flat_parameters, is_zero3, locate_zero3
+from .flat import find_flat_parameters, locate_zero3
 from .part import Part
 from .weight import LocalWeight, ReplicatedWeight
 
@@ -52,7 +53,7 @@ def find_parameters(model: nn.Module) -> dict[str, Found]:
     replicas = _replicas(model)
     found = {}
     for name, parameter in shown_now.items():
-        if name in flattened or getattr(parameter, "_is_flat_param", False):
+        if name in flattened or is_fsdp1_flat(parameter):
             continue
         tensor = behind.get(id(parameter), parameter)
         locate = replicas.get(id(tensor), locate_tensor) if not is_dtensor(tensor) else locate_tensor
@@ -66,9 +67,9 @@ def _always(weight: LocalWeight) -> Callable[[str], LocalWeight]:
 
 
 def _found(tensor: Tensor, locate: Callable[[Tensor, str], LocalWeight]) -> Found:
-    if is_zero3(tensor):
-        shape = tuple(tensor.ds_shape)  # type: ignore[attr-defined]
-        return Found(id(tensor), shape, tensor.dtype, tensor, lambda name: locate_zero3(tensor, name))
+    zero3 = Zero3Parameter.of(tensor)
+    if zero3 is not None:
+        return Found(id(tensor), zero3.shape, tensor.dtype, tensor, lambda name: locate_zero3(zero3))
     # A lazy parameter has no shape yet.
     shape = () if isinstance(tensor, UninitializedParameter) else tuple(tensor.shape)
     return Found(id(tensor), shape, tensor.dtype, tensor, lambda name: locate(tensor, name))
@@ -79,11 +80,11 @@ def _replicas(model: nn.Module) -> dict[int, Callable[[Tensor, str], LocalWeight
     located: dict[int, Callable[[Tensor, str], LocalWeight]] = {}
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            ignored = module.parameters_to_ignore
+            ignored = ignored_by_ddp(module)
             replica = _replica_of(module.process_group)
             kept = [p for name, p in module.module.named_parameters() if name not in ignored]
         elif is_deepspeed(module) and module.zero_optimization_stage() < 3:  # type: ignore[operator]
-            replica = _replica_of(module.data_parallel_group, _unreachable(module))
+            replica = _replica_of(averaging_group(module), _unreachable(module))
             # Experts are averaged over other groups: each rank does all of their work.
             kept = [p for p in module.module.parameters() if getattr(p, "allreduce", True)]  # type: ignore[union-attr]
         else:

@@ -1,0 +1,89 @@
+"""What is read of DeepSpeed's private names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .table import TABLE, read, spellings
+
+
+def averaging_group(engine: nn.Module) -> Any:
+    """The ranks over which a DeepSpeedEngine averages gradients."""
+    return read(engine, "DeepSpeedEngine", "ranks that average gradients")
+
+
+@dataclass(frozen=True, eq=False)
+class Zero3Parameter:
+    """What DeepSpeed ZeRO-3 writes on a parameter that it has partitioned."""
+
+    parameter: Tensor
+
+    @staticmethod
+    def of(parameter: Tensor) -> Zero3Parameter | None:
+        """None of any other parameter. By any of its marks: where one is missing, reading it says so."""
+        rows = [row for row in TABLE if row.holder == "ZeRO-3 parameter" and row.name.startswith("ds_")]
+        return Zero3Parameter(parameter) if any(hasattr(parameter, row.name) for row in rows) else None
+
+    def _read(self, meaning: str) -> Any:
+        return read(self.parameter, "ZeRO-3 parameter", meaning)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._read("shape of the whole"))
+
+    @property
+    def numel(self) -> int:
+        return int(self._read("number of elements of the whole"))
+
+    @property
+    def group(self) -> Any:
+        return self._read("ranks that hold it")
+
+    @property
+    def partition(self) -> Tensor:
+        """This rank's elements; the last ranks' are padded."""
+        partition: Tensor = self._read("partition")
+        return partition
+
+    @property
+    def partition_numel(self) -> int:
+        return int(read(self.partition, "ZeRO-3 partition", "number of elements"))
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether deepspeed.initialize has given it one."""
+        (row,) = spellings["ZeRO-3 parameter", "optimizer"]
+        return hasattr(self.parameter, row.name)
+
+    def _optimizer(self, meaning: str) -> Any:
+        return read(self._read("optimizer"), "DeepSpeedZeroOptimizer_Stage3", meaning)
+
+    @property
+    def loss_scale(self) -> float:
+        """In float16, gradients are kept multiplied by it until the step."""
+        if not self.has_optimizer:
+            return 1.0
+        return float(self._optimizer("what gradients are multiplied by"))
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether this step's backward passes gave it one; else the last step's is still in its place."""
+        return self._read("identity") in self._optimizer("parameters with a gradient in this step")
+
+    def mark_gradient(self) -> None:
+        """Say that it has one now."""
+        self._optimizer("parameters with a gradient in this step").add(self._read("identity"))
+
+    @property
+    def ready(self) -> bool:
+        """Whether gradients lie where the next step takes them; the next backward pass would write over others."""
+        if self._optimizer("whether it is on the CPU"):
+            # There they come with the last micro-batch.
+            seen = (
+                self._optimizer("whether a backward pass has ended") or self._optimizer("number of the micro-batch") > 0
+            )
+            return bool(seen and self._optimizer("whether the micro-batch is the last of its step")())
+        return bool(self._optimizer("averaged gradients"))

@@ -1,0 +1,167 @@
+"""What is read of torch's private names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .table import TABLE, read, spellings
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+# Components of parameters' paths that are the doing of wrappers.
+WRAPPED = frozenset(row.name for row in TABLE if row.meaning == "wrapped module")
+
+
+def constant_under_dynamo(function: _Function) -> _Function:
+    """What torch.compiler.assume_constant_result does, but for importing Dynamo and with it triton."""
+    (row,) = spellings["function", "constant under Dynamo"]
+    setattr(function, row.name, True)
+    return function
+
+
+def default_store() -> Any:
+    """The store of the job's default process group; None where there is no group."""
+    get = read(torch.distributed.distributed_c10d, "torch.distributed.distributed_c10d", "store of the job")
+    try:
+        return get()
+    except (RuntimeError, ValueError):
+        return None
+
+
+def ignored_by_ddp(module: nn.Module) -> set[str]:
+    """Names of the parameters that a DistributedDataParallel does not average."""
+    return set(read(module, "DistributedDataParallel", "names of parameters that it leaves alone"))
+
+
+def flat_mesh(mesh: Any) -> Any:
+    """The ranks of a DeviceMesh in one dimension."""
+    return read(mesh, "DeviceMesh", "mesh of one dimension with the same ranks")()
+
+
+def shards_before(placement: Any) -> int:
+    """How many shards a tensor's dimension has when this placement cuts each of them: 1 where it is the first."""
+    if type(placement).__name__ == "Shard":
+        return 1
+    return int(read(placement, "_StridedShard", "number of shards that cut before it"))
+
+
+def fsdp2_parameters(module: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """(parameter that the model shows now, the sharded one) of all that FSDP2 manages for this module itself."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return
+    state = read(module, "FSDPModule", "state")()
+    groups = read(state, "FSDPState", "groups of parameters")
+    # Versions differ: a list, or one group or None.
+    for group in groups if isinstance(groups, (list, tuple)) else [groups]:
+        for parameter in [] if group is None else read(group, "FSDPParamGroup", "parameters"):
+            place = read(parameter, "FSDPParam", "place in the model")
+            owner, name = (read(place, "ParamModuleInfo", what) for what in ("module", "name in the module"))
+            yield getattr(owner, name), read(parameter, "FSDPParam", "sharded parameter")
+
+
+@dataclass(frozen=True)
+class Fsdp1Weight:
+    """One weight of an FSDP1 FlatParameter: elements ``begin`` to ``end`` of it lie in this rank's shard, from
+    ``offset`` on; ``original`` is the module's own parameter where FSDP1 keeps it."""
+
+    name: str
+    shape: tuple[int, ...]
+    original: nn.Parameter | None
+    begin: int
+    end: int
+    offset: int
+
+
+@dataclass(frozen=True, eq=False)
+class Fsdp1Handle:
+    """What FSDP1 knows of one FlatParameter."""
+
+    handle: Any
+
+    @staticmethod
+    def of(module: nn.Module) -> Fsdp1Handle | None:
+        """None of what is no FSDP1 module, or one that flattens nothing."""
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is None or not isinstance(module, fsdp.FullyShardedDataParallel):
+            return None
+        handle = read(module, "FullyShardedDataParallel", "handle, or None where it flattens nothing")
+        return Fsdp1Handle(handle) if handle else None
+
+    def _read(self, meaning: str) -> Any:
+        return read(self.handle, "FlatParamHandle", meaning)
+
+    def _read_flat(self, meaning: str) -> Any:
+        return read(self.parameter, "FlatParameter", meaning)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter: nn.Parameter = self._read("flat parameter")
+        return parameter
+
+    @property
+    def group(self) -> Any:
+        """The ranks that the shards lie on; None where this one holds everything."""
+        group = self._read("ranks that hold the shards")
+        return group if self._read("whether ranks hold shards") and group.size() > 1 else None
+
+    @property
+    def gathered(self) -> bool:
+        return bool(self.parameter.shape != self._read_flat("size of the shard"))
+
+    @property
+    def between_passes(self) -> bool:
+        """Between forward and backward pass: a gradient that is new now is not seen."""
+        return bool(self._read("whether parameters are between forward and backward pass"))
+
+    @property
+    def reduced_dtype(self) -> torch.dtype | None:
+        """The dtype of gradients that are not of the parameters' own."""
+        dtype: torch.dtype | None = self._read("dtype of the forward and the backward pass")
+        return dtype if self._read("whether gradients keep that dtype") else None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._read_flat("names of its weights"))
+
+    @property
+    def weights(self) -> list[Fsdp1Weight]:
+        names, shapes = self.names, self._read_flat("shapes of its weights")
+        own = self._read_flat("modules' own parameters")
+        originals = own if self._read("whether modules keep their own parameters") else [None] * len(names)
+        found = []
+        places = self._read_flat("where its weights lie in the shard")
+        for name, shape, original, place in zip(names, shapes, originals, places, strict=True):
+            begin, end, offset = 0, 0, 0
+            if read(place, "_ShardParamInfo", "whether the shard has any of the weight"):
+                begin = read(place, "_ShardParamInfo", "first element of the weight")
+                end = read(place, "_ShardParamInfo", "last element of the weight") + 1
+                offset = read(place, "_ShardParamInfo", "where the weight begins in the shard")
+            found.append(Fsdp1Weight(name, tuple(shape), original, begin, end, offset))
+        return found
+
+    @property
+    def tied(self) -> Iterator[tuple[str, str]]:
+        """(name, name of the weight in :attr:`weights` that it is tied to)."""
+        for info in self._read_flat("weights tied to its weights"):
+            words = [
+                read(info, "SharedParamInfo", meaning)
+                for meaning in (
+                    "module's name",
+                    "name",
+                    "name of that weight's module",
+                    "name of the weight that it is tied to",
+                )
+            ]
+            yield ".".join(filter(None, words[:2])), ".".join(filter(None, words[2:]))
+
+
+def is_fsdp1_flat(parameter: Tensor) -> bool:
+    """Whether it is a FlatParameter of FSDP1."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(parameter, fsdp.FlatParameter)

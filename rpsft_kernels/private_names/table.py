@@ -1,0 +1,164 @@
+"""Each private name of torch's and DeepSpeed's that this package uses, with the versions that have it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# The oldest and the newest version whose sources were read.
+READ = {"torch": ("2.6", "2.13"), "deepspeed": ("0.19.5", "0.19.8")}
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One name as some versions of a library spell it.
+
+    Attributes:
+        library: whose version decides.
+        holder: the class or module that has the attribute.
+        meaning: what it holds. Rows of one holder and meaning are spellings of one thing, the newest first.
+        name: the attribute.
+        since: the first version that has it, of those in ``READ``.
+        until: the last one; "" where the newest of ``READ`` has it.
+    """
+
+    library: str
+    holder: str
+    meaning: str
+    name: str
+    since: str
+    until: str = ""
+
+    def __str__(self) -> str:
+        versions = f"{self.since} to {self.until}" if self.until else f"{self.since} and newer"
+        return f"{self.name} ({self.library} {versions})"
+
+
+def _rows(library: str, holder: str, *names: tuple[str, str]) -> list[Row]:
+    return [Row(library, holder, meaning, name, READ[library][0]) for meaning, name in names]
+
+
+TABLE: tuple[Row, ...] = (
+    # Of modules that wrap another: the component of a parameter's path. names.py
+    *_rows("torch", "torch.compile's OptimizedModule", ("wrapped module", "_orig_mod")),
+    *_rows("torch", "FullyShardedDataParallel", ("wrapped module", "_fsdp_wrapped_module")),
+    *_rows("torch", "checkpoint_wrapper's CheckpointWrapper", ("wrapped module", "_checkpoint_wrapped_module")),
+    # Written, not read: Dynamo takes what a function with this attribute returns for a constant. ops/backend.py
+    *_rows("torch", "function", ("constant under Dynamo", "_dynamo_marked_constant")),
+    # Who is in the job, and who is gone. sharding/exchange.py
+    *_rows("torch", "torch.distributed.distributed_c10d", ("store of the job", "_get_default_store")),
+    # DDP. sharding/find.py
+    *_rows("torch", "DistributedDataParallel", ("names of parameters that it leaves alone", "parameters_to_ignore")),
+    # DTensor: one group over several dimensions of a mesh; the order of cuts of one dimension. sharding/dtensor.py
+    *_rows("torch", "DeviceMesh", ("mesh of one dimension with the same ranks", "_flatten")),
+    *_rows("torch", "_StridedShard", ("number of shards that cut before it", "split_factor")),
+    # FSDP2: the sharded parameters behind those that modules show. sharding/dtensor.py
+    *_rows("torch", "FSDPModule", ("state", "_get_fsdp_state")),
+    Row("torch", "FSDPState", "groups of parameters", "_fsdp_param_groups", "2.12"),
+    # One group or None. From 2.12 on a property, which raises where there are several.
+    Row("torch", "FSDPState", "groups of parameters", "_fsdp_param_group", "2.6", "2.11"),
+    *_rows("torch", "FSDPParamGroup", ("parameters", "fsdp_params")),
+    *_rows("torch", "FSDPParam", ("sharded parameter", "sharded_param"), ("place in the model", "_module_info")),
+    *_rows("torch", "ParamModuleInfo", ("module", "module"), ("name in the module", "param_name")),
+    # FSDP1: what of each weight lies in this rank's flat shard. sharding/flat.py
+    *_rows("torch", "FullyShardedDataParallel", ("handle, or None where it flattens nothing", "_handle")),
+    *_rows(
+        "torch",
+        "FlatParamHandle",
+        ("flat parameter", "flat_param"),
+        ("whether modules keep their own parameters", "_use_orig_params"),
+        ("whether ranks hold shards", "uses_sharded_strategy"),
+        ("ranks that hold the shards", "process_group"),
+        ("dtype of the forward and the backward pass", "_fwd_bwd_param_dtype"),
+        ("whether gradients keep that dtype", "_keep_low_precision_grads"),
+        ("whether parameters are between forward and backward pass", "_skipped_use_sharded_views"),
+    ),
+    *_rows(
+        "torch",
+        "FlatParameter",
+        ("names of its weights", "_fqns"),
+        ("shapes of its weights", "_shapes"),
+        ("modules' own parameters", "_params"),
+        ("weights tied to its weights", "_shared_param_infos"),
+        ("where its weights lie in the shard", "_shard_param_infos"),
+        ("size of the shard", "_sharded_size"),
+    ),
+    *_rows(
+        "torch",
+        "SharedParamInfo",
+        ("name", "param_name"),
+        ("module's name", "module_name"),
+        ("name of the weight that it is tied to", "prim_param_name"),
+        ("name of that weight's module", "prim_module_name"),
+    ),
+    *_rows(
+        "torch",
+        "_ShardParamInfo",
+        ("whether the shard has any of the weight", "in_shard"),
+        ("where the weight begins in the shard", "offset_in_shard"),
+        ("first element of the weight", "intra_param_start_idx"),
+        ("last element of the weight", "intra_param_end_idx"),
+    ),
+    # DeepSpeed ZeRO-1 and 2. sharding/find.py
+    *_rows("deepspeed", "DeepSpeedEngine", ("ranks that average gradients", "data_parallel_group")),
+    # DeepSpeed ZeRO-3: what of a parameter lies here, and whether its gradient is there. sharding/flat.py
+    *_rows(
+        "deepspeed",
+        "ZeRO-3 parameter",
+        ("identity", "ds_id"),
+        ("shape of the whole", "ds_shape"),
+        ("number of elements of the whole", "ds_numel"),
+        ("ranks that hold it", "ds_process_group"),
+        ("partition", "ds_tensor"),
+        ("optimizer", "_z3_optimizer"),
+    ),
+    *_rows("deepspeed", "ZeRO-3 partition", ("number of elements", "ds_numel")),
+    *_rows(
+        "deepspeed",
+        "DeepSpeedZeroOptimizer_Stage3",
+        ("parameters with a gradient in this step", "_offload_boundary_param_ids"),
+        ("whether it is on the CPU", "offload_optimizer"),
+        ("whether a backward pass has ended", "_epilogue_ran_this_backward"),
+        ("number of the micro-batch", "micro_step_id"),
+        ("whether the micro-batch is the last of its step", "is_gradient_accumulation_boundary"),
+        ("averaged gradients", "averaged_gradients"),
+        ("what gradients are multiplied by", "loss_scale"),
+    ),
+)
+
+spellings: dict[tuple[str, str], list[Row]] = {}
+for _row in TABLE:
+    spellings.setdefault((_row.holder, _row.meaning), []).append(_row)
+
+
+def read(owner: object, holder: str, meaning: str) -> Any:
+    """An attribute of ``owner``, by the first of its spellings in ``TABLE`` that is there.
+
+    Raises:
+        RuntimeError: none is.
+    """
+    rows = spellings[holder, meaning]
+    for row in rows:
+        value = getattr(owner, row.name, _ABSENT)
+        if value is not _ABSENT:
+            return value
+    library = rows[0].library
+    oldest, newest = READ[library]
+    raise RuntimeError(
+        f"{library}: got version {_installed(library)}, whose {holder} has no {' and no '.join(map(str, rows))} "
+        f"({meaning}), expected {library} {oldest} to {newest}, whose private names this package knows; install one "
+        "of these, or a version of this package that knows yours"
+    )
+
+
+def _installed(library: str) -> str:
+    if library == "torch":
+        return torch.__version__
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
