@@ -54,6 +54,9 @@ def find_hazards(sass: str) -> list[str]:
         return list(_Analysis(parse(sass)).findings())
     except Unknown as error:
         return [str(error)]
+    except (LookupError, ValueError) as error:
+        # Operands where none were expected, or the other way round.
+        return [f"the machine code is of a form that is not known here: {type(error).__name__}: {error}"]
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,8 @@ class _Analysis:
         first = self.products[numbers[0]].instruction
         age = next(a for a in range(self.ages) if pending >> (self.index[numbers[0]] * self.ages + a) & 1)
         more = f" (or {len(numbers) - 1} more)" if len(numbers) > 1 else ""
-        wait = f"WARPGROUP.DEPBAR.LE gsb0, {age - 1:#x} or less lies between" if age else "wait can cover it yet"
+        bound = f"{age - 1:#x} or less" if age > 1 else "0x0"
+        wait = f"WARPGROUP.DEPBAR.LE gsb0, {bound}, lies between" if age else "wait covers a group that has not ended"
         yield (
             f"{each.function}: {each} {how} {_ranges([r for r, _ in found])} while {first}{more} may still use them: "
             f"no {wait}"
@@ -230,9 +234,10 @@ class _Analysis:
 
 def _left_pending(each: Instruction) -> int:
     """The number of groups that a wait leaves running."""
-    if each.modifiers != ("DEPBAR", "LE") or len(each.operands) != 2 or each.operands[0] != "gsb0":
+    found = re.fullmatch(r"gsb0, (0x[0-9a-f]+|\d+)", each.rest)
+    if each.modifiers != ("DEPBAR", "LE") or found is None:
         raise Unknown(f"{each} is a wait of a form that is not known here")
-    return int(each.operands[1], 0)
+    return int(found[1], 0)
 
 
 @lru_cache(maxsize=256)

@@ -141,8 +141,8 @@ class Instruction:
 
     def _width_written(self) -> int:
         name, modifiers = self.name, self.modifiers
-        if name in ("LDSM", "MOVM"):
-            return int(modifiers[-1]) if modifiers[-1] in ("2", "4") else 1
+        if name == "LDSM":
+            return _matrices(modifiers)
         if name in _MATRICES:
             return 4
         if name in _ATOMICS:
@@ -168,7 +168,7 @@ class Instruction:
         if "[" in operand:
             return 2 if "E" in modifiers else 1
         if name == "STSM":
-            return int(modifiers[-1]) if modifiers[-1] in ("2", "4") else 1
+            return _matrices(modifiers)
         if name in _MATRICES:
             return 4
         if name in _ATOMICS:
@@ -192,6 +192,11 @@ def register(operand: str) -> int | None:
     """The number of a register that stands alone; None for RZ and for anything else."""
     found = _BARE.match(operand)
     return int(found[1]) if found and found[1] else None
+
+
+def _matrices(modifiers: Sequence[str]) -> int:
+    """How many 8 x 8 matrices are moved, a register each."""
+    return 4 if "4" in modifiers else 2 if "2" in modifiers else 1
 
 
 def _plain_width(modifiers: Sequence[str]) -> int:
