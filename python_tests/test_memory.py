@@ -113,7 +113,10 @@ def test_accumulation_allocates_the_gradients_that_did_not_exist(backend: str, d
         weights, anchors = _anchored("base", torch.float32, device)
         found = trace(lambda: rk.accumulate_rotation_grad_(weights, anchors, 1.0))
     one = _nbytes(SHAPE, torch.float32)
-    assert found.largest == one and found.kept / one == pytest.approx(2, abs=0.1) and found.peak < 3 * one
+    # On a GPU plain PyTorch works on a small weight as a whole.
+    temporaries = 2 if backend == "torch" and device.type == "cuda" else 1
+    assert found.largest == one and found.kept / one == pytest.approx(2, abs=0.1)
+    assert found.peak < (2 + temporaries) * one
 
 
 def test_an_accumulation_by_way_of_the_whole_gradient_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

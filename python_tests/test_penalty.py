@@ -90,10 +90,10 @@ def moved_model(device: torch.device | str, keep_base: bool = True) -> tuple[Mod
 def tolerance(backend: str, form: str, dtype: torch.dtype = torch.float32) -> float:
     """Bound on the relative error of a gradient and of R.
 
-    The kernels round W - W0, T, C and P to bfloat16, by up to 2^-9 each. Plain PyTorch sums in float32, of which
-    a block form cancels most digits.
+    The kernels round W - W0, T, C and P to bfloat16, by up to 2^-9 each, and plain PyTorch does so on a GPU. On the CPU
+    it sums in float32, of which a block form cancels most digits.
     """
-    if backend == "triton" and form != "full":
+    if form != "full" and (backend == "triton" or torch.cuda.is_available()):
         bound = 4 * 2**-9
     else:
         bound = 1e-4 if form == "block" else 2e-6
@@ -215,7 +215,7 @@ def test_a_wrapped_module_and_a_plain_mapping(device: torch.device) -> None:
     assert torch.equal(rk.rotation_penalty(nn.DataParallel(model), dict(anchors)), value)
     some = {name: anchors[name] for name in ("up.weight", "down.weight")}
     exact = sum(float(exact_penalty(dict(model.named_parameters())[name].detach(), some[name])) for name in some)
-    assert float(rk.rotation_penalty(model, some).detach()) == pytest.approx(exact, rel=1e-5)
+    assert abs(float(rk.rotation_penalty(model, some).detach()) / exact - 1) < tolerance("torch", "base")
 
 
 def test_gradients_reach_what_a_weight_is_made_of() -> None:
