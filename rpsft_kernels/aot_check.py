@@ -1,5 +1,5 @@
 """Checks kernels compiled ahead of time: a manifest against the variants that there should be, against each file, and
-against what the machine code in it says of itself.
+against what the machine code in it says of itself; and that the code keeps the rules of its registers.
 
 Nothing here is taken from the build's own reading of the code: cuobjdump is asked again.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import aot_library as aot
+from .aot_hazards import hazards_in
 from .aot_limits import exceeded
 from .aot_targets import cuda_architecture
 from .machine_code import read_cubin, read_hsaco
@@ -61,7 +62,8 @@ def check_kernels(place: str | Path) -> Checked:
     Needs the package triton, whose cuobjdump reads the code, and no GPU.
 
     Raises:
-        ValueError: there is nothing to check: no folder, no manifest, or one of another schema; or no triton.
+        ValueError: there is nothing to check: no folder, no manifest, or one of another schema; or no triton, or no
+            nvdisasm for code of compute capability 9.0.
     """
     place = Path(place)
     if importlib.util.find_spec("triton") is None:
@@ -123,8 +125,12 @@ def _folder(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
         if each["id"] not in asked:
             yield f"{each['id']} ({each['label']}, {each['arch']}): is left out, but nothing asks for it"
     described = {aot.MANIFEST}
+    # Only products of compute capability 9.0 run on behind their instruction.
+    hazards = hazards_in(folder / entry["file"] for entry in manifest["kernels"] if entry["arch"] == "sm_90a")
     for entry in manifest["kernels"]:
         described |= {place["file"] for place in (entry, entry.get("ptx")) if place}
+        for hazard in hazards.get(entry["file"], []):
+            yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): may compute wrong numbers: {hazard}"
         for finding in _entry(folder, entry, asked.get(entry["id"])):
             yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): {finding}"
     for name in sorted({path.name for path in folder.iterdir()} - described):

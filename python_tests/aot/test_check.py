@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sass_text import cubin
 
 from rpsft_kernels import aot_compile
 from rpsft_kernels import aot_library as aot
@@ -118,6 +119,11 @@ def other_ptx(folder: Path, entries: list[dict[str, Any]]) -> None:
     (folder / "other.ptx").write_bytes(text)
 
 
+def take_what_breaks_its_rules(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """A kernel as Triton 3.8.0 compiles it, which overwrites what a product may still read."""
+    write(folder, of_arch(entries, "sm_90a"), cubin("3.8.0", "gradient"))
+
+
 def say(name: str, value: Any, kernel: str = "gradient") -> Change:
     def change(folder: Path, entries: list[dict[str, Any]]) -> None:
         of_arch(entries, "sm_90a", kernel)[name] = value
@@ -144,6 +150,10 @@ def say(name: str, value: Any, kernel: str = "gradient") -> Change:
         (drop_a_parameter, r"parameters: \w+\.cubin has .*\[48, 8\]\], the manifest says .*\[40, 8\]\]"),
         (swap_arguments, r"\(pull, sm_90a\): arguments are \[\('scales', '\*fp32'\)"),
         (other_ptx, r"\(squares, sm_80\): PTX: target is sm_86, expected sm_80"),
+        (
+            take_what_breaks_its_rules,
+            r"\(gradient, sm_90a\): may compute wrong numbers: gradient_kernel: .* writes R.* while HGMMA",
+        ),
         (say("registers", 300), r"300 registers a thread, of 255"),
         (say("registers", 8), r"registers: \w+\.cubin has \d+, the manifest says 8"),
         (say("spilled", 16), r"spills 16 bytes a thread into local memory"),
