@@ -237,13 +237,14 @@ def test_another_triton_gets_an_environment_of_its_own(
     python = str(tmp_path / "environment" / "bin" / "python")
     assert prepare.compiler(capability) == (python, "")
     assert ran == [
-        f"{sys.executable} -m venv {tmp_path / 'environment'}", f"{python} -m pip install -q --no-deps triton>=3.9"
-    ]  # fmt: skip
+        f"{sys.executable} -m venv {tmp_path / 'environment'}",
+        f"{python} -m pip install -q --retries=1 --no-deps triton>=3.9",
+    ]
     monkeypatch.setattr(prepare, "run", lambda command, _: "pip" in command)
     found, why = prepare.compiler(capability)
     have = f"Triton {version} is known to compile" if version else "the package triton is not installed"
     assert found == "" and why.startswith(have)
-    assert why.endswith(", and install -q --no-deps triton>=3.9 failed: see above")
+    assert why.endswith(", and -q --retries=1 --no-deps triton>=3.9 failed: see above")
 
 
 def library(**changes: Any) -> SimpleNamespace:

@@ -91,7 +91,7 @@ def compiler(capability: int) -> tuple[str, str]:
     wanted = f"triton>={'.'.join(map(str, compilers.PRODUCTS_KEPT))}"
     steps: Sequence[list[str]] = (
         [] if python.exists() else [sys.executable, "-m", "venv", str(ENVIRONMENT)],
-        [str(python), "-m", "pip", "install", "-q", "--no-deps", wanted],
+        [str(python), "-m", "pip", "install", "-q", "--retries=1", "--no-deps", wanted],
     )
     print(f"{why}: {ENVIRONMENT.name} gets {wanted}", flush=True)
     for step in filter(None, steps):

@@ -46,7 +46,7 @@ def parts(cpu_tests: bool = False) -> list[Part]:
     found = [
         Part("native module", python(str(HERE / "prepare.py"), "native"), 240, alone=True),
         Part("kernels", python(str(HERE / "prepare.py"), "kernels"), 150, alone=True),
-        Part("machine", (*package, "env"), 60, alone=True, quoted=True, environment=UNCHECKED),
+        Part("machine", (*package, "env"), 60, alone=True, quoted=True),
         Part("quick self-test", (*package, "selftest", "--device", "cuda", "--quick"), 60, alone=True),
         Part("self-test", (*package, "selftest", "--device", "cuda"), 120, alone=True),
         pytest_part("tests of GPUs", 150, str(HERE), "-n", "3"),
