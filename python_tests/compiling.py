@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -13,11 +11,12 @@ from rpsft_kernels.ops.triton.variant import Variant
 
 
 class Compiled(NamedTuple):
-    """The PTX of a variant and what its launch needs: threads per program / 32, bytes of shared memory per program,
-    bytes of scratch memory per program and their alignment.
+    """The PTX and the machine code of a variant, and what its launch needs: threads per program / 32, bytes of shared
+    memory per program, bytes of scratch memory per program and their alignment.
     """
 
     ptx: str
+    cubin: bytes
     warps: int
     shared: int
     scratch: int
@@ -33,7 +32,8 @@ def _compile(variant: Variant, architecture: str) -> Compiled:
 
     kernel = compile_variant(variant, architecture)
     data = kernel.metadata
-    return Compiled(kernel.asm["ptx"], data.num_warps, data.shared, data.global_scratch_size, data.global_scratch_align)
+    scratch = data.global_scratch_size, data.global_scratch_align
+    return Compiled(kernel.asm["ptx"], kernel.asm["cubin"], data.num_warps, data.shared, *scratch)
 
 
 class Compiler:
@@ -43,15 +43,12 @@ class Compiler:
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), _compile_really)
         self._compiled: dict[tuple[Variant, str], Compiled] = {}
 
-    def compile(self, variants: Iterable[Variant], architecture: str) -> Iterator[Compiled]:
-        """In the order of ``variants``."""
-        variants = list(variants)
-        new = [v for v in dict.fromkeys(variants) if (v, architecture) not in self._compiled]
-        for variant, compiled in zip(
-            new, self._pool.map(partial(_compile, architecture=architecture), new), strict=True
-        ):
-            self._compiled[variant, architecture] = compiled
-        return (self._compiled[variant, architecture] for variant in variants)
+    def compile(self, variant: Variant, architecture: str) -> Compiled:
+        found = self._compiled.get((variant, architecture))
+        if found is None:
+            found = self._pool.submit(_compile, variant, architecture).result()
+            self._compiled[variant, architecture] = found
+        return found
 
     def close(self) -> None:
         self._pool.shutdown()

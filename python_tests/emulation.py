@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,10 @@ from rpsft_kernels.ops.triton.variant import ARGUMENTS, Variant
 
 # Few, so that a program walks several tiles and weights.
 MULTIPROCESSORS = 3
+# The version of the compiler, and whether its kernels are those that are released. None without one.
+COMPILER = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("triton"))[:2])) if find_spec("triton") else ()
+NEWEST = COMPILER >= (3, 9) and not torch.cuda.is_available()
+WHY_NEWEST = "kernels of Triton 3.9 and newer are emulated, and where there is a GPU the kernels themselves run"
 _MODULES = (forward, backward, whole)
 _ALLOCATIONS = {"empty", "new_empty", "empty_like"}
 Launch = Callable[[Variant, int, tuple[Tensor, ...]], None]
@@ -100,8 +107,8 @@ class Emulator(TorchFunctionMode):
         return result
 
     def _launch(self, variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None:
-        (kernel,) = self._compiler.compile([variant], self._architecture)
-        # The launcher's scratch memory, a piece of it for each program; descriptors begin at multiples of 128 bytes.
+        kernel = self._compiler.compile(variant, self._architecture)
+        # A piece of the scratch memory for each program.
         scratch = torch.empty(programs * kernel.scratch + kernel.scratch_align, dtype=torch.uint8)
         offset = -scratch.data_ptr() % max(1, kernel.scratch_align)
         names = ARGUMENTS[variant.kernel]

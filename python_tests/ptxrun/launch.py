@@ -109,6 +109,7 @@ def run(
     finally:
         memory.remove(parameters)
     stats.ctas = len(ctas)
+    stats.hazards = [ins.text() for ins in m.hazards]
     for b in m.program.blocks:
         for op, n in b.histogram.items():
             if b.warps:

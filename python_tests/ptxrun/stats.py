@@ -1,4 +1,4 @@
-"""What a launch did."""
+"""What a launch did, and what is known of its program."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Stats:
-    """``instructions``: executions by a warp of each opcode (also where its guard was false)."""
+    """``instructions``: executions by a warp of each opcode (also where its guard was false). ``hazards``: the
+    instructions that may touch a register of a wgmma in flight on some path, taken or not; none is a proof.
+    """
 
     ctas: int = 0
     instructions: Counter = field(default_factory=Counter)
+    hazards: list[str] = field(default_factory=list)
 
     def count(self, prefix):
         """Executions of the opcodes that begin with ``prefix``."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from compiling import Compiler
 
 from rpsft_kernels import compilers
 
@@ -27,3 +28,11 @@ def any_tiles(device: torch.device) -> None:
     """For tests of tile shapes that no kernel was compiled ahead of time for: Triton compiles them, where it may."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and compilers.touches_products():
         pytest.skip(f"Triton {compilers.triton_version()} may compile code for compute capability 9.0 that is refused")
+
+
+@pytest.fixture(scope="session")
+def compiler() -> Iterator[Compiler]:
+    """Compiles variants for GPUs that need not be there."""
+    compiler = Compiler()
+    yield compiler
+    compiler.close()

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accuracy import check_drifts, check_pulled
 from support import (
     LAYOUTS,
     Form,
     Layout,
     Problem,
     exact_drift,
-    exact_moved,
-    exact_pull,
     laid_out,
     lists,
     make_problem,
@@ -55,34 +54,6 @@ def problems_of(
 
 def project(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor]:
     return ops.project_drift(*lists(problems), "triton")
-
-
-def plain_error(problem: Problem) -> float:
-    """The error of the same formula in plain PyTorch, rounded to bfloat16 where the kernels round."""
-    assert problem.left is not None and problem.right is not None
-    exact = exact_drift(problem.weight, problem)
-    rounded = problem.base is not None and problem.left.dtype == torch.bfloat16
-    moved = problem.weight.float() - (0 if problem.base is None else problem.base.to(problem.weight.dtype).float())
-    if rounded:
-        t = (moved.bfloat16() @ problem.right).float()
-        drift = problem.left.T.float() @ t.bfloat16().float()
-    else:
-        drift = problem.left.float().T @ (moved @ problem.right.float())
-    if problem.block is not None:
-        drift -= problem.block
-    return relative_error(drift, exact)
-
-
-def check_drifts(problems: Sequence[Problem], drifts: Sequence[Tensor], squares: Tensor) -> None:
-    for problem, drift, square in zip(problems, drifts, squares, strict=True):
-        exact = exact_drift(problem.weight, problem)
-        # Twice plain PyTorch's error; the floor bounds the roundings of one lucky small matrix: two of bfloat16 (of the
-        # drift and of T) where the base form promises no more, else a few of float32, relative to what is summed.
-        moved = exact_moved(problem.weight, problem.base)
-        once = problem.base is not None and problem.left is not None and problem.left.dtype == torch.bfloat16
-        floor = float((2.0**-8 if once else 1e-6) * moved.norm() / exact.norm()) if exact.norm() else 0.0
-        assert relative_error(drift, exact) <= 2 * plain_error(problem) + floor
-        torch.testing.assert_close(square.double(), drift.double().square().sum(), rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("form", ["base", "block", "bare"])
@@ -169,14 +140,7 @@ def check_gradients(
     scales = torch.linspace(-2, 3, len(shapes), device=device)
     ops.pull_back_(grads, [], lefts, rights, [], drifts, scales, accumulate, "triton")
     for i, grad in enumerate(grads):
-        exact = exact_pull(drifts[i], lefts[i], rights[i], float(scales[i]))
-        pulled = exact.norm()
-        if accumulate:
-            exact = exact + before[i].double()
-        # bfloat16 bases: C and P are rounded once each, 2^-9 of the pulled gradient; then one rounding of the result.
-        allowed = (2.0**-8 if basis == torch.bfloat16 else 2e-6) * float(pulled)
-        allowed += torch.finfo(dtype).eps * float(exact.norm())
-        assert float((grad.double() - exact).norm()) <= allowed
+        check_pulled(grad, before[i] if accumulate else None, drifts[i], lefts[i], rights[i], float(scales[i]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,134 @@
+"""That the emulator sees what would be wrong in the kernels: waits, barriers and stores taken out of their PTX, plans
+that do not pad, alignment that is only claimed, and what older compilers make of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from compiling import Compiled, Compiler
+from emulated import Backward, Forward, split_by_shape
+from emulation import COMPILER, NEWEST, WHY_NEWEST, Emulator
+from ptxrun import MemoryFault, Program, PtxError, RaceError, RegisterHazard, UninitialisedRead, parse
+from support import lists
+
+from rpsft_kernels.ops import triton as kernels
+from rpsft_kernels.ops.triton import backward, forward
+from rpsft_kernels.ops.triton.tile_table import rank_classes
+from rpsft_kernels.ops.triton.variant import Access, Form, Variant, project_variant
+
+newest = pytest.mark.skipif(not NEWEST, reason=WHY_NEWEST)
+ARCHITECTURES = ("sm_80", "sm_90")
+WAIT = r"wgmma\.wait_group[^;]*;"
+STORE = r"(@!?%p\d+\s+)?st\.global[^;]*;"
+
+
+@pytest.fixture(autouse=True)
+def _split_sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(forward, "splits_of", split_by_shape)
+    forward.plan_forward.cache_clear()
+    yield
+    forward.plan_forward.cache_clear()
+
+
+class Changed(Compiler):
+    """Takes the n-th match of a pattern out of the PTX of one kernel."""
+
+    def __init__(self, compiler: Compiler, kernel: str, pattern: str, n: int = 0, instead: str = "") -> None:
+        self._original, self._kernel, self._pattern, self._n, self._instead = compiler, kernel, pattern, n, instead
+
+    def compile(self, variant: Variant, architecture: str) -> Compiled:
+        compiled = self._original.compile(variant, architecture)
+        if variant.kernel != self._kernel:
+            return compiled
+        match = list(re.finditer(self._pattern, compiled.ptx))[self._n]
+        return compiled._replace(ptx=compiled.ptx[: match.start()] + self._instead + compiled.ptx[match.end() :])
+
+
+def hazards(compiled: Compiled) -> list[str]:
+    (entry,) = parse(compiled.ptx).entries.values()
+    return [instruction.text() for instruction in Program(entry).wgmma_hazards()]
+
+
+@newest
+def test_a_wait_that_is_missing_is_seen_on_some_path(compiler: Compiler) -> None:
+    """Every one of the kernel that most weights in bfloat16 are projected by."""
+    form = Form("bf16", "bf16", "bf16")
+    variant = project_variant("sm_90", form, rank_classes()[-1], False, Access(True, True, False))
+    compiled = compiler.compile(variant, "sm_90")
+    assert hazards(compiled) == []
+    waits = len(re.findall(WAIT, compiled.ptx))
+    assert waits >= 2
+    for n in range(waits):
+        assert hazards(Changed(compiler, "project", WAIT, n).compile(variant, "sm_90")) != []
+
+
+@newest
+@pytest.mark.parametrize(
+    ("architecture", "change", "error"),
+    [
+        ("sm_90", ("project", WAIT), RegisterHazard),
+        ("sm_90", ("project", r"mbarrier\.try_wait[^;]*;\s*@!complete[^;]*;"), UninitialisedRead),
+        ("sm_90", ("drift", r"bar\.sync[^;]*;", -1), RaceError),
+        ("sm_80", ("project", r"cp\.async\.wait_group[^;]*;"), UninitialisedRead),
+        ("sm_80", ("drift", r"bar\.sync[^;]*;"), RaceError),
+        # A piece of T that is not written is read by the next phase.
+        ("sm_90", ("project", STORE), UninitialisedRead),
+        ("sm_80", ("project", STORE, -1), UninitialisedRead),
+        ("sm_80", ("drift", STORE, -1), UninitialisedRead),
+    ],
+)
+def test_what_is_missing_in_a_kernel_is_seen(
+    architecture: str, change: tuple[Any, ...], error: type[PtxError], compiler: Compiler
+) -> None:
+    case = Forward(torch.bfloat16, torch.bfloat16, False, torch.bfloat16, 32, "aligned", False)
+    case.run(Emulator(architecture, compiler))
+    with pytest.raises(error):
+        case.run(Emulator(architecture, Changed(compiler, *change)))
+
+
+@newest
+@pytest.mark.parametrize("module", [forward, backward])
+def test_planes_that_are_not_padded_are_seen(module: Any, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were T and P as large as their phases' operands, the tiles of the next one would read what nobody wrote."""
+    case = (
+        Forward(torch.bfloat16, torch.bfloat16, False, torch.bfloat16, 32, "aligned", False)
+        if module is forward
+        else Backward(torch.bfloat16, torch.bfloat16, True, 32, "aligned", False)
+    )
+    plans = module.plan_forward if module is forward else module.plan_backward
+    plans.cache_clear()
+    monkeypatch.setattr(module, "up", lambda value, unit: -(-value // min(unit, 8)) * min(unit, 8))
+    with pytest.raises((UninitialisedRead, MemoryFault)):
+        case.run(Emulator("sm_80", compiler))
+    plans.cache_clear()
+
+
+@newest
+def test_alignment_that_is_only_claimed_is_seen(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    claimed = forward.lies
+    monkeypatch.setattr(
+        forward, "lies", lambda matrix, transposed: claimed(matrix, transposed)._replace(pointer=True, descriptor=True)
+    )
+    case = Forward(torch.bfloat16, torch.bfloat16, False, torch.bfloat16, 32, "aligned", False)
+    problems = case.problems()
+    frame = torch.empty(problems[0].weight.numel() + 1, dtype=torch.bfloat16)
+    problems[0] = replace(problems[0], weight=frame[1:].view(problems[0].weight.shape).copy_(problems[0].weight))
+    pieces = lists(problems)
+    for architecture in ARCHITECTURES:
+        emulator = Emulator(architecture, compiler)
+        emulator.give(*(piece for kind in pieces for piece in kind))
+        with emulator, pytest.raises(PtxError, match="misaligned|multiples of 16"):
+            kernels.project_drift(*pieces)
+
+
+@pytest.mark.skipif(COMPILER >= (3, 8), reason="Triton 3.8 and newer keep the rule")
+def test_older_compilers_break_the_rule(compiler: Compiler) -> None:
+    for rank in rank_classes():
+        variant = project_variant("sm_90", Form("bf16", "bf16", "bf16"), rank, False, Access(True, True, False))
+        assert hazards(compiler.compile(variant, "sm_90")) != []
