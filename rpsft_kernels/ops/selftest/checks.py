@@ -264,7 +264,7 @@ def _not_finite(case: Case, subject: Subject, found: Found) -> Iterator[str]:
 
 def call_once(case: Case, subject: Subject, shape: Shape) -> None:
     """One weight of a shape, for what it launches."""
-    problem = Source(case, subject.device).random(shape)
+    problem = Source(case, subject.device).random(shape, still=True)
     if case.operation == "drift":
         subject.project([problem])
     else:
