@@ -54,7 +54,7 @@ def products_unsafe() -> str:
     if touches_products():
         return f"Triton {version} is known to compile such kernels wrongly"
     changed = [name for name in _ASSEMBLER if os.environ.get(name)]
-    return f"{' and '.join(changed)} changes how Triton assembles it" if changed else ""
+    return f"{' and '.join(changed)} may change how Triton assembles it" if changed else ""
 
 
 def triton_version() -> str:

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from . import __version__, aot, aot_kernel, compilers
+from .machine_code import disassembler
 from .ops import native
 from .ops.backend import NAMES, load
 
@@ -54,6 +55,7 @@ def _facts() -> Iterator[_Fact]:
     yield "instruction sets", lambda: ", ".join(native.instruction_sets()) or native.missing()
     yield "kernels", _kernels
     yield "JIT on a GPU", lambda: compilers.jit_missing() or "Triton can compile and start kernels"
+    yield "JIT on 9.x", _products
     yield "CUDA driver", _driver
     yield from _backends(torch.device("cpu"))
     yield "GPUs", _gpus
@@ -71,6 +73,21 @@ def _version(package: str) -> str:
 def _kernels() -> str:
     library = aot.installed()
     return library if isinstance(library, str) else library.summary()
+
+
+def _products() -> str:
+    """What becomes of code that Triton compiles for compute capability 9.x."""
+    if compilers.jit_missing():
+        return compilers.jit_missing()
+    if compilers.touches_products():
+        which = "project and, with float32 bases, drift and gradient"
+        return f"Triton {compilers.triton_version()} compiles kernels wrongly ({which}): those are not launched"
+    try:
+        disassembler()
+    except ValueError as error:
+        unsafe = compilers.products_unsafe()
+        return f"{unsafe or 'nothing speaks against this Triton'}; code cannot be looked at: {error}"
+    return "code is looked at before its first launch"
 
 
 def _driver() -> str:

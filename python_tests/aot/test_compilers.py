@@ -53,3 +53,30 @@ def test_a_helper_that_was_built_before_does(tmp_path: Path) -> None:
     built.mkdir(parents=True)
     (built / "cuda_utils.cpython-311-x86_64-linux-gnu.so").write_text("")
     assert compilers.compiler_missing() == ""
+
+
+@pytest.mark.parametrize(
+    ("version", "touches", "reason"),
+    [
+        ("3.6.0", True, "Triton 3.6.0 is known to compile such kernels wrongly"),
+        ("3.8.2+git1234", True, "Triton 3.8.2+git1234 is known"),
+        ("3.9.0", False, ""),
+        ("3.10.1", False, ""),
+        ("4.0", False, ""),
+        ("", False, "the version of Triton is not known"),
+    ],
+)
+def test_which_versions_touch_registers_of_pending_products(
+    version: str, touches: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in compilers._ASSEMBLER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(compilers, "triton_version", lambda: version)
+    assert compilers.touches_products() == touches
+    assert compilers.products_unsafe().startswith(reason)
+    assert bool(compilers.products_unsafe()) == bool(reason)
+    monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
+    monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", "/opt/ptxas")
+    if not reason:
+        said = "TRITON_PTXAS_BLACKWELL_PATH and DISABLE_PTXAS_OPT may change how Triton assembles it"
+        assert compilers.products_unsafe() == said

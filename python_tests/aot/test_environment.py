@@ -139,3 +139,23 @@ def test_an_installation_without_engine_and_launcher(monkeypatch: pytest.MonkeyP
     assert lines["instruction sets"] == lines["cpu native"] == why
     assert lines["CUDA driver"] == "this installation carries no native module to launch them"
     assert lines["distribution"]
+
+
+def test_what_becomes_of_code_for_hopper_is_told(two: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilers, "triton_version", lambda: "3.6.0")
+    assert report()["JIT on 9.x"] == (
+        "Triton 3.6.0 compiles kernels wrongly (project and, with float32 bases, drift and gradient): those are not "
+        "launched"
+    )
+    monkeypatch.setattr(compilers, "triton_version", lambda: "3.9.0")
+    assert report()["JIT on 9.x"] == "code is looked at before its first launch"
+    monkeypatch.setenv("TRITON_NVDISASM_PATH", "/nowhere/nvdisasm")
+    for name in compilers._ASSEMBLER:
+        monkeypatch.delenv(name, raising=False)
+    assert report()["JIT on 9.x"].startswith(
+        "nothing speaks against this Triton; code cannot be looked at: environment variable TRITON_NVDISASM_PATH: "
+    )
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/opt/ptxas")
+    assert report()["JIT on 9.x"].startswith("TRITON_PTXAS_PATH may change how Triton assembles it; code cannot")
+    monkeypatch.setattr(compilers, "triton_missing", lambda: NO_TRITON)
+    assert report()["JIT on 9.x"] == NO_TRITON
