@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rpsft_kernels.ops import registry
+from rpsft_kernels.ops import products, registry
 from rpsft_kernels.ops import triton as triton_backend
 from rpsft_kernels.ops.selftest import gate
 from rpsft_kernels.ops.triton import backward, forward, jit, profile, table, whole
@@ -30,6 +30,15 @@ _BODIES: dict[Any, Callable[..., Any]] = {
     torch.ops.rpsft_kernels.pull_back.default: registry._run_pull_back,
     torch.ops.rpsft_kernels.pull_back_.default: registry._run_pull_back_,
 }
+_MM_DTYPE = getattr(torch.ops.aten.mm, "dtype", None)
+
+
+def _multiplied(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    return one.to(dtype) @ other.to(dtype)
+
+
+# Operators that the CPU lacks, and what they compute.
+_FOR_GPUS_ALONE: dict[Any, Callable[..., Any]] = {} if _MM_DTYPE is None else {_MM_DTYPE: _multiplied}
 _WAITING_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -156,6 +165,7 @@ class StandIn(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         pinned = kwargs.pop("pin_memory", False)
         inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
+        func = _FOR_GPUS_ALONE.get(func, func)
         with _disable_current_modes():
             result = func(*inner_args, **inner_kwargs)
             if pinned:
@@ -212,7 +222,7 @@ def _again(func: Any, args: Any, kwargs: Any, result: Any) -> None:
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """The device with everything that the package asks of one. Kernels run in Triton's interpreter."""
     device = StandIn()
     for name, value in (("_uploads", type(table._uploads)()), ("_replayed", {}), ("_cached_bytes", 0)):
@@ -226,11 +236,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     monkeypatch.setattr(triton_backend, "unavailable", lambda device, dtype: None)
     # What has passed its self-test is not tested again.
     monkeypatch.setattr(gate, "_passed", {DEVICE})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: _Stream(device))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.capturing)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: device.waits.append("synchronize"))
-    return device
+    products.machine.cache_clear()
+    yield device
+    products.machine.cache_clear()
 
 
 class _Stream(SimpleNamespace):

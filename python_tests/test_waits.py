@@ -45,8 +45,8 @@ class Step:
                 rk.Anchor.from_weight(weight, 48 if form == "full" else RANK, keep_base=form != "block")
                 for weight in pretrained
             ]
-        arithmetic = "elsewhere" if foreign else ops.arithmetic_id(backend, DEVICE, dtype)
         with device.running():
+            arithmetic = "elsewhere" if foreign else ops.arithmetic_id(backend, DEVICE, dtype)
             self.anchors = {f"weight{i}": self._moved(anchor, arithmetic) for i, anchor in enumerate(made)}
             self.model = Model([OnGpu((weight * 1.01).to(dtype)) for weight in pretrained])
         device.waits.clear()
@@ -119,6 +119,14 @@ def test_a_step_waits_for_nothing(
     found = step.found(value)
     assert stand_in.operators and stand_in.waits == [] and stand_in.refused == []
     assert len(found) == len(SHAPES) and all(bool(tensor.isfinite().all()) for tensor in found) and bool(found[0])
+
+
+def test_plain_torch_multiplies_as_on_a_gpu(stand_in: StandIn) -> None:
+    with stand_in.running():
+        step = Step("base", torch.bfloat16, stand_in, "torch")
+        step.accumulate()
+    assert not hasattr(torch.ops.aten.mm, "dtype") or "aten.mm.dtype" in stand_in.operators
+    assert "aten.addmm_.default" in stand_in.operators, "into the gradients themselves"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
