@@ -53,16 +53,8 @@ class DTensorWeight(LocalWeight):
     @torch.no_grad()
     def gradient(self) -> Tensor:
         if self.parameter.grad is None:
-            from torch.distributed.tensor import DTensor
-
-            self.parameter.grad = DTensor.from_local(
-                torch.empty_like(self._dtensor.to_local(), dtype=self.gradient_dtype),
-                self._dtensor.device_mesh,
-                self._dtensor.placements,
-                run_check=False,
-                shape=self.parameter.shape,
-                stride=self.parameter.stride(),
-            )
+            # Not DTensor.from_local, which moves what lies on the CPU (FSDP2's CPU offload) to the mesh's GPU.
+            self.parameter.grad = torch.empty_like(self.parameter, dtype=self.gradient_dtype)
         return self._local(self.parameter.grad)
 
     def touch_gradient(self) -> None:
