@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .accumulation import accumulate
 from .anchor import Anchor
 from .evaluation import evaluate, prepare
-from .terms import Bucket, Term, TileOfTerm
+from .terms import Term
 from .weights import check_weight
 
 
@@ -103,8 +104,8 @@ def accumulate_rotation_grad_(
         RuntimeError: as :func:`rotation_penalty`.
 
     The product is added inside the kernel, summed in float32 and rounded once to the gradient's own dtype; no tensor as
-    large as a weight is allocated, except a ``.grad`` that did not exist yet. Frozen weights of a module
-    count towards R and get no gradient.
+    large as a weight is allocated, except a ``.grad`` that did not exist yet (backend ``torch`` on a GPU: temporaries of
+    up to 256 MiB). Frozen weights of a module count towards R and get no gradient.
 
     Nothing here waits for a GPU, and the call can be captured in a CUDA graph, once the same step has run outside of
     the capture (that loads kernels and sets pinned memory aside). A replay reads the weights and adds to the gradients
@@ -124,7 +125,7 @@ def accumulate_rotation_grad_(
     if not prepared.terms:
         return torch.zeros(())
     with torch.no_grad():
-        return evaluate(prepared, partial(_accumulate, float(coeff)))
+        return evaluate(prepared, partial(accumulate, float(coeff)))
 
 
 def _check_coeff(coeff: object) -> None:
@@ -146,56 +147,6 @@ def _check_gradients(terms: list[Term], whole_module: bool) -> None:
             "model: every anchored parameter is frozen, expected at least one that requires grad; "
             "use rotation_penalty to evaluate the penalty alone"
         )
-
-
-def _accumulate(coeff: float, bucket: Bucket, drifts: list[Tensor]) -> None:
-    """Pull a bucket's drifts back into the gradients: added where one exists, written where it is new."""
-    left = []
-    for i, term in enumerate(bucket.terms):
-        if term.weight.requires_grad and term.weight.part.numel:
-            left.append(i)
-        elif term.weight.requires_grad:
-            term.weight.touch_gradient()
-    while left:
-        # A weight that is listed twice has one gradient, which no launch may write twice.
-        first = {bucket.terms[i].weight.identity: i for i in reversed(left)}
-        members = [i for i in left if first[bucket.terms[i].weight.identity] == i]
-        left = [i for i in left if i not in members]
-        # One launch serves gradients of one dtype that are all new or all there already.
-        kinds: dict[tuple[bool, torch.dtype], list[int]] = {}
-        for i in members:
-            weight = bucket.terms[i].weight
-            kinds.setdefault((weight.has_gradient, weight.gradient_dtype), []).append(i)
-        for (exists, _), alike in kinds.items():
-            _pull(bucket, alike, drifts, coeff, accumulate=exists)
-
-
-def _pull(bucket: Bucket, members: list[int], drifts: list[Tensor], coeff: float, accumulate: bool) -> None:
-    terms = [bucket.terms[i] for i in members]
-    grads = [term.weight.gradient() for term in terms]
-    full = terms[0].anchor.form == "full"
-    targets: list[Tensor] = []
-    weights: list[Tensor] = []
-    pieces: list[TileOfTerm] = []
-    chosen: list[Tensor] = []
-    scales: list[float] = []
-    for i, term, grad in zip(members, terms, grads, strict=True):
-        values = [tile.values for tile in term.tiles(term.weight.values())] if full else []
-        for j, tile in enumerate(term.tiles(grad)):
-            targets.append(tile.values)
-            chosen.append(drifts[i])
-            scales.append(2.0 * coeff * term.weight.factor)
-            pieces.append(tile)
-            if full:
-                weights.append(values[j])
-    # On the CPU whatever the weights' device: a copy from here to a GPU would wait for it.
-    factors = torch.tensor(scales, dtype=chosen[0].dtype)
-    lefts = [piece.left for piece in pieces if piece.left is not None]
-    rights = [piece.right for piece in pieces if piece.right is not None]
-    bases = [piece.base for piece in pieces if piece.base is not None] if full else []
-    ops.pull_back_(targets, weights, lefts, rights, bases, chosen, factors, accumulate, bucket.backend)
-    for term, grad in zip(terms, grads, strict=True):
-        term.weight.store(grad)
 
 
 def project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:

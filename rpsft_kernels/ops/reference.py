@@ -221,8 +221,10 @@ def _scaled(how: Products, basis: Operand, drift: Tensor, scale: Tensor) -> Oper
 
 
 def _store(target: Tensor, value: Tensor, accumulate: bool) -> None:
-    if accumulate:
+    if not accumulate:
+        target.copy_(value)
+    elif target.dtype == value.dtype:
+        target.add_(value)
+    else:
         # The sum is formed in the accumulation dtype and rounded once, as the fused kernels do.
         target.copy_(value.add_(target))
-    else:
-        target.copy_(value)
