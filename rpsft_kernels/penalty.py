@@ -104,8 +104,8 @@ def accumulate_rotation_grad_(
         RuntimeError: as :func:`rotation_penalty`.
 
     The product is added inside the kernel, summed in float32 and rounded once to the gradient's own dtype; no tensor as
-    large as a weight is allocated, except a ``.grad`` that did not exist yet (backend ``torch`` on a GPU: temporaries of
-    up to 256 MiB). Frozen weights of a module count towards R and get no gradient.
+    large as a weight is allocated, except a ``.grad`` that did not exist yet. (Backend ``torch`` on a GPU: temporaries
+    of up to 256 MiB.) Frozen weights of a module count towards R and get no gradient.
 
     Nothing here waits for a GPU, and the call can be captured in a CUDA graph, once the same step has run outside of
     the capture (that loads kernels and sets pinned memory aside). A replay reads the weights and adds to the gradients
