@@ -189,6 +189,30 @@ def test_a_wrong_kernel_fails(name: str, kernel: str, fault: str, monkeypatch: p
     result = tried("triton", CASES[name])
     assert result.failures
     assert str(CASES[name]) in result.failures[0]
+    assert f"{kernel}(" in result.failures[0].split("launched were", 1)[1]
+
+
+@pytest.mark.usefixtures("small_weights")
+@pytest.mark.parametrize("form", ["bare", "gradient"])
+def test_a_lost_part_fails(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third bfloat16 part of an intermediate is below every bound, but not below equality."""
+    start = launch._start
+
+    def losing(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> None:
+        start(variant, programs, device, arguments)
+        if variant.kernel in ("project", "pull"):
+            for row in arguments[0].view(-1, WIDTH).tolist():
+                size = 2 * row[INDEX["PLANES_ROW"]] * row[INDEX["PLANES_ROWS"]]
+                ctypes.memset(row[INDEX["PLANES"]] + 2 * size, 0, size)
+
+    wide = torch.float32
+    case = Case("drift", "bare", wide, None, HALF, None, 32, "ragged", False)
+    if form == "gradient":
+        case = Case("gradient", "any", None, None, wide, wide, 32, "ragged", False)
+    assert tried("triton", case).passed
+    monkeypatch.setattr(launch, "_start", losing)
+    result = tried("triton", case)
+    assert result.failures and all("expected exactly" in failure for failure in result.failures)
 
 
 @pytest.mark.usefixtures("small_weights")

@@ -53,7 +53,7 @@ def _driver_version() -> str:
     launcher = aot_kernel.binding()
     try:
         cuda = "unknown" if isinstance(launcher, str) else str(launcher.driver_version())
-    except RuntimeError:
+    except (AttributeError, RuntimeError):
         cuda = "unknown"
     try:
         driver = _DRIVER.read_text(encoding="utf-8").strip()

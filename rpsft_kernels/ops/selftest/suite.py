@@ -76,6 +76,12 @@ class Launches:
     def refused(self, variant: Variant, error: Exception) -> None:
         self.absent[variant] = str(error)
 
+    def named(self, found: Found) -> Found:
+        """With the kernels that were launched, where something was wrong."""
+        kernels = "; ".join(variant.label() for variant in self.tiles)
+        found.failures = [f"{failure}; launched were {kernels}" for failure in found.failures]
+        return found
+
     def filled(self, variant: Variant) -> int:
         """Tiles of a launch that gives every program that the device runs at a time several."""
         # One program adds up each weight's slots: there is nothing to fill.
@@ -135,7 +141,7 @@ def _both(case: Case, subject: Subject, launches: Launches | None, repeats: int)
         return
     with watched(launches):
         launches.tiles.clear()
-        yield check_numbers(case, subject)
+        yield launches.named(check_numbers(case, subject))
         launches.compared |= launches.tiles.keys()
         if case.kind not in REPEATED:
             return
@@ -145,7 +151,7 @@ def _both(case: Case, subject: Subject, launches: Launches | None, repeats: int)
         if not wanted:
             return
         copies = max(-(-launches.filled(variant) // launches.tiles[variant]) for variant in wanted)
-        yield check_repeats(case, subject, shape, copies, repeats)
+        yield launches.named(check_repeats(case, subject, shape, copies, repeats))
         launches.repeated |= {v for v, tiles in launches.tiles.items() if tiles >= launches.filled(v)}
         launches.compared |= launches.tiles.keys()
 

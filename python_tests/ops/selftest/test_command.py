@@ -1,0 +1,67 @@
+"""``python -m rpsft_kernels selftest``: its table, its exit status, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rpsft_kernels.cli import main
+from rpsft_kernels.ops import reference
+from rpsft_kernels.ops.selftest import command, subjects
+from rpsft_kernels.ops.selftest.cases import quick_cases
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    def few(device: torch.device, quick: bool) -> Any:
+        found, untested = subjects.jobs(device, quick)
+        del found[1:]
+        found[0].cases[:] = list(quick_cases((32,)))[:3]
+        return found, [*untested, "a backend on the CPU: not tested: it is not there"]
+
+    monkeypatch.setattr(command, "jobs", few)
+
+
+@pytest.mark.parametrize("options", [[], ["--quick"]])
+def test_a_pass(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest", "--device", "cpu", *options]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "torch on the CPU"
+    head, *lines = printed[2:5]
+    assert " ".join(head.split()) == "operation form W W0 U, V G cases worst error bound repeats verdict"
+    assert [line.split()[:7] for line in lines] == [
+        ["drift", "base", "bf16", "bf16", "bf16", "-", "2"],
+        ["gradient", "any", "-", "-", "bf16", "bf16", "1"],
+    ]
+    assert all(line.endswith("ok") for line in lines)
+    assert printed[6].startswith("passed, ")
+    assert printed[-1] == "a backend on the CPU: not tested: it is not there"
+
+
+def test_a_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    project = reference.project_drift
+
+    def doubled(*arguments: Any) -> Any:
+        drifts, squares = project(*arguments)
+        return [2 * drift for drift in drifts], 4 * squares
+
+    monkeypatch.setattr(reference, "project_drift", doubled)
+    assert main(["selftest", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert " FAILED\n" in printed and "FAILED: drift of base anchors (W bf16, W0 bf16, bases bf16" in printed
+    assert " FAILURES, " in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest", "--device", "cuda:3"]) == 1
+    assert "got cuda:3, expected one of the 0 GPUs that torch sees, or cpu" in capsys.readouterr().out
+
+
+def test_a_device_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="--device: got 'gpu', expected cuda, cuda:1 or cpu"):
+        main(["selftest", "--device", "gpu"])
+    assert main(["selftest", "--device", "meta"]) == 1
+    assert "expected a GPU" in capsys.readouterr().out
