@@ -4,11 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Other versions than those of `make test`, each with a file of requirements.
+CORNERS := oldest torch-2.7 torch-2.11
 # The tests of the native engine in build/$@. The ninja is .venv's: a fresh machine has no other.
 CTEST = $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(CMAKE_ARGS) && \
 	$(BIN)/cmake --build build/$@ && $(BIN)/ctest --test-dir build/$@ --output-on-failure
 
-.PHONY: demo test test-deepspeed test-oldest test-gpu bench bench-gpu ctest sanitize lint wheel release-wheel clean
+.PHONY: demo test test-deepspeed $(CORNERS:%=test-%) test-gpu bench bench-gpu ctest sanitize lint wheel release-wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m rpsft_kernels.demo $(ARGS)
@@ -21,31 +23,42 @@ test: $(VENV)/ready ctest
 test-deepspeed: $(VENV)/ready $(VENV)/deepspeed
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 python_tests/sharding/test_deepspeed.py $(ARGS)
 
-# The oldest of what is supported, in an environment of its own, with what needs no other package than torch and Triton;
-# `make test` is the newest that the registry has for CPUs.
-OLDEST := .venv-oldest
+# The corners: each in an environment of its own, with the tests of what can differ there.
 PYTHON_oldest := 3.10
+PYTHON_torch-2.7 := 3.10
+PYTHON_torch-2.11 := 3.12
+CORNER = OMP_NUM_THREADS=1 .venv-$(@:test-%=%)/bin/python -m pytest -n 2 --dist loadgroup -rs -p no:cacheprovider
 # torch.compile of torch 2.6 cannot import Triton 3.6: it is tested where there is no Triton.
 COMPILED = compiled or opcheck or wrapped
 
-test-oldest: CORNER = OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -p no:cacheprovider
-test-oldest: $(OLDEST)/ready
+test-oldest: .venv-oldest/ready
 	$(CORNER) python_tests/ops python_tests/test_penalty.py python_tests/test_anchors.py python_tests/test_anchor_file.py \
-		python_tests/test_names.py python_tests/aot/test_build.py python_tests/aot/test_check.py \
+		python_tests/test_names.py python_tests/test_private_names.py \
+		python_tests/aot/test_build.py python_tests/aot/test_check.py python_tests/aot/test_vetting.py \
 		--deselect python_tests/ops/triton/test_compile.py -k "not ($(COMPILED))" $(ARGS)
 	$(CORNER) -p python_tests.without_triton -k "($(COMPILED)) and not kernels" \
 		python_tests/ops/test_registry.py python_tests/test_anchors.py python_tests/test_penalty.py python_tests/test_names.py
+	$(CORNER) -p python_tests.without_triton python_tests/sharding $(ARGS)
+
+# The oldest torch whose FSDP2 runs on CPUs.
+test-torch-2.7: .venv-torch-2.7/ready
+	$(CORNER) python_tests/sharding python_tests/test_private_names.py $(ARGS)
+
+test-torch-2.11: .venv-torch-2.11/ready
+	$(CORNER) python_tests/sharding python_tests/test_private_names.py python_tests/test_names.py \
+		python_tests/ops/test_backend.py python_tests/ops/test_registry.py python_tests/ops/triton/test_kernels.py \
+		python_tests/test_penalty.py $(ARGS)
 
 # The Python that is asked for, where there is one; else PYTHON, and what the table in README.md says is not tested.
-$(OLDEST)/requirements: requirements-oldest.txt .ci/stand_in_cuda.py
-	for python in python$(PYTHON_oldest) $(HOME)/.pyenv/versions/$(PYTHON_oldest).*/bin/python$(PYTHON_oldest) $(PYTHON); do \
-		$$python -c "" 2> /dev/null && break; done; $$python -m venv --clear $(OLDEST)
-	$(OLDEST)/bin/pip install -q --no-deps --no-cache-dir -r requirements-oldest.txt
-	$(OLDEST)/bin/python .ci/stand_in_cuda.py
+$(CORNERS:%=.venv-%/requirements): .venv-%/requirements: requirements-%.txt requirements-corner.txt .ci/stand_in_cuda.py
+	for python in python$(PYTHON_$*) $(HOME)/.pyenv/versions/$(PYTHON_$*).*/bin/python$(PYTHON_$*) $(PYTHON); do \
+		$$python -c "" 2> /dev/null && break; done; $$python -m venv --clear .venv-$*
+	.venv-$*/bin/pip install -q --no-deps --no-cache-dir -r requirements-$*.txt
+	.venv-$*/bin/python .ci/stand_in_cuda.py
 	touch $@
 
-$(OLDEST)/ready: $(OLDEST)/requirements pyproject.toml setup.py $(shell find csrc build_tools -type f)
-	$(OLDEST)/bin/pip install -q --no-deps --no-build-isolation -e .
+$(CORNERS:%=.venv-%/ready): .venv-%/ready: .venv-%/requirements pyproject.toml setup.py $(shell find csrc build_tools -type f)
+	.venv-$*/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 # What only a GPU can show, with the Python, the torch and the Triton that are there; nothing is installed into them.
@@ -100,5 +113,5 @@ $(VENV)/ready: $(VENV)/requirements pyproject.toml setup.py $(shell find csrc bu
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .venv-kernels build dist *.egg-info output
+	rm -rf $(VENV) $(CORNERS:%=.venv-%) .venv-kernels build dist *.egg-info output
 	rm -rf rpsft_kernels/_native*.so rpsft_kernels/_native_build.txt rpsft_kernels/kernels

@@ -45,18 +45,25 @@ def test_the_table_of_support_is_what_is_tested() -> None:
     assert set(table) == {"python", "torch", "triton", "numpy"}
     project = (README.parent / "pyproject.toml").read_text()
     makefile = (README.parent / "Makefile").read_text()
-    oldest, usual = _pins("requirements-oldest.txt"), _pins("requirements-dev.txt")
-    for name, (supported, old, now) in table.items():
+    heading = re.search(r"^\| \| supported \|(.*)\|$", README.read_text(), re.M)
+    assert heading is not None
+    targets = re.findall(r"`make test(?:-([\w.-]+))?`", heading[1])
+    assert targets[0] == "oldest" and targets[-1] == ""
+    for name, (supported, *versions) in table.items():
         floor = re.search(rf'"{name}>=([\d.]+)', project) or re.search(r'requires-python = ">=([\d.]+)"', project)
         assert floor is not None and supported.startswith(f"{floor[1]} and newer")
         # The oldest that is supported is the oldest that is tested.
-        assert (old + ".").startswith(f"{floor[1]}.")
-        if name == "python":
-            assert re.search(rf"^PYTHON_oldest := {re.escape(old)}$", makefile, re.M)
-        else:
-            assert (oldest[name], usual.get(name, "not pinned")) == (old, now)
+        assert (versions[0] + ".").startswith(f"{floor[1]}.")
+        for target, version in zip(targets, versions, strict=True):
+            if name == "python":
+                assert not target or re.search(rf"^PYTHON_{re.escape(target)} := {re.escape(version)}$", makefile, re.M)
+            else:
+                pins = _pins(f"requirements-{target or 'dev'}.txt")
+                assert pins.get(name, "none" if name == "triton" else "not pinned") == version
 
 
 def test_continuous_integration_runs_the_table() -> None:
     commands = (README.parent / ".ci" / "run").read_text().splitlines()
-    assert {"make test", "make test-oldest"} <= set(commands)
+    corners = re.search(r"^CORNERS := (.*)$", (README.parent / "Makefile").read_text(), re.M)
+    assert corners is not None
+    assert {"make test", *(f"make test-{name}" for name in corners[1].split())} <= set(commands)
