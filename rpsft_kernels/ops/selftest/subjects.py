@@ -72,10 +72,13 @@ def quick_of_gpu(device: torch.device) -> Result:
 
 
 def _of_gpu(device: torch.device, quick: bool) -> tuple[list[Job], list[str]]:
+    cases = list(quick_cases((32, 129))) if quick else list(_modest_cases())
+    name = torch.cuda.get_device_properties(device).name
+    plain = Job(f"torch on {device}: {name}", Subject("torch", device, bitwise=False), cases, repeats=1)
     reason = load("triton").unavailable(device, torch.bfloat16)
     if reason is not None:
-        return [], [f"triton on {device}: not tested: {reason}"]
-    return [_triton_job(device, quick)], []
+        return [plain], [f"triton on {device}: not tested: {reason}"]
+    return [_triton_job(device, quick), plain], []
 
 
 def _triton_job(device: torch.device, quick: bool) -> Job:
