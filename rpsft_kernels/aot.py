@@ -146,6 +146,25 @@ def _chosen(library: Library, variant: Variant, facts: Device, refused: Refused)
     return library.find(variant, facts, refused)
 
 
+def serves(variant: Variant, device: torch.device) -> bool:
+    """Whether a kernel serves a variant's launches on a GPU; if not, Triton is to compile it.
+
+    Raises:
+        NoKernel: nothing may or can compile it.
+    """
+    index, library = _index(device), _usable()
+    if isinstance(library, str):
+        return _left(index, "none", variant, library)
+    choice = _chosen(library, variant, _facts(index), _refused.get(index, _NOTHING))
+    return not isinstance(choice, str) or _left(index, "no match", variant, choice)
+
+
+def complete() -> bool:
+    """Whether the installation has a kernel for every launch on the GPUs that it is for."""
+    library = _usable()
+    return not isinstance(library, str) and not library.manifest["only"] and not library.left_out
+
+
 def start(variant: Variant, programs: int, device: torch.device, arguments: Sequence[Tensor]) -> bool:
     """Run ``programs`` > 0 programs of a variant on the current stream of a GPU, where a kernel serves the call.
 

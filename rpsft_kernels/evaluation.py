@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .accumulation import rehearse
 from .anchor import Anchor
 from .fingerprint import content_sum, dtype_name
 from .sharding import Exchange, Found, LocalWeight, PendingSum, ReplicatedWeight, find_parameters, locate_tensor
@@ -48,7 +49,8 @@ def prepare(
         into_gradients: gradients are to be added to: refuse where they have been averaged already.
 
     Raises:
-        ValueError: what pairing and ``check`` raise; or another rank refused, or ranks differ in their anchors.
+        ValueError: what pairing and ``check`` raise; or another rank refused, or ranks differ in their anchors; or what
+            Triton compiles here for the GPU may compute wrong numbers.
     """
     parameters = find_parameters(weights) if isinstance(weights, nn.Module) else None
     # Of all weights, not of those that have anchors: a rank that refuses does so in the groups where others wait.
@@ -60,6 +62,7 @@ def prepare(
         terms = paired(weights, anchors, parameters)
         check(terms)
         buckets = buckets_of(terms)
+        rehearse(buckets, into_gradients)
     except Exception as error:
         if not exchanges:
             raise

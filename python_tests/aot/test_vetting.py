@@ -23,6 +23,7 @@ from world import DEVICE, World
 from rpsft_kernels import compilers
 from rpsft_kernels.machine_code import disassembler
 from rpsft_kernels.ops.triton import jit, vetting
+from rpsft_kernels.ops.triton import launch as door
 from rpsft_kernels.ops.triton.launch import launch
 from rpsft_kernels.ops.triton.variant import ARGUMENTS, Variant, list_variants
 
@@ -95,9 +96,9 @@ def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hopper:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    vetting.is_vetted.cache_clear()
+    door.is_vetted.cache_clear()
     yield hopper
-    vetting.is_vetted.cache_clear()
+    door.is_vetted.cache_clear()
 
 
 def no_scan(image: bytes) -> list[str]:

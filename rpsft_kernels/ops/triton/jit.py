@@ -9,8 +9,9 @@ import triton
 from torch import Tensor
 
 from .kernels import KERNELS, kernel_constants
+from .launch import is_vetted
 from .variant import Variant
-from .vetting import findings, is_vetted, refusal
+from .vetting import findings, refusal
 
 
 def _scratch(device: torch.device) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -36,12 +37,44 @@ def watched(watcher: Watcher) -> Iterator[None]:
         _watcher.reset(token)
 
 
+_rehearsed: ContextVar[bool] = ContextVar("rpsft_rehearsed", default=False)
+
+
+@contextmanager
+def rehearsed() -> Iterator[None]:
+    """Launch nothing inside the ``with`` block, but raise what a launch would raise for want of code that may run."""
+    token = _rehearsed.set(True)
+    try:
+        yield
+    finally:
+        _rehearsed.reset(token)
+
+
+@lru_cache(maxsize=64)
+def is_vetted(index: int) -> bool:
+    """Whether a CUDA device has products that run on behind their instruction, which only compute capability 9.0 has:
+    what Triton compiles for it is looked at first, and may be refused.
+    """
+    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
+
+
+def may_refuse(device: torch.device) -> bool:
+    """Whether a launch may turn out to have no code that may run."""
+    if device.type != "cuda":
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return is_vetted(index) and not aot.complete()
+
+
 def launch(variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
     """Run ``programs`` programs of a variant on the current stream of ``device``; nothing to do for none.
 
     A kernel compiled ahead of time serves the launch where there is one, else Triton compiles it.
     """
     if programs == 0:
+        return
+    if _rehearsed.get():
+        _rehearse(variant, device, arguments)
         return
     watcher = _watcher.get()
     if watcher is None:
@@ -62,3 +95,11 @@ def _start(variant: Variant, programs: int, device: torch.device, arguments: tup
     from .jit import launch_jit
 
     launch_jit(variant, programs, device, arguments)
+
+
+def _rehearse(variant: Variant, device: torch.device, arguments: tuple[Tensor, ...]) -> None:
+    if device.type != "cuda" or aot.serves(variant, device):
+        return
+    from .jit import check_jit
+
+    check_jit(variant, device, arguments)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,6 @@ from .variant import Variant
 # "wgmma.mma_async....f32.bf16.bf16 {sums}, {a0, a1, a2, a3}, descriptor, ...": A in registers. In shared memory it is
 # a descriptor too.
 _REGISTER_OPERAND = re.compile(r"wgmma\.mma_async[^{;]*\{[^}]*\}\s*,\s*\{")
-
-
-@lru_cache(maxsize=64)
-def is_vetted(index: int) -> bool:
-    """Whether a CUDA device runs products that go on after their instruction, which only compute capability 9.0 has."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
 
 
 def findings(kernel: Any) -> list[str]:
