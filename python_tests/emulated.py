@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from accuracy import check_drifts, check_pulled
 from emulation import Emulator, planned_for
-from support import Problem, exact_drift, laid_out, lists, random_matrix, relative_error
+from support import Problem, exact_drift, lists, random_matrix, relative_error
 from torch import Tensor
 
 from rpsft_kernels.ops import triton as kernels
@@ -32,17 +32,17 @@ SHAPES: dict[str, dict[int, tuple[tuple[int, int, int], ...]]] = {
         129: ((136, 208, 136), (160, 144, 144)),
     },
     "even": {
-        32: ((256, 384, 32), (128, 256, 32)),
+        32: ((128, 256, 32),),
         64: ((256, 384, 64), (128, 256, 64)),
-        128: ((256, 384, 128), (128, 256, 128)),
-        129: ((256, 384, 256),),
+        128: ((128, 256, 128),),
+        129: ((128, 256, 256),),
     },
 }
 
 
 def split_by_shape(rows: int, rank: int, block_m: int, block_n: int) -> int:
-    """One of two weights in a launch has its sum over rows split, in stretches of which the last may be empty."""
-    return 3 if rows % 16 == 8 or rows == 256 else 1
+    """Some weights have their sum over rows split, in stretches of which the last may be empty; others have not."""
+    return 3 if rows % 16 == 8 or rows == 256 or rank == 128 else 1
 
 
 @cache
@@ -57,18 +57,21 @@ def moved(shape: tuple[int, int], weight: torch.dtype, base: torch.dtype, seed: 
 
 
 def placed(tensor: Tensor, way: str) -> Tensor:
-    """The same matrix where it is as badly aligned as its way allows: to 16 bytes and no more, or to one element.
+    """The same matrix where it lies as badly as its way allows.
 
-    Strided: every second column.
+    Strided: at any element, every second column. Else at a multiple of 16 bytes and of no more, with 16 bytes between
+    the rows that belong to nobody; or without, where ``way`` is "contiguous".
     """
     size = tensor.element_size()
-    unit = size if way == "strided" else 16
-    view = laid_out(tensor, "sliced") if way == "strided" else tensor
-    strides = view.stride()
-    length = 1 + sum((n - 1) * s for n, s in zip(view.shape, strides, strict=True))
+    rows, cols = tensor.shape
+    if way == "strided":
+        unit, strides = size, (2 * cols, 2)
+    else:
+        unit, strides = 16, (cols if way == "contiguous" else cols + 16 // size, 1)
+    length = 1 + (rows - 1) * strides[0] + (cols - 1) * strides[1]
     frame = torch.full((length + 256 // size,), float("nan"), dtype=tensor.dtype)
     offset = next(i for i in range(256 // size) if (frame.data_ptr() + i * size) % 128 == unit)
-    return frame[offset:].as_strided(view.shape, strides).copy_(tensor)
+    return frame[offset:].as_strided((rows, cols), strides).copy_(tensor)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Forward:
                     placed(left, self.way),
                     placed(right, self.way),
                     None if self.base is None else placed(base, self.way),
-                    None if block is None else placed(block.float(), "aligned"),
+                    None if block is None else placed(block.float(), "contiguous"),
                 )
             )
         return found
@@ -133,7 +136,7 @@ class Backward:
             grads.append(placed(before[-1], self.way))
             lefts.append(placed(numbers(m, k, 0.1, 7 + i).to(self.basis), self.way))
             rights.append(placed(numbers(n, k, 0.1, 17 + i).to(self.basis), self.way))
-            drifts.append(placed(numbers(k, k, 1.0, 27 + i).float(), "aligned"))
+            drifts.append(placed(numbers(k, k, 1.0, 27 + i).float(), "contiguous"))
         return before, grads, lefts, rights, drifts
 
     def plan(self) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from functools import lru_cache
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from .errors import PtxError
 from .machine import Machine
 from .memory import GlobalMemory, Region, strided_region
 from .parser import TYPE_SIZE, parse
+from .program import Program
 from .stats import Stats
 
 # Of one CTA, by architecture.
@@ -27,6 +29,14 @@ def region_of(x, name, unwritten=False):
         return strided_region(x.data_ptr(), x.shape, [s * es for s in x.stride()], es, name, True, x, unwritten)
     a = x.__array_interface__["data"][0]
     return strided_region(a, x.shape, x.strides, x.itemsize, name, x.flags.writeable, x, unwritten)
+
+
+@lru_cache(maxsize=32)
+def _prepared(ptx):
+    """What is the same in every launch of a kernel; the blocks of the program hold more while it runs."""
+    module = parse(ptx)
+    (fn,) = module.entries.values()
+    return module, Program(fn)
 
 
 def address_of(x):
@@ -50,8 +60,8 @@ def run(
     max_steps        basic blocks a CTA may execute
     order            of the CTAs: "forward" or "reverse"
     """
-    module = parse(ptx)
-    (fn,) = module.entries.values()
+    module, program = _prepared(ptx)
+    fn = program.fn
     grid = tuple(int(g) for g in grid) + (1,) * (3 - len(grid))
     threads = 32 * num_warps
     block = (threads, 1, 1)
@@ -101,16 +111,18 @@ def run(
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            m = Machine(module, fn, threads, shared_bytes, memory, opts)
+            m = Machine(module, program, threads, shared_bytes, memory, opts)
             ctas = [(x, y, z) for z, y, x in itertools.product(*(range(g) for g in grid[::-1]))]
             numbered = list(enumerate(ctas))
             for number, cta in reversed(numbered) if order == "reverse" else numbered:
                 m.run_cta(cta, number)
     finally:
         memory.remove(parameters)
+        for b in program.blocks:
+            b.full = b.masked = b.sync = None
     stats.ctas = len(ctas)
     stats.hazards = [ins.text() for ins in m.hazards]
-    for b in m.program.blocks:
+    for b in program.blocks:
         for op, n in b.histogram.items():
             if b.warps:
                 stats.instructions[op] += n * b.warps

@@ -15,7 +15,7 @@ from .memory import SHARED_BASE, LocalMemory, SharedMemory
 from .mma import fuse_mma
 from .ops import OPS
 from .parser import SINK, Imm, Mem, Not, Reg, Sym
-from .program import Program, defs_uses
+from .program import defs_uses
 
 POISON = {1: 0x7F, 2: 0x7FFF, 4: 0x7FFF7FFF, 8: 0x7FFF7FFF7FFF7FFF}  # NaN, and no valid address
 
@@ -81,12 +81,12 @@ class Agent:
 
 
 class Machine:
-    def __init__(self, module, fn, threads, shared_bytes, gmem, opts):
+    def __init__(self, module, program, threads, shared_bytes, gmem, opts):
         if threads % 32:
             raise ValueError("the number of threads must be a multiple of 32")
-        self.module, self.fn, self.T, self.nw = module, fn, threads, threads // 32
+        self.module, self.program, self.T, self.nw = module, program, threads, threads // 32
+        self.fn = program.fn
         self.gmem, self.opts = gmem, opts
-        self.program = Program(fn)
         self.tid = np.arange(threads)
         self.warp = self.tid // 32
         self.lane = self.tid % 32
@@ -98,7 +98,7 @@ class Machine:
         self.smem = SharedMemory(self.shared_size, self.nw, self._granule(), opts["races"])
         self.lmem = LocalMemory(self.local_size, threads)
         self.hopper = Hopper(self)
-        self.hazards = self.program.wgmma_hazards() if opts["wgmma_registers"] else {}
+        self.hazards = self.program.wgmma_hazards if opts["wgmma_registers"] else {}
         for b in self.program.blocks:
             b.full = b.masked = None
             b.warps = 0

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -251,6 +252,7 @@ class Program:
                     break
                 todo += x.successors()
 
+    @cached_property
     def wgmma_hazards(self):
         """Instruction -> {wgmma: (register, what happens to it)}: the wgmmas that may be in flight on some path when
         the instruction executes and whose registers it must leave alone until then. Only these instructions are

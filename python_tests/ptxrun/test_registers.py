@@ -51,7 +51,7 @@ def first(body: str, threads: int = 128, **options: Any) -> npt.NDArray[np.float
 def proven(body: str) -> bool:
     """Whether the analysis of all paths finds nothing that could touch a wgmma in flight."""
     text = HEAD.format(target="sm_90a", params=".param .u64 p0", threads=128, body=START + body + END)
-    return not Program(parse(text).entries["k"]).wgmma_hazards()
+    return not Program(parse(text).entries["k"]).wgmma_hazards
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class Changed(Compiler):
 
 def hazards(compiled: Compiled) -> list[str]:
     (entry,) = parse(compiled.ptx).entries.values()
-    return [instruction.text() for instruction in Program(entry).wgmma_hazards()]
+    return [instruction.text() for instruction in Program(entry).wgmma_hazards]
 
 
 @newest
