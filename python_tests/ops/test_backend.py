@@ -288,6 +288,7 @@ def test_a_penalty_keeps_its_backend_through_backward(monkeypatch: pytest.Monkey
     monkeypatch.setattr("rpsft_kernels.ops.registry.load", recording)
     with rk.use_backend("torch"):
         penalty = rk.rotation_penalty(weight, anchor)
+    forward = len(used)
     with rk.use_backend("triton"):
         penalty.backward()
-    assert used == ["torch", "torch"]
+    assert forward and used[forward:] == ["torch"] and set(used) == {"torch"}
