@@ -110,6 +110,9 @@ class _Flow:
         elif each.name == "RET":
             yield from self.returns
             falls = each.guarded
+        elif each.name in ("BRX", "BRXU") and each.targets:
+            yield from (self._place(each, label) for label in each.targets)
+            falls = each.guarded
         elif each.name in ("EXIT", "KILL"):
             falls = each.guarded or bool(each.operands)
         elif each.name in JUMPS and each.name != "WARPSYNC":
@@ -124,7 +127,10 @@ class _Flow:
         return self.program.instructions[number]
 
     def _label(self, each: Instruction) -> int:
-        place = self.program.labels.get(each.target or "")
+        return self._place(each, each.target or "")
+
+    def _place(self, each: Instruction, label: str) -> int:
+        place = self.program.labels.get(label)
         if place is None or place == len(self.program.instructions):
             raise Unknown(f"{each} goes where cannot be told: no label of this code is its target")
         return place

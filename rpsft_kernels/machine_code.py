@@ -98,14 +98,19 @@ def disassembler() -> Path:
     return Path(found)
 
 
-def disassemble(path: Path) -> str:
+def disassemble(path: Path, indirect: bool = False) -> str:
     """A cubin's instructions, one a line.
+
+    Args:
+        path: of the cubin.
+        indirect: say behind indirect branches where they may go, which takes twice the time.
 
     Raises:
         ValueError: there is no nvdisasm, or it cannot read the file.
     """
-    # Without its analysis of the data flow, which takes it half of its time.
-    command = [str(disassembler()), "-ndf", "-c", str(path)]
+    # Where it is not needed, without its analysis of the data flow.
+    options = ["-c"] if indirect else ["-ndf", "-c"]
+    command = [str(disassembler()), *options, str(path)]
     run = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if run.returncode != 0:
         raise ValueError(f"path: nvdisasm cannot read {path.name}: {(run.stderr or run.stdout).strip()[-200:]}")

@@ -40,7 +40,10 @@ def scan_cubin(image: bytes) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(image)
-        return find_hazards(disassemble(path))
+        text = disassemble(path)
+        if re.search(r"\bBRXU? ", text):
+            text = disassemble(path, indirect=True)
+        return find_hazards(text)
 
 
 def find_hazards(sass: str) -> list[str]:

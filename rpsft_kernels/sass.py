@@ -49,6 +49,7 @@ _KNOWN = _VALUES | _OTHERS | JUMPS | PRODUCTS
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*(.*?)\s*;\s*$")
 _LABEL = re.compile(r"([^\s:]+):\s*$")
 _TARGET = re.compile(r"`\(([^)]+)\)")
+_TARGETS = re.compile(r'"BRANCH_TARGETS ([^"]+)"')
 _REGISTER = re.compile(r"\bR(\d+)\b")
 _BARE = re.compile(r"[-~|!]*R(?:(\d+)|Z)(?:\.\w+)*\|?(?:\.\w+)*$")
 _PREDICATE = re.compile(r"!?U?P(?:\d+|T)$")
@@ -70,6 +71,8 @@ class Instruction:
     guard: str
     opcode: str
     rest: str
+    # Of an indirect branch, where nvdisasm says so: the labels that it may go to.
+    targets: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         guard = f"@{self.guard} " if self.guard else ""
@@ -228,7 +231,12 @@ def parse(text: str) -> Program:
                 program.entries.append(number)
             elif address != program.instructions[-1].address + 16:
                 raise Unknown(f"{line.strip()} does not follow on {program.instructions[-1]}")
-            instruction = Instruction(number, function, address, found[2] or "", found[3], found[4])
+            rest, _, remark = found[4].partition("(*")
+            targets = _TARGETS.match(remark)
+            instruction = Instruction(
+                number, function, address, found[2] or "", found[3], rest.rstrip(),
+                tuple(targets[1].split(",")) if targets else (),
+            )  # fmt: skip
             program.instructions.append(instruction)
             continue
         label = _LABEL.match(line)

@@ -212,6 +212,15 @@ CASES: dict[str, tuple[list[str], str | None]] = {
          "BSYNC B0", ".L_x_1:", WAIT],
         "writes R51",
     ),
+    "one of several jumps": (
+        [PRODUCT, 'BRX R4 -0x30 (*"BRANCH_TARGETS .L_x_0,.L_x_1"*)', ".L_x_0:", WAIT, "EXIT", ".L_x_1:", WRITE, WAIT],
+        "writes R51",
+    ),
+    "several jumps": (
+        [PRODUCT, 'BRX R4 -0x30 (*"BRANCH_TARGETS .L_x_0,.L_x_1"*)', ".L_x_0:", WAIT, WRITE, "EXIT", ".L_x_1:", WAIT,
+         WRITE],
+        None,
+    ),
     "threads gathered elsewhere": (
         [PRODUCT, "WARPSYNC.COLLECTIVE R3, `(.L_x_0)", WAIT, ".L_x_0:", WRITE], "writes R51",
     ),
