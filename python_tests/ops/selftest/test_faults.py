@@ -36,6 +36,10 @@ def tried(backend: str, *cases: Case) -> Result:
     return run(Subject(backend, CPU, bitwise=backend != "torch"), cases, complete=False, repeats=4)
 
 
+# Faults are planted in the host's memory.
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
+
+
 @pytest.fixture
 def small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes long over every tile."""
@@ -75,6 +79,7 @@ def test_cases_of_every_group_pass(backend: str) -> None:
         assert len(result.lines) == len(groups) > 60
 
 
+@interpreted
 @pytest.mark.usefixtures("small_weights")
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_pass(name: str) -> None:
@@ -171,6 +176,7 @@ def wrong_start(start: Start, kernel: str, fault: str) -> Start:
     return planted
 
 
+@interpreted
 @pytest.mark.usefixtures("small_weights")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(
@@ -192,6 +198,7 @@ def test_a_wrong_kernel_fails(name: str, kernel: str, fault: str, monkeypatch: p
     assert f"{kernel}(" in result.failures[0].split("launched were", 1)[1]
 
 
+@interpreted
 @pytest.mark.usefixtures("small_weights")
 @pytest.mark.parametrize("form", ["bare", "gradient"])
 def test_a_lost_part_fails(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +222,7 @@ def test_a_lost_part_fails(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.failures and all("expected exactly" in failure for failure in result.failures)
 
 
+@interpreted
 @pytest.mark.usefixtures("small_weights")
 def test_a_kernel_that_is_not_there_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     start = launch._start
@@ -232,6 +240,7 @@ def test_a_kernel_that_is_not_there_is_no_failure(monkeypatch: pytest.MonkeyPatc
     assert "1 kernels are not in this installation, and were not tested: a kernel is not launched" in printed
 
 
+@interpreted
 @pytest.mark.usefixtures("small_weights")
 def test_an_error_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any) -> None:
@@ -244,6 +253,7 @@ def test_an_error_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@interpreted
 @pytest.mark.usefixtures("small_weights")
 def test_kernels_that_no_case_launches_are_failures() -> None:
     result = run(Subject("triton", CPU), [CASES["full"]], complete=True, repeats=1)

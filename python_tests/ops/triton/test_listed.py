@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import rpsft_kernels as rk
 from rpsft_kernels import ops
 from rpsft_kernels.anchor import Anchor
+from rpsft_kernels.ops import triton as triton_backend
 from rpsft_kernels.ops.triton import backward, forward, whole
 from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
 from rpsft_kernels.ops.triton.profile import Profile
@@ -53,6 +54,8 @@ class Asked:
         self.architecture, self.descriptors = architecture, DESCRIPTORS.get(architecture, False)
         self.by: dict[Variant, Any] = {}
         self.call: Any = None
+        # Nothing is launched, so nothing has to be there: not even the interpreter.
+        monkeypatch.setattr(triton_backend, "unavailable", lambda device, dtype: None)
         for module in (forward, backward, whole):
             monkeypatch.setattr(module, "device_profile", lambda _: Profile(architecture, 8, self.descriptors))
             monkeypatch.setattr(module, "launch", self._note)
