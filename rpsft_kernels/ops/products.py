@@ -86,9 +86,9 @@ class Plain:
     def multiply(self, one: Operand, other: Operand, coarse: bool = False) -> Tensor:
         return one[0] @ other[0]
 
-    def add(self, target: Tensor, one: Operand, other: Operand, coarse: bool = False) -> None:
-        """``target += one @ other``."""
-        target.addmm_(one[0], other[0])
+    def add(self, total: Tensor | None, one: Operand, other: Operand, coarse: bool = False) -> Tensor:
+        """``total + one @ other``, in ``total`` where there is one."""
+        return one[0] @ other[0] if total is None else total.addmm_(one[0], other[0])
 
     def operand_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that an element of a matrix of ``dtype`` needs to become an operand."""
@@ -119,9 +119,9 @@ class Parts:
         return tuple(part.to(self._held) for part in parts)
 
     def multiply(self, one: Operand, other: Operand, coarse: bool = False) -> Tensor:
-        """The product. ``coarse``: it is to be an operand; so where operands are rounded, it may be rounded already."""
-        if coarse and self.rounds and self.units == "bfloat16":
-            # Sums of rounded ones perhaps, which torch allows by default (allow_bf16_reduced_precision_reduction): off
+        """The product. ``coarse``: it is to be an operand; so where operands are rounded, it is rounded already."""
+        if coarse and self.rounds:
+            # Perhaps a sum of rounded sums, which torch allows by default (allow_bf16_reduced_precision_reduction): off
             # by about as much as rounding the whole sum is.
             return one[0] @ other[0]
         last = max(len(one), len(other)) - 1
@@ -133,9 +133,10 @@ class Parts:
             total += self._float32(one[i], other[j])
         return total
 
-    def add(self, target: Tensor, one: Operand, other: Operand, coarse: bool = False) -> None:
-        """``target += one @ other``."""
-        target += self.multiply(one, other, coarse)
+    def add(self, total: Tensor | None, one: Operand, other: Operand, coarse: bool = False) -> Tensor:
+        """``total + one @ other``, in ``total`` where there is one. ``coarse``: as in :meth:`multiply`."""
+        product = self.multiply(one, other, coarse)
+        return product if total is None else total.add_(product)
 
     def _float32(self, one: Tensor, other: Tensor) -> Tensor:
         if self.units == "mixed" and one.numel() and other.numel():
@@ -167,4 +168,5 @@ def transposed(operand: Operand) -> Operand:
 
 
 def rows_of(operand: Operand, block: slice) -> Operand:
-    return tuple(part[block] for part in operand)
+    # A view of everything would only take the host's time.
+    return tuple(part if block.stop - block.start == part.shape[0] else part[block] for part in operand)

@@ -121,17 +121,20 @@ def _project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None) -
     between = 2 * first.dtype.itemsize + second.operand_bytes(first.dtype)
     if rows <= cols:
         outer, inner = second.operand(left), first.operand(right)
-        drift = weight.new_zeros((rank, rank), dtype=second.dtype)
+        drift: Tensor | None = None
         row_bytes = cols * moved.bytes + rank * between
         for block in machine.row_blocks(weight.shape, row_bytes, _bytes_beside(left, right, outer, inner)):
             middle = second.operand(first.multiply(moved.rows(block), inner, coarse=True))
-            second.add(drift, transposed(rows_of(outer, block)), middle)
-        return drift.to(dtype)
+            drift = second.add(drift, transposed(rows_of(outer, block)), middle)
+        return weight.new_zeros((rank, rank), dtype=dtype) if drift is None else drift.to(dtype)
     inner, outer = first.operand(left), second.operand(right)
-    total = weight.new_zeros((rank, cols), dtype=first.dtype)
     beside = _bytes_beside(left, right, outer, inner) + rank * cols * between
-    for block in machine.row_blocks(weight.shape, cols * moved.bytes, beside):
-        first.add(total, transposed(rows_of(inner, block)), moved.rows(block), coarse=True)
+    blocks = list(machine.row_blocks(weight.shape, cols * moved.bytes, beside))
+    # A single block's product is the sum, and may be rounded already; several are added up in float32.
+    total = None if len(blocks) == 1 else weight.new_zeros((rank, cols), dtype=first.dtype)
+    for block in blocks:
+        total = first.add(total, transposed(rows_of(inner, block)), moved.rows(block), coarse=True)
+    assert total is not None
     return second.multiply(second.operand(total), outer).to(dtype)
 
 
@@ -149,24 +152,25 @@ def project_drift(
     blocks: Sequence[Tensor],
 ) -> tuple[list[Tensor], Tensor]:
     drifts: list[Tensor] = []
-    squares = weights[0].new_empty((len(weights),), dtype=accumulation_dtype(weights[0].dtype))
+    squares: list[Tensor] = []
+    dtype = accumulation_dtype(weights[0].dtype)
     machine = products.machine(weights[0].device)
     for i, weight in enumerate(weights):
-        dtype = squares.dtype
         base = bases[i] if bases else None
         if lefts:
             drift = _project(weight, lefts[i], rights[i], base)
             if blocks:
                 drift -= blocks[i]
-            squares[i] = drift.square().sum()
+            squares.append(drift.square().sum())
         else:
             drift = weight.new_empty((0, 0), dtype=dtype)
-            squares[i].zero_()
+            total = weight.new_zeros((), dtype=dtype)
             row_bytes = weight.shape[1] * max(_drift_bytes(weight, base, dtype), 2 * dtype.itemsize)
             for block in machine.row_blocks(weight.shape, row_bytes):
-                squares[i] += _drift_rows(weight, base, block, dtype).square().sum()
+                total += _drift_rows(weight, base, block, dtype).square().sum()
+            squares.append(total)
         drifts.append(drift)
-    return drifts, squares
+    return drifts, torch.stack(squares)
 
 
 def pull_back_into(
@@ -216,7 +220,9 @@ def _pull(grad: Tensor, left: Tensor, right: Tensor, drift: Tensor, scale: Tenso
 def _scaled(how: Products, basis: Operand, drift: Tensor, scale: Tensor) -> Operand:
     """``P = scale * U C`` as an operand."""
     if how.rounds:
-        return how.operand(how.multiply(basis, how.operand(drift * scale), coarse=True))
+        # Multiplied in float32 and rounded once, in one pass.
+        scaled = torch.mul(drift, scale, out=torch.empty(drift.shape, dtype=torch.bfloat16, device=drift.device))
+        return how.operand(how.multiply(basis, (scaled,), coarse=True))
     return how.operand(how.multiply(basis, how.operand(drift)).mul_(scale))
 
 
