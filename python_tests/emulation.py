@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from compiling import Compiler
 from ptxrun import GlobalMemory, Stats, region_of, run
@@ -57,13 +57,12 @@ class Emulator(TorchFunctionMode):
     """A GPU made of the CPU: inside ``with Emulator(...)`` kernels run on PTX.
 
     A kernel may touch the tensors that are ``given`` and those that the launcher makes. What ``torch.empty`` gives
-    holds nothing until a kernel writes it. ``launched`` counts what ran, by variant.
+    holds nothing until a kernel writes it, or PyTorch in place. ``stats`` is of every launch.
     """
 
     def __init__(self, architecture: str, compiler: Compiler, order: str = "forward") -> None:
         super().__init__()
         self.memory = GlobalMemory(check_races=True)
-        self.launched: Counter[Variant] = Counter()
         self.stats: list[tuple[Variant, Stats]] = []
         self._architecture, self._compiler, self._order = architecture, compiler, order
         self._planned: Any = None
@@ -75,14 +74,7 @@ class Emulator(TorchFunctionMode):
 
     def unwritten_bytes(self, tensor: Tensor) -> int:
         """Of a tensor that held nothing: bytes that no kernel wrote."""
-        region = self.memory.find(tensor.data_ptr())
-        if region is None or region.written is None:
-            return 0
-        start = tensor.data_ptr() - region.base
-        itemsize = tensor.element_size()
-        strides = [stride * itemsize for stride in tensor.stride()]
-        view = np.lib.stride_tricks.as_strided(region.written[start:], (*tensor.shape, itemsize), (*strides, 1))
-        return int(np.count_nonzero(~view))
+        return int(np.count_nonzero(~self._written(tensor)))
 
     def __enter__(self) -> Emulator:
         self._planned = planned_for(self._architecture, self._launch)
@@ -104,7 +96,20 @@ class Emulator(TorchFunctionMode):
                 self.memory.add(region_of(result, f"{name} {tuple(result.shape)}", unwritten=True))
             else:
                 self.memory.add_new(region_of(result, f"result of {name}"))
+                if name.endswith("_") and not name.startswith("_"):
+                    self._written(result)[...] = True
         return result
+
+    def _written(self, tensor: Tensor) -> npt.NDArray[np.bool_]:
+        """For every byte of a tensor, whether it holds something: a view, or a copy where all of its memory does."""
+        region = self.memory.find(tensor.data_ptr())
+        itemsize = tensor.element_size()
+        shape = (*tensor.shape, itemsize)
+        if region is None or region.written is None:
+            return np.ones(shape, bool)
+        strides = [stride * itemsize for stride in tensor.stride()]
+        start = tensor.data_ptr() - region.base
+        return np.lib.stride_tricks.as_strided(region.written[start:], shape, (*strides, 1))
 
     def _launch(self, variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None:
         kernel = self._compiler.compile(variant, self._architecture)
@@ -119,5 +124,4 @@ class Emulator(TorchFunctionMode):
         stats = run(
             kernel.ptx, (programs,), pointers, kernel.warps, kernel.shared, memory=self.memory, order=self._order
         )
-        self.launched[variant] += 1
         self.stats.append((variant, stats))

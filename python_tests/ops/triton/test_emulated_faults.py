@@ -132,3 +132,12 @@ def test_older_compilers_break_the_rule(compiler: Compiler) -> None:
     for rank in rank_classes():
         variant = project_variant("sm_90", Form("bf16", "bf16", "bf16"), rank, False, Access(True, True, False))
         assert hazards(compiler.compile(variant, "sm_90")) != []
+
+
+@newest
+def test_what_python_writes_in_place_holds_something(compiler: Compiler) -> None:
+    emulator = Emulator("sm_90", compiler)
+    with emulator:
+        one, other = torch.empty(4, 8), torch.empty(4, 8)
+        other[:, 2:4].zero_()
+    assert [emulator.unwritten_bytes(tensor) for tensor in (one, other)] == [128, 96]
