@@ -5,8 +5,10 @@ On the CPU, with interpreted kernels: that a launch may be refused, and which on
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +58,20 @@ class Launches:
         monkeypatch.setattr(door, "_start", checked)
         monkeypatch.setattr(accumulation, "may_refuse", lambda _: True)
         monkeypatch.setattr(accumulation, "_rehearsed", set())
+
+
+def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Labels of the variants that are rehearsed and started from now on."""
+    labels: dict[str, list[str]] = {"_rehearse": [], "_start": []}
+    for name, seen in labels.items():
+        before = getattr(door, name)
+
+        def note(variant: Variant, *rest: Any, seen: list[str] = seen, before: Any = before) -> None:
+            seen.append(variant.label())
+            before(variant, *rest)
+
+        monkeypatch.setattr(door, name, note)
+    return labels
 
 
 @pytest.fixture
@@ -132,6 +148,49 @@ def test_a_rehearsal_asks_for_what_is_launched_and_changes_nothing(
         assert weight.grad is not None
         assert other.grad is not None
         torch.testing.assert_close(weight.grad, 3 * other.grad, rtol=2**-6, atol=2**-8)
+
+
+@pytest.mark.parametrize("what", ["weight", "gradient"])
+def test_what_lies_otherwise_is_rehearsed_anew(what: str, launches: Launches) -> None:
+    """It is launched with other kernels."""
+    weight, anchor = anchored((24, 40), torch.bfloat16, torch.bfloat16)
+    weight.grad = torch.ones_like(weight)
+    accumulate_rotation_grad_([weight], [anchor], 0.5)
+    assert launches.rehearsed
+    launches.rehearsed.clear()
+    accumulate_rotation_grad_([weight], [anchor], 0.5)
+    assert launches.rehearsed == []
+    if what == "weight":
+        weight = weight.detach().T.contiguous().T.requires_grad_()
+        weight.grad = torch.ones_like(weight, memory_format=torch.contiguous_format)
+    else:
+        weight.grad = torch.ones(40, 24, dtype=weight.dtype).T
+    accumulate_rotation_grad_([weight], [anchor], 0.5)
+    assert launches.rehearsed
+
+
+def test_existing_gradients_are_rehearsed_as_they_lie(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = noted(monkeypatch)
+    weight, anchor = anchored((24, 40), torch.bfloat16, torch.bfloat16)
+    weight.grad = torch.ones(40, 24, dtype=weight.dtype).T
+    accumulate_rotation_grad_([weight], [anchor], 0.5)
+    assert sorted(labels["_rehearse"]) == sorted(labels["_start"])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_is_added_to_a_gradient_of_the_same_call_is_rehearsed_so(
+    apart: bool, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that is listed twice, in one bucket or in two: the second time its gradient is there."""
+    weight, anchor = anchored((24, 40), torch.bfloat16, torch.bfloat16)
+    other = anchor
+    if apart:
+        assert anchor.left is not None
+        assert anchor.right is not None
+        other = dataclasses.replace(anchor, left=anchor.left.float(), right=anchor.right.float())
+    labels = noted(monkeypatch)
+    accumulate_rotation_grad_([weight, weight], [anchor, other], 0.5)
+    assert sorted(labels["_rehearse"]) == sorted(labels["_start"])
 
 
 def test_r_alone_is_refused_at_once_too(launches: Launches, pairs: tuple[list[Tensor], list[Anchor]]) -> None:

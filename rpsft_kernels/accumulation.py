@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .ops.triton.launch import may_refuse, rehearsed
-from .terms import Bucket, Term, TileOfTerm
+from .terms import Bucket, TileOfTerm
 
 _Pull = Callable[[list[int], bool], None]
 # What was rehearsed in this process.
@@ -37,30 +37,51 @@ def rehearse(buckets: Sequence[Bucket], into_gradients: bool) -> None:
         ValueError: what Triton compiles for the GPU may compute wrong numbers.
         RuntimeError: nothing may or can compile what this installation has no kernel for.
     """
+    if torch.compiler.is_compiling():
+        # Nothing runs now.
+        return
+    # Weights that have a gradient when a bucket's turn comes, because an earlier one gave it to them.
+    given: set[int] = set()
     for bucket in buckets:
         if bucket.backend != "triton" or not may_refuse(bucket.terms[0].weight.device):
             continue
-        key = (into_gradients, *(_kind(term) for term in bucket.terms))
+        known = frozenset(given)
+        key = (into_gradients, *_kinds(bucket, into_gradients, known))
+        given |= {term.weight.identity for term in bucket.terms}
         if key in _rehearsed:
             continue
         with rehearsed(), torch.no_grad():
             drifts, _ = bucket.project()
             if into_gradients:
-                _each_launch(bucket, partial(_rehearse_pull, bucket, drifts))
+                _each_launch(bucket, partial(_rehearse_pull, bucket, drifts), known)
         if len(_rehearsed) >= _MOST:
             _rehearsed.clear()
         _rehearsed.add(key)
 
 
-def _kind(term: Term) -> tuple[object, ...]:
-    weight, anchor = term.weight, term.anchor
-    dtypes = tuple((name, piece.dtype) for name, piece in anchor.pieces().items())
-    gradient = (weight.has_gradient, weight.gradient_dtype) if weight.requires_grad else None
-    return anchor.shape, anchor.rank, dtypes, weight.dtype, weight.part, gradient
+def _kinds(bucket: Bucket, into_gradients: bool, given: Set[int]) -> Iterator[tuple[object, ...]]:
+    """Of each term what decides which kernels are launched."""
+    places: dict[int, int] = {}
+    for term in bucket.terms:
+        weight, anchor = term.weight, term.anchor
+        dtypes = tuple((name, piece.dtype) for name, piece in anchor.pieces().items())
+        gradient: tuple[object, ...] = ()
+        if into_gradients and weight.requires_grad:
+            held = _layout(weight.gradient()) if weight.has_gradient else None
+            # A weight that is listed twice has its gradient the second time.
+            place = places.setdefault(weight.identity, len(places))
+            gradient = (held, weight.gradient_dtype, place, weight.identity in given)
+        yield anchor.shape, anchor.rank, dtypes, weight.dtype, weight.part, _layout(weight.values()), gradient
 
 
-def _each_launch(bucket: Bucket, pull: _Pull) -> None:
-    """Call ``pull`` with the weights of each launch, by their places, and whether their gradients exist already."""
+def _layout(matrix: Tensor) -> tuple[object, ...]:
+    return matrix.stride(), matrix.data_ptr() % 16
+
+
+def _each_launch(bucket: Bucket, pull: _Pull, given: Set[int] = frozenset()) -> None:
+    """Call ``pull`` with the weights of each launch, by their places, and whether their gradients exist already.
+    ``given``: identities of weights that have one whatever they say themselves.
+    """
     left = [i for i, term in enumerate(bucket.terms) if term.weight.requires_grad and term.weight.part.numel]
     while left:
         # A weight that is listed twice has one gradient, which no launch may write twice.
@@ -71,9 +92,11 @@ def _each_launch(bucket: Bucket, pull: _Pull) -> None:
         kinds: dict[tuple[bool, torch.dtype], list[int]] = {}
         for i in members:
             weight = bucket.terms[i].weight
-            kinds.setdefault((weight.has_gradient, weight.gradient_dtype), []).append(i)
+            exists = weight.has_gradient or weight.identity in given
+            kinds.setdefault((exists, weight.gradient_dtype), []).append(i)
         for (exists, _), alike in kinds.items():
             pull(alike, exists)
+        given = given | {bucket.terms[i].weight.identity for i in members}
 
 
 def _pull(bucket: Bucket, drifts: list[Tensor], coeff: float, members: list[int], exists: bool) -> None:
@@ -86,8 +109,11 @@ def _pull(bucket: Bucket, drifts: list[Tensor], coeff: float, members: list[int]
 
 def _rehearse_pull(bucket: Bucket, drifts: list[Tensor], members: list[int], exists: bool) -> None:
     weights = [bucket.terms[i].weight for i in members]
-    # Laid out as the gradients are, or will be.
-    grads = [torch.empty_like(weight.values(), dtype=weight.gradient_dtype) for weight in weights]
+    # Those that are not there yet are made like their weights.
+    grads = [
+        weight.gradient() if weight.has_gradient else torch.empty_like(weight.values(), dtype=weight.gradient_dtype)
+        for weight in weights
+    ]
     _pull_into(grads, bucket, drifts, 1.0, members, exists)
 
 

@@ -159,10 +159,15 @@ def serves(variant: Variant, device: torch.device) -> bool:
     return not isinstance(choice, str) or _left(index, "no match", variant, choice)
 
 
-def complete() -> bool:
-    """Whether the installation has a kernel for every launch on the GPUs that it is for."""
+def complete(found: Service, ranks: Sequence[int]) -> bool:
+    """Whether what serves a device has a kernel for every launch there; ``ranks``: one of each class."""
     library = _usable()
-    return not isinstance(library, str) and not library.manifest["only"] and not library.left_out
+    return (
+        not isinstance(library, str)
+        and library.manifest.get("only") == ""
+        and library.manifest.get("ranks") == list(ranks)
+        and not any(each["arch"] == found.arch for each in library.manifest["left_out"])
+    )
 
 
 def start(variant: Variant, programs: int, device: torch.device, arguments: Sequence[Tensor]) -> bool:

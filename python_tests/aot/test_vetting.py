@@ -25,6 +25,8 @@ from rpsft_kernels.machine_code import disassembler
 from rpsft_kernels.ops.triton import jit, vetting
 from rpsft_kernels.ops.triton import launch as door
 from rpsft_kernels.ops.triton.launch import launch
+from rpsft_kernels.ops.triton.profile import Profile
+from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variant import ARGUMENTS, Variant, list_variants
 
 pytestmark = pytest.mark.xdist_group("aot")
@@ -149,6 +151,34 @@ def test_a_kernel_compiled_ahead_of_time_serves_what_is_ruled_out(
     monkeypatch.setenv("RPSFT_AOT", "0")
     assert "is not launched" in hopper.start("project")
     assert len(hopper.native.launches) == 1
+
+
+def test_only_kernels_for_all_of_a_device_s_launches_make_a_rehearsal_needless(
+    hopper: Hopper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not served ahead of time is Triton's, and may be refused."""
+    hopper.triton("3.6.0")
+    monkeypatch.setattr(door, "own_profile", lambda _: Profile("sm_90", 132, True))
+    every = {"only": "", "ranks": list(rank_classes())}
+    assert door.may_refuse(DEVICE)
+    # For another device, for some ranks, for some names, and all of it.
+    project = VARIANTS["project"]
+    some = [every | {"ranks": [768]}, every | {"only": "pull*"}]
+    for arch, extra in [("sm_100a", every), *(("sm_90a", each) for each in some)]:
+        hopper.install((project, arch), **extra)
+        assert door.may_refuse(DEVICE)
+    hopper.left_out = [{"id": "1", "label": "pull", "arch": "sm_100a", "reason": "spills"}]
+    hopper.install((project, "sm_90a"), (project, "sm_100a"), **every)
+    assert not door.may_refuse(DEVICE)
+    hopper.left_out[0]["arch"] = "sm_90a"
+    hopper.install((project, "sm_90a"), **every)
+    assert door.may_refuse(DEVICE)
+    hopper.left_out.clear()
+    hopper.install((project, "sm_90a"), **every)
+    assert not door.may_refuse(DEVICE)
+    # Other tiles than those that the kernels were compiled with.
+    monkeypatch.setattr(door, "tuned_architecture", lambda: "sm_90")
+    assert door.may_refuse(DEVICE)
 
 
 @pytest.mark.parametrize(("version", "broken"), [("3.8.0", True), ("3.9.0", False)])

@@ -79,7 +79,7 @@ class World:
     def device(self, capability: int, shared: int = 227 << 10, driver: int = 0) -> None:
         self.monkeypatch.setattr(aot, "_facts", lambda _: Device(capability, shared, driver))
 
-    def install(self, *kernels: tuple[Variant, str] | dict[str, Any]) -> None:
+    def install(self, *kernels: tuple[Variant, str] | dict[str, Any], **manifest: Any) -> None:
         entries = [kernel if isinstance(kernel, dict) else self.entry(*kernel) for kernel in kernels]
         for entry in entries:
             for file in [entry] + ([entry["ptx"]] if "ptx" in entry else []):
@@ -87,7 +87,7 @@ class World:
                 file["sha256"] = hashlib.sha256(file["file"].encode()).hexdigest()
         arches = list(dict.fromkeys(entry["arch"] for entry in entries))
         found = {"schema": SCHEMA, "sources": source_digest(), "architectures": arches, "kernels": entries}
-        found |= {"versions": {"triton": "3.9.0"}, "left_out": self.left_out}
+        found |= {"versions": {"triton": "3.9.0"}, "left_out": self.left_out} | manifest
         (self.folder / MANIFEST).write_text(json.dumps(found))
         library = Library.open(self.folder)
         self.monkeypatch.setattr(aot, "installed", lambda: library)

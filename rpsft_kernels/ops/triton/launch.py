@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ... import aot
+from .profile import own_profile
+from .tile_table import rank_classes, tuned_architecture
 from .variant import Variant
 
 
@@ -63,7 +65,10 @@ def may_refuse(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    return is_vetted(index) and not aot.complete()
+    if not is_vetted(index):
+        return False
+    found = aot.service(device, own_profile(device).architecture, tuned_architecture())
+    return found is None or not aot.complete(found, rank_classes())
 
 
 def launch(variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
