@@ -82,10 +82,28 @@ def test_other_backends_and_devices_are_not_asked(machine: Machine) -> None:
     assert machine.runs == 0
 
 
-@pytest.mark.parametrize("changed", ["driver", "device", "capability", "uuid", "mode", "package", "kernels", "tiles"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "driver",
+        "device",
+        "capability",
+        "uuid",
+        "mode",
+        "package",
+        "kernels",
+        "tiles",
+        "compiler",
+        "options",
+        "launcher",
+    ],
+)
 def test_what_a_pass_depends_on_brings_it_back(
     changed: str, machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    if changed == "launcher":
+        (tmp_path / "manifest.json").write_text("{}")
+        monkeypatch.setattr(aot, "installed", lambda: SimpleNamespace(folder=tmp_path))
     gate.ensure(GPU)
     machine.restart()
     if changed == "driver":
@@ -103,12 +121,31 @@ def test_what_a_pass_depends_on_brings_it_back(
     elif changed == "kernels":
         (tmp_path / "manifest.json").write_text("{}")
         monkeypatch.setattr(aot, "installed", lambda: SimpleNamespace(folder=tmp_path))
+    elif changed == "compiler":
+        monkeypatch.setenv("TRITON_PTXAS_PATH", "/opt/ptxas")
+    elif changed == "options":
+        monkeypatch.setenv("PTXAS_OPTIONS", "-O1")
+    elif changed == "launcher":
+        # Without one Triton compiles; with one, kernels that were there already are launched.
+        before, version = record.aot_kernel.binding(), record._driver_version()
+        monkeypatch.setattr(
+            record.aot_kernel, "binding", lambda: SimpleNamespace() if isinstance(before, str) else "it is not there"
+        )
+        monkeypatch.setattr(record, "_driver_version", lambda: version)
     else:
         (tmp_path / "tiles.json").write_text("{}")
         monkeypatch.setenv("RPSFT_TILES", str(tmp_path / "tiles.json"))
     gate.ensure(GPU)
     assert machine.runs == 2
     assert len(machine.records()) == 2
+
+
+def test_where_triton_keeps_its_code_is_no_other_code(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate.ensure(GPU)
+    machine.restart()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/tmp/elsewhere")
+    gate.ensure(GPU)
+    assert machine.runs == 1
 
 
 def test_another_manifest_or_tile_table_is_another_digest(

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ... import aot, aot_kernel
+from ...aot_jobs import changes_code
 from ...aot_library import MANIFEST
 
 _TRITON = Path(__file__).parents[1] / "triton"
@@ -76,10 +77,11 @@ def _kernels() -> Iterator[bytes]:
     library = aot.installed()
     if mode != "0" and not isinstance(library, str):
         yield (library.folder / MANIFEST).read_bytes()
+        # Without what launches them they are not what runs.
+        yield str(isinstance(aot_kernel.binding(), str)).encode()
     if mode != "only":
         yield _version("triton").encode()
-        # An assembler of the user's own.
-        for name in sorted(name for name in os.environ if name.startswith("TRITON_PTXAS")):
+        for name in filter(_compiles_otherwise, sorted(os.environ)):
             yield f"{name}={os.environ[name]}".encode()
     for source in sorted(_TRITON.rglob("*")):
         if source.suffix in (".py", ".json"):
@@ -87,6 +89,11 @@ def _kernels() -> Iterator[bytes]:
             yield source.read_bytes()
     tiles = os.environ.get("RPSFT_TILES", "")
     yield Path(tiles).read_bytes() if tiles else b""
+
+
+def _compiles_otherwise(name: str) -> bool:
+    """Whether an environment variable may change what Triton makes of a kernel: an assembler of the user's own too."""
+    return name.startswith("TRITON_PTXAS") or (changes_code(name) and not name.startswith("TRITON_CACHE_"))
 
 
 def _version(package: str) -> str:
