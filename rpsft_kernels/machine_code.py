@@ -111,9 +111,14 @@ def disassemble(path: Path, indirect: bool = False) -> str:
     # Where it is not needed, without its analysis of the data flow.
     options = ["-c"] if indirect else ["-ndf", "-c"]
     command = [str(disassembler()), *options, str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if run.returncode != 0:
-        raise ValueError(f"path: nvdisasm cannot read {path.name}: {(run.stderr or run.stdout).strip()[-200:]}")
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise ValueError(f"{command[0]} cannot be run: {error.strerror}") from error
+    # What prints no instruction has not read any: that must not pass for code without faults.
+    if run.returncode != 0 or "/*0000*/" not in run.stdout:
+        said = (run.stderr or run.stdout).strip()[-200:] or f"{command[0]} prints nothing"
+        raise ValueError(f"path: nvdisasm cannot read {path.name}: {said}")
     return run.stdout
 
 

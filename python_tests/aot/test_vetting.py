@@ -18,6 +18,7 @@ import pytest
 import torch
 from sass_text import TRITONS, cubin
 from test_hazards_of_kernels import BROKEN
+from triton.runtime.cache import FileCacheManager
 from world import DEVICE, World
 
 from rpsft_kernels import compilers
@@ -105,6 +106,10 @@ def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hopper:
 
 def no_scan(image: bytes) -> list[str]:
     raise AssertionError("scanned again")
+
+
+def read_only(*_: Any, **__: Any) -> str:
+    raise PermissionError(13, "Permission denied")
 
 
 def no_disassembler(image: bytes) -> list[str]:
@@ -210,6 +215,27 @@ def test_what_was_found_is_kept_beside_the_kernel(
     hopper.new_process()
     with pytest.raises(AssertionError, match="scanned again"):
         hopper.start("project")
+
+
+@pytest.mark.parametrize(("version", "broken"), [("3.8.0", True), ("3.9.0", False)])
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    version: str, broken: bool, hopper: Hopper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton itself is content with one that holds its kernels."""
+    monkeypatch.setattr(FileCacheManager, "put", read_only)
+    hopper.triton(version)
+    for _ in range(2):
+        assert bool(hopper.start("project")) == broken
+        hopper.new_process()
+
+
+def test_a_disassembler_that_says_nothing_is_none(hopper: Hopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = hopper.folder / "nvdisasm"
+    silent.write_text("#!/bin/sh\n")
+    silent.chmod(0o755)
+    monkeypatch.setenv("TRITON_NVDISASM_PATH", str(silent))
+    hopper.triton("3.6.0")
+    assert "its machine code cannot be looked at" in hopper.start("project")
 
 
 @pytest.mark.parametrize(

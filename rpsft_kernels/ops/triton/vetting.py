@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def findings(kernel: Any) -> list[str]:
         unsafe = compilers.products_unsafe()
         computed = ptx is None or _REGISTER_OPERAND.search(ptx) is not None
         return [f"{unsafe}, and its machine code cannot be looked at ({error})"] if unsafe and computed else []
-    beside.put(json.dumps(found), name, binary=False)
+    # A cache that cannot be written may hold kernels all the same. Then the next process looks again.
+    with suppress(OSError):
+        beside.put(json.dumps(found), name, binary=False)
     return found
 
 
