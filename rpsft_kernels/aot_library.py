@@ -273,6 +273,9 @@ def _obstacle(entry: dict[str, Any], how: str, device: Device) -> str:
     if how != "exact" and entry["shared"] > device.shared_limit:
         return f"its kernels use more than the {device.shared_limit} bytes of shared memory that a block has there"
     if how == "ptx":
+        if entry["arch"] == "sm_90a":
+            # Assemblers have broken the rule of rpsft_kernels.register_hazards, and a driver's is one like others.
+            return "what the driver makes of PTX for sm_90a, whose products run on, cannot be looked at"
         isa = entry["ptx"]["isa"]
         readable = device.ptx
         if readable is not None and tuple(map(int, isa.split("."))) > readable:

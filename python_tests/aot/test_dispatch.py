@@ -76,6 +76,17 @@ def test_what_runs_nowhere_near_is_left_to_triton(world: World) -> None:
         assert world.launch() == "jit"
 
 
+def test_a_driver_translates_no_ptx_of_products_that_run_on(world: World) -> None:
+    """What it makes of them cannot be looked at."""
+    world.install(world.entry(SQUARES, "sm_90a", ptx=True))
+    world.native.refused["sm_90a.cubin"] = "no kernel image"
+    assert world.launch() == "jit"
+    assert "what the driver makes of PTX for sm_90a" in str(aot.unavailable(DEVICE))
+    # Older PTX knows no such products.
+    world.install(world.entry(SQUARES, "sm_90a", ptx=True), world.entry(SQUARES, "sm_80", ptx=True))
+    assert world.launch() == "squares-sm_80.ptx"
+
+
 def test_code_that_needs_more_shared_memory_than_the_device_has_is_passed_over(world: World) -> None:
     world.install(world.entry(SQUARES, "sm_80", shared=160 << 10))
     world.device(89, shared=LIMIT)
