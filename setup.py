@@ -181,7 +181,7 @@ def build_kernels(folder: Path) -> str:
     # In a process of its own, where Triton gets an environment of its own.
     command = [sys.executable, str(Path("build_tools", "compile_kernels.py").resolve())]
     # A list is read from its variable, so that what is wrong with it names that.
-    command += ["--output", str(folder)] + ([] if os.environ.get(VARIABLE) else ["--arch", WANTED.words])
+    command += ["--output", str(folder)] + ([] if os.environ.get(VARIABLE, "").strip() else ["--arch", WANTED.words])
     command += ["--prebuilt", PREBUILT] if PREBUILT else []
     sys.stdout.flush()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
