@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rpsft_kernels import aot, ops
+from rpsft_kernels import aot, compilers, ops
 from rpsft_kernels.environment import environment_report
 from rpsft_kernels.ops.selftest import gate, record, subjects
 from rpsft_kernels.ops.selftest.checks import Subject
@@ -96,6 +96,7 @@ def test_other_backends_and_devices_are_not_asked(machine: Machine) -> None:
         "compiler",
         "options",
         "launcher",
+        "C compiler",
     ],
 )
 def test_what_a_pass_depends_on_brings_it_back(
@@ -125,6 +126,9 @@ def test_what_a_pass_depends_on_brings_it_back(
         monkeypatch.setenv("TRITON_PTXAS_PATH", "/opt/ptxas")
     elif changed == "options":
         monkeypatch.setenv("PTXAS_OPTIONS", "-O1")
+    elif changed == "C compiler":
+        missing = compilers.jit_missing()
+        monkeypatch.setattr(compilers, "jit_missing", lambda: "" if missing else "there is none")
     elif changed == "launcher":
         # Without one Triton compiles; with one, kernels that were there already are launched.
         before, version = record.aot_kernel.binding(), record._driver_version()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ... import aot, aot_kernel
+from ... import aot, aot_kernel, compilers
 from ...aot_jobs import changes_code
 from ...aot_library import MANIFEST
 
@@ -80,7 +80,8 @@ def _kernels() -> Iterator[bytes]:
         # Without what launches them they are not what runs.
         yield str(isinstance(aot_kernel.binding(), str)).encode()
     if mode != "only":
-        yield _version("triton").encode()
+        # What could not be compiled was not tested.
+        yield f"{_version('triton')} {bool(compilers.jit_missing())}".encode()
         for name in filter(_compiles_otherwise, sorted(os.environ)):
             yield f"{name}={os.environ[name]}".encode()
     for source in sorted(_TRITON.rglob("*")):
