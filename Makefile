@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 # Other versions than those of `make test`, each with a file of requirements.
-CORNERS := oldest torch-2.7 torch-2.11
+CORNERS := oldest torch-2.9 torch-2.11
 # The tests of the native engine in build/$@. The ninja is .venv's: a fresh machine has no other.
 CTEST = $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(CMAKE_ARGS) && \
 	$(BIN)/cmake --build build/$@ && $(BIN)/ctest --test-dir build/$@ --output-on-failure
@@ -25,7 +25,7 @@ test-deepspeed: $(VENV)/ready $(VENV)/deepspeed
 
 # The corners: each in an environment of its own, with the tests of what can differ there.
 PYTHON_oldest := 3.10
-PYTHON_torch-2.7 := 3.10
+PYTHON_torch-2.9 := 3.10
 PYTHON_torch-2.11 := 3.12
 CORNER = OMP_NUM_THREADS=1 .venv-$(@:test-%=%)/bin/python -m pytest -n 2 --dist loadgroup -rs -p no:cacheprovider
 # torch.compile of torch 2.6 cannot import Triton 3.6: it is tested where there is no Triton.
@@ -40,8 +40,8 @@ test-oldest: .venv-oldest/ready
 		python_tests/ops/test_registry.py python_tests/test_anchors.py python_tests/test_penalty.py python_tests/test_names.py
 	$(CORNER) -p python_tests.without_triton python_tests/sharding $(ARGS)
 
-# The oldest torch whose FSDP2 runs on CPUs.
-test-torch-2.7: .venv-torch-2.7/ready
+# The oldest torch whose FSDP2 averages gradients on CPUs.
+test-torch-2.9: .venv-torch-2.9/ready
 	$(CORNER) python_tests/sharding python_tests/test_private_names.py $(ARGS)
 
 test-torch-2.11: .venv-torch-2.11/ready

@@ -21,6 +21,7 @@ _context = multiprocessing.get_context("forkserver")
 _hides = [name for name in ("python_tests.without_triton",) if name in sys.modules]
 _context.set_forkserver_preload([*_hides, "torch", "torch.distributed.tensor", "transformers", "rpsft_kernels"])
 _SECONDS = 180
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 # On a GPU it does everywhere.
 FSDP2_RUNS = hasattr(torch.cpu.Stream, "record_event")
 needs_fsdp2 = pytest.mark.skipif(
