@@ -186,6 +186,24 @@ def test_only_kernels_for_all_of_a_device_s_launches_make_a_rehearsal_needless(
     assert door.may_refuse(DEVICE)
 
 
+@pytest.mark.parametrize("obstacle", ["only", "no compiler"])
+def test_other_devices_are_rehearsed_where_nothing_compiles(
+    obstacle: str, hopper: Hopper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(door, "own_profile", lambda _: Profile("sm_80", 108, False))
+    hopper.device(80)
+    hopper.install((VARIANTS["project"], "sm_80"), only="project*", ranks=list(rank_classes()))
+    assert not door.may_refuse(DEVICE)
+    if obstacle == "only":
+        monkeypatch.setenv("RPSFT_AOT", "only")
+    else:
+        monkeypatch.setattr(compilers, "compiler_missing", lambda: "there is no C compiler")
+    assert door.may_refuse(DEVICE)
+    hopper.install((VARIANTS["project"], "sm_80"), only="", ranks=list(rank_classes()))
+    assert not door.may_refuse(DEVICE)
+
+
 @pytest.mark.parametrize(("version", "broken"), [("3.8.0", True), ("3.9.0", False)])
 def test_what_was_found_is_kept_beside_the_kernel(
     version: str, broken: bool, hopper: Hopper, monkeypatch: pytest.MonkeyPatch

@@ -65,7 +65,7 @@ def may_refuse(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    if not is_vetted(index):
+    if not is_vetted(index) and aot.compiles():
         return False
     found = aot.service(device, own_profile(device).architecture, tuned_architecture())
     return found is None or not aot.complete(found, rank_classes())
