@@ -54,10 +54,23 @@ def test_a_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert " FAILURES, " in printed
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["selftest", "--device", "cuda:3"]) == 1
-    assert "got cuda:3, expected one of the 0 GPUs that torch sees, or cpu" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("count", "asked", "expected"),
+    [
+        (0, "cuda", f"cpu: torch {torch.__version__} sees no GPU"),
+        (0, "cuda:3", f"cpu: torch {torch.__version__} sees no GPU"),
+        (1, "cuda:1", f"cuda:0 or cpu: torch {torch.__version__} sees one GPU"),
+        (2, "cuda:2", "cuda:0 to cuda:1, or cpu"),
+    ],
+)
+def test_a_gpu_that_is_not_there(
+    count: int, asked: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert main(["selftest", "--device", asked]) == 1
+    printed = capsys.readouterr().out
+    assert printed == f"--device: got {asked}, expected {expected}; python -m rpsft_kernels env says what is here\n"
 
 
 def test_a_device_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

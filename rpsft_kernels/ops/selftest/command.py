@@ -26,10 +26,10 @@ def test_device(device: torch.device, quick: bool) -> int:
         return 1
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = torch.device("cuda", device.index or 0)
-        if device.index >= count:
-            print(f"--device: got {device}, expected one of the {count} GPUs that torch sees, or cpu")
+        if (device.index or 0) >= count:
+            print(f"--device: got {device}, expected {_seen(count)}; python -m rpsft_kernels env says what is here")
             return 1
+        device = torch.device("cuda", device.index or 0)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         found, untested = jobs(device, quick)
         results = []
@@ -49,3 +49,14 @@ def test_device(device: torch.device, quick: bool) -> int:
     if device.type == "cuda" and kernels and all(result.passed for result in kernels):
         record.store(record.facts(device))
     return 0 if results and all(result.passed for result in results) else 1
+
+
+def _seen(count: int) -> str:
+    """What may be asked for where torch sees ``count`` GPUs."""
+    if not count:
+        return f"cpu: torch {torch.__version__} sees no GPU"
+    return (
+        f"cuda:0 or cpu: torch {torch.__version__} sees one GPU"
+        if count == 1
+        else f"cuda:0 to cuda:{count - 1}, or cpu"
+    )
