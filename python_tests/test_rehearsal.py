@@ -193,9 +193,38 @@ def test_what_is_added_to_a_gradient_of_the_same_call_is_rehearsed_so(
     assert sorted(labels["_rehearse"]) == sorted(labels["_start"])
 
 
-def test_r_alone_is_refused_at_once_too(launches: Launches, pairs: tuple[list[Tensor], list[Anchor]]) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "basis"),
+    [("project", "bf16"), ("gradient", "bf16"), ("gradient", "fp32"), ("pull", "fp32"), ("full_gradient", None)],
+)
+def test_r_is_refused_before_its_backward_pass(
+    kernel: str, basis: str | None, launches: Launches, pairs: tuple[list[Tensor], list[Anchor]]
+) -> None:
+    """In the backward pass of a loss other gradients would have changed."""
     weights, anchors = pairs
-    launches.kernel, launches.basis = "project", "bf16"
+    launches.kernel, launches.basis = kernel, basis
     with pytest.raises(ValueError, match=WRONG):
         rotation_penalty(weights, anchors)
     assert launches.started == []
+    # What no backward pass follows needs no code for it.
+    with torch.no_grad():
+        if kernel == "project":
+            with pytest.raises(ValueError, match=WRONG):
+                rotation_penalty(weights, anchors)
+        else:
+            rotation_penalty(weights, anchors)
+    frozen = [weight.detach() for weight in weights]
+    if kernel != "project":
+        rotation_penalty(frozen, anchors)
+
+
+def test_a_rehearsal_asks_for_what_the_backward_pass_launches(
+    launches: Launches, pairs: tuple[list[Tensor], list[Anchor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, anchors = pairs
+    weights[1] = weights[1].detach().T.contiguous().T.requires_grad_()
+    labels = noted(monkeypatch)
+    # Two of a bucket are launched together, and rehearsed one by one.
+    weight, anchor = anchored((24, 40), torch.bfloat16, torch.bfloat16)
+    rotation_penalty([*weights, weight], [*anchors, anchor]).backward()  # type: ignore[no-untyped-call]
+    assert set(labels["_rehearse"]) == set(labels["_start"])

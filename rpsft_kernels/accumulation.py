@@ -31,7 +31,8 @@ def rehearse(buckets: Sequence[Bucket], into_gradients: bool) -> None:
     first has changed anything. Takes time only where that may be, and once for what is alike.
 
     Args:
-        into_gradients: drifts will be pulled back by :func:`accumulate`.
+        into_gradients: drifts will be pulled back by :func:`accumulate`; else by a backward pass, where there can be
+            one.
 
     Raises:
         ValueError: what Triton compiles for the GPU may compute wrong numbers.
@@ -42,11 +43,12 @@ def rehearse(buckets: Sequence[Bucket], into_gradients: bool) -> None:
         return
     # Weights that have a gradient when a bucket's turn comes, because an earlier one gave it to them.
     given: set[int] = set()
+    backward = torch.is_grad_enabled() and not into_gradients
     for bucket in buckets:
         if bucket.backend != "triton" or not may_refuse(bucket.terms[0].weight.device):
             continue
         known = frozenset(given)
-        key = (into_gradients, *_kinds(bucket, into_gradients, known))
+        key = (into_gradients, backward, *_kinds(bucket, into_gradients, known))
         given |= {term.weight.identity for term in bucket.terms}
         if key in _rehearsed:
             continue
@@ -54,6 +56,8 @@ def rehearse(buckets: Sequence[Bucket], into_gradients: bool) -> None:
             drifts, _ = bucket.project()
             if into_gradients:
                 _each_launch(bucket, partial(_rehearse_pull, bucket, drifts), known)
+            elif backward:
+                _rehearse_backward(bucket, drifts)
         if len(_rehearsed) >= _MOST:
             _rehearsed.clear()
         _rehearsed.add(key)
@@ -65,7 +69,7 @@ def _kinds(bucket: Bucket, into_gradients: bool, given: Set[int]) -> Iterator[tu
     for term in bucket.terms:
         weight, anchor = term.weight, term.anchor
         dtypes = tuple((name, piece.dtype) for name, piece in anchor.pieces().items())
-        gradient: tuple[object, ...] = ()
+        gradient: tuple[object, ...] = (weight.requires_grad,)
         if into_gradients and weight.requires_grad:
             held = _layout(weight.gradient()) if weight.has_gradient else None
             # A weight that is listed twice has its gradient the second time.
@@ -115,6 +119,14 @@ def _rehearse_pull(bucket: Bucket, drifts: list[Tensor], members: list[int], exi
         for weight in weights
     ]
     _pull_into(grads, bucket, drifts, 1.0, members, exists)
+
+
+def _rehearse_backward(bucket: Bucket, drifts: list[Tensor]) -> None:
+    """A backward pass makes new gradients. One at a time here: during the forward pass memory is scarce."""
+    for i, term in enumerate(bucket.terms):
+        if term.weight.requires_grad and term.weight.part.numel:
+            grad = torch.empty_like(term.weight.values(), memory_format=torch.contiguous_format)
+            _pull_into([grad], bucket, drifts, 1.0, [i], False)
 
 
 def _pull_into(
