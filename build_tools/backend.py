@@ -33,7 +33,7 @@ Settings = Mapping[str, Any] | None
 
 _aot_wanted = load("aot_wanted")
 
-# The oldest whose code for every architecture is right: older ones break rules of Hopper's tensor cores.
+# The oldest that keeps the rules of Hopper's tensor cores, as scans of its code show (rpsft_kernels/compilers.py).
 _COMPILE = "triton>=3.9"
 
 

@@ -62,10 +62,12 @@ def check_kernels(place: str | Path) -> Checked:
     Needs the package triton, whose cuobjdump reads the code, and no GPU.
 
     Raises:
-        ValueError: there is nothing to check: no folder, no manifest, or one of another schema; or no triton, or no
+        ValueError: there is nothing to check: no such place, no manifest, or one of another schema; or no triton, or no
             nvdisasm for code of compute capability 9.0.
     """
     place = Path(place)
+    if not place.exists():
+        raise ValueError(f"place: {place} is not there; python -m rpsft_kernels kernels --build makes such a folder")
     if importlib.util.find_spec("triton") is None:
         raise ValueError("checking kernels takes the package triton, whose cuobjdump reads them: pip install triton")
     if place.is_dir():

@@ -42,7 +42,7 @@ def _guarded(tell: Callable[[], str]) -> str:
 
 def _facts() -> Iterator[_Fact]:
     yield "rpsft_kernels", lambda: __version__
-    # Its local part says for which GPUs a wheel has kernels.
+    # What pip knows: nothing of a source tree, and another version than that above where one hides the other.
     yield "distribution", lambda: _version("rpsft_kernels")
     yield "python", lambda: f"{platform.python_version()} ({platform.python_implementation()})"
     yield "platform", platform.platform

@@ -271,8 +271,17 @@ def test_a_wheel_without_its_launcher(kernels: Path, tmp_path: Path) -> None:
 def test_there_must_be_something_to_check(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"place: .* carries no kernels: it has no manifest\.json"):
         main(["kernels", "--check", str(tmp_path)])
+    (tmp_path / "other.whl").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="place: .* is neither a folder of kernels nor a wheel"):
+        check_kernels(tmp_path / "other.whl")
+
+
+def test_a_place_that_is_not_there_is_told_without_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="place: .* is not there; python -m rpsft_kernels kernels --build makes"):
         check_kernels(tmp_path / "absent.whl")
+    with pytest.raises(ValueError, match="checking kernels takes the package triton"):
+        check_kernels(tmp_path)
 
 
 def test_what_is_no_machine_code_is_refused(kernels: Path) -> None:

@@ -1,4 +1,4 @@
-"""``make test-gpu``: what only a GPU can show, in under four minutes on an H100, build included.
+"""``make test-gpu``: what only a GPU can show; meant to take under four minutes on an H100, build included.
 
     python python_tests/gpu/run.py [--only NAME ...] [--without NAME ...] [--also-cpu-tests] [--list]
 
