@@ -12,6 +12,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .register_hazards import RULES
+
 if TYPE_CHECKING:
     from .ops.triton.variant import Variant
 
@@ -62,8 +64,10 @@ def description(variant: Variant) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def source_digest() -> str:
-    """The digest of the kernels' sources: machine code of other sources must not pass for theirs."""
-    digest = hashlib.sha256()
+    """The digest of the kernels' sources, and of the rules that their machine code was held to: code of other sources,
+    or looked through with less, must not pass for theirs.
+    """
+    digest = hashlib.sha256(f"rules {RULES}\0".encode())
     for name in _KERNEL_SOURCES:
         digest.update((_SOURCES / f"{name}.py").read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()
