@@ -1,8 +1,8 @@
 """Writes the machine code in this folder: some of the package's kernels for compute capability 9.0, as the installed
 Triton compiles them. For each version, from the repository's root:
 
-    pip install --no-deps --target /tmp/triton triton==3.6.0
-    PYTHONPATH=/tmp/triton:. python python_tests/data/keep.py
+    pip install --no-deps --target FOLDER triton==3.6.0
+    PYTHONPATH=FOLDER:. python python_tests/data/keep.py
 
 The sources may move on: what is kept is what those versions made of them once, which is what it is tested with.
 """
