@@ -56,7 +56,7 @@ class Launches:
 
         monkeypatch.setattr(door, "_rehearse", rehearse)
         monkeypatch.setattr(door, "_start", checked)
-        monkeypatch.setattr(accumulation, "may_refuse", lambda _: True)
+        monkeypatch.setattr(accumulation.ops, "may_refuse", lambda _: True)
         monkeypatch.setattr(accumulation, "_rehearsed", set())
 
 
@@ -119,7 +119,7 @@ def test_without_a_rehearsal_gradients_would_have_changed(
 ) -> None:
     """So that the test above tests something."""
     weights, anchors = pairs
-    monkeypatch.setattr(accumulation, "may_refuse", lambda _: False)
+    monkeypatch.setattr(accumulation.ops, "may_refuse", lambda _: False)
     launches.kernel, launches.basis = "gradient", "fp32"
     with pytest.raises(ValueError, match=WRONG):
         accumulate_rotation_grad_(weights, anchors, 0.5)
@@ -142,7 +142,7 @@ def test_a_rehearsal_asks_for_what_is_launched_and_changes_nothing(
     assert sorted(launches.rehearsed) == sorted(asked * 2)
     assert sorted(launches.started) == sorted(asked * 3)
     plain = [weight.detach().clone().requires_grad_() for weight in weights]
-    monkeypatch.setattr(accumulation, "may_refuse", lambda _: False)
+    monkeypatch.setattr(accumulation.ops, "may_refuse", lambda _: False)
     assert torch.equal(accumulate_rotation_grad_(plain, anchors, 0.5), value)
     for weight, other in zip(weights, plain, strict=True):
         assert weight.grad is not None

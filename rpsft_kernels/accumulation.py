@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops.triton.launch import may_refuse, rehearsed
 from .terms import Bucket, TileOfTerm
 
 _Pull = Callable[[list[int], bool], None]
@@ -45,14 +44,14 @@ def rehearse(buckets: Sequence[Bucket], into_gradients: bool) -> None:
     given: set[int] = set()
     backward = torch.is_grad_enabled() and not into_gradients
     for bucket in buckets:
-        if bucket.backend != "triton" or not may_refuse(bucket.terms[0].weight.device):
+        if bucket.backend != "triton" or not ops.may_refuse(bucket.terms[0].weight.device):
             continue
         known = frozenset(given)
         key = (into_gradients, backward, *_kinds(bucket, into_gradients, known))
         given |= {term.weight.identity for term in bucket.terms}
         if key in _rehearsed:
             continue
-        with rehearsed(), torch.no_grad():
+        with ops.rehearsed(), torch.no_grad():
             drifts, _ = bucket.project()
             if into_gradients:
                 _each_launch(bucket, partial(_rehearse_pull, bucket, drifts), known)

@@ -8,6 +8,7 @@ from .backend import arithmetic_id, available_backends, requested_backend, resol
 from .bucket import BucketLimits, WeightSpec, plan_buckets
 from .reference import accumulation_dtype
 from .registry import make_ready, project_drift, pull_back, pull_back_
+from .triton.launch import may_refuse, rehearsed
 
 __all__ = [
     "BucketLimits",
@@ -16,10 +17,12 @@ __all__ = [
     "arithmetic_id",
     "available_backends",
     "make_ready",
+    "may_refuse",
     "plan_buckets",
     "project_drift",
     "pull_back",
     "pull_back_",
+    "rehearsed",
     "requested_backend",
     "resolve_backend",
     "use_backend",
