@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from compiling import Compiler
+from emulated import split_by_shape
 
 from rpsft_kernels import compilers
+from rpsft_kernels.ops.triton import forward
 
 # On a GPU deterministic algorithms ask this of cuBLAS, which tests compare with.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -28,6 +30,15 @@ def any_tiles(device: torch.device) -> None:
     """For tests of tile shapes that no kernel was compiled ahead of time for: Triton compiles them, where it may."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and compilers.touches_products():
         pytest.skip(f"Triton {compilers.triton_version()} may compile code for compute capability 9.0 that is refused")
+
+
+@pytest.fixture
+def split_sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sums that are split and such that are not, at shapes small enough for the emulator."""
+    monkeypatch.setattr(forward, "splits_of", split_by_shape)
+    forward.plan_forward.cache_clear()
+    yield
+    forward.plan_forward.cache_clear()
 
 
 @pytest.fixture(scope="session")

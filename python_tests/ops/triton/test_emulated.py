@@ -6,33 +6,24 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from compiling import Compiler
-from emulated import Forward, asked, chosen, split_by_shape, ways
+from emulated import Forward, asked, chosen, ways
 from emulation import NEWEST, WHY_NEWEST, Emulator
 from support import lists
 
 from rpsft_kernels.machine_code import disassemble
 from rpsft_kernels.ops import triton as kernels
-from rpsft_kernels.ops.triton import forward
 from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
 from rpsft_kernels.ops.triton.variant import Variant, list_variants
 
 newest = pytest.mark.skipif(not NEWEST, reason=WHY_NEWEST)
 ARCHITECTURES = ("sm_80", "sm_90")
+pytestmark = pytest.mark.usefixtures("split_sums")
 PRODUCTS = ("project", "drift", "pull", "gradient")
-
-
-@pytest.fixture(autouse=True)
-def _split_sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(forward, "splits_of", split_by_shape)
-    forward.plan_forward.cache_clear()
-    yield
-    forward.plan_forward.cache_clear()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -5,14 +5,13 @@ that do not pad, alignment that is only claimed, and what older compilers make o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from compiling import Compiled, Compiler
-from emulated import Backward, Forward, split_by_shape
+from emulated import Backward, Forward
 from emulation import COMPILER, NEWEST, WHY_NEWEST, Emulator
 from ptxrun import MemoryFault, Program, PtxError, RaceError, RegisterHazard, UninitialisedRead, parse
 from support import lists
@@ -24,16 +23,9 @@ from rpsft_kernels.ops.triton.variant import Access, Form, Variant, project_vari
 
 newest = pytest.mark.skipif(not NEWEST, reason=WHY_NEWEST)
 ARCHITECTURES = ("sm_80", "sm_90")
+pytestmark = pytest.mark.usefixtures("split_sums")
 WAIT = r"wgmma\.wait_group[^;]*;"
 STORE = r"(@!?%p\d+\s+)?st\.global[^;]*;"
-
-
-@pytest.fixture(autouse=True)
-def _split_sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(forward, "splits_of", split_by_shape)
-    forward.plan_forward.cache_clear()
-    yield
-    forward.plan_forward.cache_clear()
 
 
 class Changed(Compiler):
