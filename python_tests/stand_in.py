@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rpsft_kernels import ops
 from rpsft_kernels.ops import products, registry
 from rpsft_kernels.ops import triton as triton_backend
 from rpsft_kernels.ops.selftest import gate
@@ -234,7 +235,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         monkeypatch.setattr(module, "device_profile", lambda _: interpreter)
         monkeypatch.setattr(module, "launch", _launcher(device))
     monkeypatch.setattr(triton_backend, "unavailable", lambda device, dtype: None)
-    # What has passed its self-test is not tested again.
+    # What has passed its self-test is not tested again, and what has all its kernels rehearses nothing.
+    monkeypatch.setattr(ops, "may_refuse", lambda _: False)
     monkeypatch.setattr(gate, "_passed", {DEVICE})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())

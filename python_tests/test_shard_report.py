@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 
 import rpsft_kernels as rk
 from rpsft_kernels.anchor_memory import anchor_bytes
@@ -61,9 +61,8 @@ def test_every_element_is_on_one_rank(model: str, layout: Layout, ranks: int) ->
 def test_rows_are_cut_like_those_of_dtensors() -> None:
     shapes = [(10, 7), (3, 9), (64, 5)]
     for shape, parts in zip(shapes, parts_of(shapes, 2, 4, "shard0"), strict=True):
-        placement = SimpleNamespace(dim=0, is_replicate=bool)
         for i, part in enumerate(parts):
-            assert part == Part.rectangle(shape, *shard_spans(shape, [placement], [4], [i]))
+            assert part == Part.rectangle(shape, *shard_spans(shape, [Shard(0)], [4], [i]))
 
 
 def test_ranges_follow_each_other() -> None:
