@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import queue
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -57,10 +60,7 @@ def run_ranks(
         try:
             found: dict[int, Any] = {}
             while len(found) < size - len(killed):
-                try:
-                    rank, failure, value = results.get(timeout=_SECONDS)
-                except queue.Empty:
-                    raise AssertionError(f"ranks {sorted(set(range(size)) - set(found))} did not answer") from None
+                rank, failure, value = _next(results, ranks, {*found, *killed}, folder)
                 if failure is not None:
                     raise AssertionError(f"rank {rank} raised:\n{failure}")
                 found[rank] = value
@@ -69,6 +69,27 @@ def run_ranks(
                 process.join(timeout=10)
                 process.kill()
     return [found.get(rank) for rank in range(size)]
+
+
+def _next(results: Any, ranks: list[Any], done: set[int], folder: str) -> Any:
+    """The next answer of a rank that is not ``done``."""
+    until = time.monotonic() + _SECONDS
+    while time.monotonic() < until:
+        # Read before the queue is: what a rank says before it ends arrives.
+        ended = {i: process.exitcode for i, process in enumerate(ranks) if i not in done and process.exitcode}
+        try:
+            return results.get(timeout=1)
+        except queue.Empty:
+            if ended:
+                raise AssertionError(f"exit codes of ranks: {ended}\n{_stacks(folder, set(ended))}") from None
+    left = set(range(len(ranks))) - done
+    raise AssertionError(f"ranks {sorted(left)} did not answer\n{_stacks(folder, left)}")
+
+
+def _stacks(folder: str, ranks: set[int]) -> str:
+    """Where those that crashed, or were still at it near the end, were."""
+    paths = {rank: Path(folder, f"stack.{rank}") for rank in sorted(ranks)}
+    return "\n".join(f"rank {rank}:\n{path.read_text()}" for rank, path in paths.items() if path.is_file())
 
 
 def _rank(
@@ -82,6 +103,9 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("LOCAL_RANK", str(rank))
+    log = Path(place[0]).with_name(f"stack.{rank}").open("w")
+    faulthandler.enable(log)
+    faulthandler.dump_traceback_later(_SECONDS - 10, file=log)
     try:
         dist.init_process_group(
             "gloo",
