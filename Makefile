@@ -21,7 +21,7 @@ test: $(VENV)/ready ctest
 
 # What `make test` skips without DeepSpeed, which is not among the requirements: it is for this alone.
 test-deepspeed: $(VENV)/ready $(VENV)/deepspeed
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 python_tests/sharding/test_deepspeed.py $(ARGS)
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 python_tests/distributed/test_deepspeed.py $(ARGS)
 
 # The corners: each in an environment of its own, with the tests of what can differ there.
 PYTHON_oldest := 3.10
@@ -32,22 +32,21 @@ CORNER = OMP_NUM_THREADS=1 .venv-$(@:test-%=%)/bin/python -m pytest -n 2 --dist 
 COMPILED = compiled or opcheck or wrapped
 
 test-oldest: .venv-oldest/ready
-	$(CORNER) python_tests/ops python_tests/test_penalty.py python_tests/test_anchors.py python_tests/test_anchor_file.py \
-		python_tests/test_names.py python_tests/test_private_names.py \
-		python_tests/aot/test_build.py python_tests/aot/test_check.py python_tests/aot/test_vetting.py \
-		--deselect python_tests/ops/triton/test_compile.py -k "not ($(COMPILED))" $(ARGS)
-	$(CORNER) -p python_tests.without_triton -k "($(COMPILED)) and not kernels" \
-		python_tests/ops/test_registry.py python_tests/test_anchors.py python_tests/test_penalty.py python_tests/test_names.py
-	$(CORNER) -p python_tests.without_triton python_tests/sharding $(ARGS)
+	$(CORNER) python_tests/ops python_tests/test_penalty.py python_tests/anchors/test_collection.py \
+		python_tests/anchors/test_file_format.py python_tests/distributed/test_names.py python_tests/test_private_names.py \
+		--deselect python_tests/ops/triton/test_compiler.py --ignore python_tests/ops/triton/machine_code \
+		-k "not ($(COMPILED))" $(ARGS)
+	$(CORNER) -p python_tests.helpers.without_triton -k "($(COMPILED)) and not kernels" python_tests/ops/test_torch_ops.py \
+		python_tests/anchors/test_collection.py python_tests/test_penalty.py python_tests/distributed/test_names.py
+	$(CORNER) -p python_tests.helpers.without_triton python_tests/distributed $(ARGS)
 
 # The oldest torch whose FSDP2 averages gradients on CPUs.
 test-torch-2.9: .venv-torch-2.9/ready
-	$(CORNER) python_tests/sharding python_tests/test_private_names.py $(ARGS)
+	$(CORNER) python_tests/distributed python_tests/test_private_names.py $(ARGS)
 
 test-torch-2.11: .venv-torch-2.11/ready
-	$(CORNER) python_tests/sharding python_tests/test_private_names.py python_tests/test_names.py \
-		python_tests/ops/test_backend.py python_tests/ops/test_registry.py python_tests/ops/triton/test_kernels.py \
-		python_tests/test_penalty.py $(ARGS)
+	$(CORNER) python_tests/distributed python_tests/test_private_names.py python_tests/ops/test_dispatch.py \
+		python_tests/ops/test_torch_ops.py python_tests/ops/triton/test_kernels.py python_tests/test_penalty.py $(ARGS)
 
 # The Python that is asked for, where there is one; else PYTHON, and what the table in README.md says is not tested.
 $(CORNERS:%=.venv-%/requirements): .venv-%/requirements: requirements-%.txt requirements-corner.txt .ci/stand_in_cuda.py

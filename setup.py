@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path("build_tools").resolve()))
 
 from bare_package import load
 
-AOT_WANTED = load("aot_wanted")
+AOT_WANTED = load("ops.triton.aot.wanted")
 VARIABLE = AOT_WANTED.VARIABLE
-NO_KERNELS = load("aot_library").REASON
+NO_KERNELS = load("ops.triton.aot.library").REASON
 
 SOURCES: dict[str, list[dict[str, Any]]] = json.loads(Path("csrc/sources.json").read_text(encoding="utf-8"))
 WISH = os.environ.get("RPSFT_NATIVE", "")

@@ -15,7 +15,7 @@ from typing import Literal
 import providers
 import torch
 
-from rpsft_kernels.models import MODELS
+from rpsft_kernels.tools.models import MODELS
 
 Suite = Literal["layer", "model", "scaling", "anchors"]
 Scale = Literal["smoke", "small", "large"]

@@ -22,7 +22,7 @@ from machine import DEVICES, chosen_device
 from measure import Clock
 from providers import PLAIN, Provider, Step, ours_name, providers
 
-from rpsft_kernels.models import MODELS
+from rpsft_kernels.tools.models import MODELS
 
 MAX_RATIO = 1.5
 MAX_BYTES = 256 << 20

@@ -12,7 +12,7 @@ import torch
 from fidelity_contract import Agreement
 from torch import Tensor
 
-from rpsft_kernels.pieces import padded
+from rpsft_kernels.anchors.tensors import padded
 
 # ||W - W0|| / ||W0|| before rounding. A bfloat16 weight sees a drift only where it exceeds half a unit in the last
 # place, so that of uniformly drifting random weights much less would be no drift at all; float32 weights see that of

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import rpsft_kernels as rk
 from rpsft_kernels import ops
-from rpsft_kernels.pieces import computed_block
-from rpsft_kernels.sharding.part import Part
+from rpsft_kernels.anchors.tensors import computed_block
+from rpsft_kernels.distributed.shard import Part
 
 Role = Literal["ours", "gemm", "published", "plain", "reference"]
 # R as a scalar tensor; None where the step computes none.

@@ -31,9 +31,10 @@ __all__ = [
 ]
 Settings = Mapping[str, Any] | None
 
-_aot_wanted = load("aot_wanted")
+_aot_wanted = load("ops.triton.aot.wanted")
 
-# The oldest that keeps the rules of Hopper's tensor cores, as scans of its code show (rpsft_kernels/compilers.py).
+# The oldest that keeps the rules of Hopper's tensor cores, as scans of its code show: see
+# rpsft_kernels/ops/triton/toolchain.py.
 _COMPILE = "triton>=3.9"
 
 

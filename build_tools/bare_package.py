@@ -12,12 +12,18 @@ from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 
-_PACKAGES = ("rpsft_kernels", "rpsft_kernels.ops", "rpsft_kernels.ops.triton")
+_PACKAGES = (
+    "rpsft_kernels",
+    "rpsft_kernels.ops",
+    "rpsft_kernels.ops.triton",
+    "rpsft_kernels.ops.triton.aot",
+    "rpsft_kernels.ops.triton.machine_code",
+)
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(name: str) -> ModuleType:
-    """The package's module of that name (``"aot_build"``), from the source tree around this file.
+    """The package's module of that name (``"ops.triton.aot.build"``), from the source tree around this file.
 
     From the first call on, the process has the package and its subpackages without what their ``__init__`` files do: it
     is for processes that build the package.

@@ -27,7 +27,7 @@ import torch
 from filling import Case, findings, make_inputs
 from parts import Counts, Outcome, Part, run_part, run_parts
 
-from rpsft_kernels import compilers
+from rpsft_kernels.ops.triton import toolchain as compilers
 
 HERE = Path(run.__file__).parent
 FINDS = "import sys, time, pathlib; here = pathlib.Path(sys.argv[1])\n"
@@ -182,13 +182,13 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_device_tests_and_the_others_are_all() -> None:
     def collected(*options: str) -> set[str]:
-        command = [sys.executable, "-m", "pytest", "--collect-only", "python_tests/ops/test_backend.py", *options]
+        command = [sys.executable, "-m", "pytest", "--collect-only", "python_tests/ops/test_dispatch.py", *options]
         said = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
         return {line for line in said.splitlines() if "::" in line}
 
     only, none = collected("--device-tests=only"), collected("--device-tests=none")
-    assert "python_tests/ops/test_backend.py::test_free_choice" in only and not only & none
-    assert "python_tests/ops/test_backend.py::test_nested_choices_end_with_their_blocks" in none
+    assert "python_tests/ops/test_dispatch.py::test_free_choice" in only and not only & none
+    assert "python_tests/ops/test_dispatch.py::test_nested_choices_end_with_their_blocks" in none
     assert only | none == collected()
 
 
@@ -256,14 +256,14 @@ def library(**changes: Any) -> SimpleNamespace:
 
 
 def test_kernels_that_are_current_are_taken(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
-    monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", lambda folder: library())
+    monkeypatch.setattr("rpsft_kernels.ops.triton.aot.library.Library.open", lambda folder: library())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert prepare.kernels() == "" and ran == []
     assert prepare.stale(Path("kernels"), 80) == "the kernels in kernels are for sm_90a"
-    monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", lambda folder: library(only="pull*"))
+    monkeypatch.setattr("rpsft_kernels.ops.triton.aot.library.Library.open", lambda folder: library(only="pull*"))
     assert prepare.stale(Path("kernels"), 90) == "the kernels in kernels are a selection: pull*"
     lacking = [{"arch": "sm_90a", "label": "project(...)", "reason": "spills"}, {"arch": "sm_80"}]
-    monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", lambda folder: library(left_out=lacking))
+    monkeypatch.setattr("rpsft_kernels.ops.triton.aot.library.Library.open", lambda folder: library(left_out=lacking))
     assert prepare.stale(Path("kernels"), 90) == "the kernels in kernels lack 1, such as project(...): spills"
 
 
@@ -276,7 +276,7 @@ def test_kernels_of_other_sources_are_compiled_anew(
         return library()
 
     with_triton(monkeypatch, "3.9.0")
-    monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", opened)
+    monkeypatch.setattr("rpsft_kernels.ops.triton.aot.library.Library.open", opened)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert prepare.kernels() == ""
     assert "compiling kernels for 9.0: compiled from other sources" in capsys.readouterr().out
@@ -290,7 +290,7 @@ def test_where_nothing_can_compile_the_way_out_is_told(
     def opened(folder: Path) -> SimpleNamespace:
         raise ValueError("this installation carries no kernels")
 
-    monkeypatch.setattr("rpsft_kernels.aot_library.Library.open", opened)
+    monkeypatch.setattr("rpsft_kernels.ops.triton.aot.library.Library.open", opened)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(prepare, "compiler", lambda capability: ("", "the Triton at hand is 3.6.0, and pip failed"))
     assert prepare.main(["kernels"]) == 1
@@ -358,7 +358,7 @@ def test_reports_are_told_apart_by_kernel(said: str, kernels: list[tuple[str, bo
 
 
 def test_every_kernel_of_this_package_is_known() -> None:
-    from rpsft_kernels.ops.triton.variant import ARGUMENTS
+    from rpsft_kernels.ops.triton.variants import ARGUMENTS
 
     for kernel in ARGUMENTS:
         said = f"========= Invalid __shared__ write of size 4 bytes\n=========     at {kernel}_kernel+0x10\n"

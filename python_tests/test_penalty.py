@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bad_weights import BAD_WEIGHTS
 from support import (
     DTYPES,
     Layout,
@@ -20,7 +21,6 @@ from support import (
     random_matrix,
     relative_error,
 )
-from test_weights import BAD_WEIGHTS
 from torch import Tensor, nn
 
 import rpsft_kernels as rk

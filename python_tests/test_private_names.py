@@ -18,9 +18,9 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from rpsft_kernels.distributed.dtensor import gathered_by_fsdp2
 from rpsft_kernels.private_names import Zero3Parameter, fsdp2_parameters, shards_before
 from rpsft_kernels.private_names.table import TABLE, Row, read, spellings
-from rpsft_kernels.sharding.dtensor import gathered_by_fsdp2
 
 ROOT = Path(__file__).parents[1]
 # Where torch defines each holder, and for wrapped modules where it names them.
@@ -297,6 +297,6 @@ assert rk.accumulate_rotation_grad_(model, anchors, 1.0).item() > 0
 assert model[0].weight.grad.norm() > 0 and model[1].weight.grad.norm() == 0
 print("done")
 """
-    here = Path(__file__).parent
+    here = Path(__file__).parent / "helpers"
     run = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip() == "done", run.stderr

@@ -1,7 +1,7 @@
 """Fused kernels for the rotation penalty of RPSFT (arXiv 2605.10973)."""
 
-from .anchor import Anchor
-from .anchors import Anchors
+from .anchors.anchor import Anchor
+from .anchors.collection import Anchors
 from .ops import use_backend
 from .penalty import accumulate_rotation_grad_, project, rotation_penalty
 

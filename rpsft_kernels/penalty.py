@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .accumulation import accumulate
-from .anchor import Anchor
-from .evaluation import evaluate, prepare
-from .terms import Term
-from .weights import check_weight
+from .anchors.anchor import Anchor
+from .checks import check_weight
+from .evaluation.accumulation import accumulate
+from .evaluation.pairing import Term
+from .evaluation.prepare import evaluate, prepare
 
 
 def rotation_penalty(
@@ -44,7 +44,7 @@ def rotation_penalty(
     found as they lie: DTensor (FSDP2, tensor parallel; lists of tensors too), and through a module
     DistributedDataParallel and DeepSpeed ZeRO-1/2, whose weights are divided over ranks by cost: R's gradient on a rank
     is then that of its own share, times the number of ranks, and exact once gradients are averaged. No weight is
-    gathered; the C of a bucket are summed by one all-reduce (docs of :mod:`rpsft_kernels.sharding.exchange` on its
+    gathered; the C of a bucket are summed by one all-reduce (docs of :mod:`rpsft_kernels.distributed.group_call` on its
     order), and a rank that fails, or means another call, makes every rank raise. With FSDP2 on a GPU compute R after
     the model's forward pass, not before it: its gradients then come before those that FSDP2 adds on another stream.
 
@@ -112,7 +112,7 @@ def accumulate_rotation_grad_(
     where they lay during the capture, with the ``coeff`` and the anchors of then. A ``.grad`` that the capture itself
     made lies in the graph's memory, and is written, not added to, at each replay. The same holds for
     :func:`rotation_penalty` and its backward pass. Weights over several processes are the exception: see
-    :mod:`rpsft_kernels.sharding.exchange`.
+    :mod:`rpsft_kernels.distributed.group_call`.
     """
     whole_module = isinstance(weights, nn.Module)
 

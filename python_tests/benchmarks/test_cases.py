@@ -8,7 +8,7 @@ import torch
 from cases import SCALES, SUITES, Scale, Suite
 from providers import providers
 
-from rpsft_kernels.models import MODELS
+from rpsft_kernels.tools.models import MODELS
 
 CPU = torch.device("cpu")
 GIB = 1 << 30

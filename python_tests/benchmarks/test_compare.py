@@ -8,8 +8,8 @@ from typing import Any
 
 import compare
 import pytest
+from result_files import RUN, write
 from results import load
-from test_results import RUN, write
 
 FAST, MIDDLE, SLOW = [0.100, 0.101, 0.102], [0.100, 0.110, 0.130], [0.120, 0.121, 0.122]
 GEMM = {"provider": "torch.mm", "role": "gemm"}

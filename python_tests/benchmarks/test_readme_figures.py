@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import readme_figures
+from result_files import write as write_results
 from results import load
-from test_results import write as write_results
 
 RESULT: dict[str, Any] = {"seconds": [0.010] * 3, "flops": 3_000_000_000, "extra_bytes": 838861}
 PUBLISHED: dict[str, Any] = {"role": "published", "error_bound": None}

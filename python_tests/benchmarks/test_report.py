@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import report
+from result_files import write as write_results
 from results import load
-from test_results import write as write_results
 
 RUN: dict[str, Any] = {
     "device": "Toy <CPU>",

@@ -16,7 +16,6 @@ from pathlib import Path
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 
 import triton
-
 from rpsft_kernels.ops.triton.compile import compile_variant
 from rpsft_kernels.ops.triton.variant import list_variants
 

@@ -40,7 +40,7 @@ def kernels() -> str:
     """See that rpsft_kernels/kernels serves the GPU at hand; what is wrong, or ""."""
     import torch
 
-    from rpsft_kernels.aot_library import FOLDER
+    from rpsft_kernels.ops.triton.aot.library import FOLDER
 
     major, minor = torch.cuda.get_device_capability()
     reason = stale(FOLDER, 10 * major + minor)
@@ -62,7 +62,7 @@ def kernels() -> str:
 
 def stale(folder: Path, capability: int) -> str:
     """Why a folder's kernels are not all that this GPU and these sources ask for; "" where they are."""
-    from rpsft_kernels.aot_library import Library
+    from rpsft_kernels.ops.triton.aot.library import Library
 
     try:
         library = Library.open(folder)
@@ -82,7 +82,7 @@ def stale(folder: Path, capability: int) -> str:
 
 def compiler(capability: int) -> tuple[str, str]:
     """A Python whose Triton compiles right code for a GPU, or "" and why there is none."""
-    from rpsft_kernels import compilers
+    from rpsft_kernels.ops.triton import toolchain as compilers
 
     why = compilers.triton_missing() or (compilers.products_unsafe() if capability // 10 == 9 else "")
     if not why:

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     command += [sys.executable, str(HERE / "sanitized.py"), *seconds]
     # Without PyTorch's cache each tensor is an allocation of its own: reads beside it are seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "RPSFT_SELFTEST": "0"}
-    paths = [str(HERE.parents[1]), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(HERE.parents[1]), str(HERE.parent / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from support import Form, Layout, laid_out, lists, make_problem
 
-from rpsft_kernels import aot, compilers, ops
+from rpsft_kernels import ops
+from rpsft_kernels.ops.triton import toolchain as compilers
+from rpsft_kernels.ops.triton.aot import dispatch as aot
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Shapes = tuple[tuple[int, int, int], ...]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory_trace import trace
 from support import (
     DTYPES,
     FORMS,
@@ -24,7 +25,6 @@ from support import (
     random_matrix,
     relative_error,
 )
-from test_memory import trace
 from torch import Tensor
 
 from rpsft_kernels import ops

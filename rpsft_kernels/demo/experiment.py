@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..anchor import Anchor
+from ..anchors.anchor import Anchor
 from ..penalty import rotation_penalty
 from .batch import Example
 from .knowledge import Knowledge, KnowledgeScore, score_knowledge

@@ -137,8 +137,8 @@ def find_device(name: str) -> torch.device:
 
 
 def _check_backend(backend: str | None, device: torch.device) -> None:
-    if backend is not None and backend not in ops.backend.NAMES:
-        raise ValueError(f"--backend: got {backend!r}, expected one of {', '.join(ops.backend.NAMES)}")
+    if backend is not None and backend not in ops.dispatch.NAMES:
+        raise ValueError(f"--backend: got {backend!r}, expected one of {', '.join(ops.dispatch.NAMES)}")
     try:
         ops.resolve_backend(device, torch.float32, backend)
     except ValueError as error:

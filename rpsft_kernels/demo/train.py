@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ..anchor import Anchor
+from ..anchors.anchor import Anchor
 from ..penalty import accumulate_rotation_grad_, rotation_penalty
 from .batch import Example, answer_logits, collate
 

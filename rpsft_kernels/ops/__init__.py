@@ -4,10 +4,10 @@
 ``scale * U C V^T``. Both take lists, so that a backend can serve many weights in few launches.
 """
 
-from .backend import arithmetic_id, available_backends, requested_backend, resolve_backend, use_backend
-from .bucket import BucketLimits, WeightSpec, plan_buckets
+from .buckets import BucketLimits, WeightSpec, plan_buckets
+from .dispatch import arithmetic_id, available_backends, requested_backend, resolve_backend, use_backend
 from .reference import accumulation_dtype
-from .registry import make_ready, project_drift, pull_back, pull_back_
+from .torch_ops import make_ready, project_drift, pull_back, pull_back_
 from .triton.launch import may_refuse, rehearsed
 
 __all__ = [

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from rpsft_kernels.cli import main
 from rpsft_kernels.ops import reference
 from rpsft_kernels.ops.selftest import command, subjects
 from rpsft_kernels.ops.selftest.cases import quick_cases
+from rpsft_kernels.tools.cli import main
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,13 @@ from rpsft_kernels.ops.selftest.cases import REPEATED, all_cases
 from rpsft_kernels.ops.selftest.checks import Subject, call_once
 from rpsft_kernels.ops.selftest.inputs import Source
 from rpsft_kernels.ops.selftest.suite import Launches
-from rpsft_kernels.ops.triton import backward, forward, launch, whole
-from rpsft_kernels.ops.triton.profile import Profile
+from rpsft_kernels.ops.triton import full_form as whole
+from rpsft_kernels.ops.triton import launch
+from rpsft_kernels.ops.triton import project_drift as forward
+from rpsft_kernels.ops.triton import pull_back as backward
+from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
-from rpsft_kernels.ops.triton.variant import list_variants
+from rpsft_kernels.ops.triton.variants import list_variants
 
 
 @pytest.mark.parametrize("architecture", [*DESCRIPTORS, "interpreter"])

@@ -19,7 +19,7 @@ from rpsft_kernels.ops.selftest.subjects import jobs
 from rpsft_kernels.ops.selftest.suite import Result, run
 from rpsft_kernels.ops.triton import launch
 from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
-from rpsft_kernels.ops.triton.variant import ARGUMENTS, Variant
+from rpsft_kernels.ops.triton.variants import ARGUMENTS, Variant
 
 CPU = torch.device("cpu")
 HALF = torch.bfloat16

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rpsft_kernels import aot, compilers, ops
-from rpsft_kernels.environment import environment_report
+from rpsft_kernels import ops
 from rpsft_kernels.ops.selftest import gate, record, subjects
 from rpsft_kernels.ops.selftest.checks import Subject
 from rpsft_kernels.ops.selftest.suite import Result
+from rpsft_kernels.ops.triton import toolchain as compilers
+from rpsft_kernels.ops.triton.aot import dispatch as aot
+from rpsft_kernels.tools.environment import environment_report
 
 GPU = torch.device("cuda", 0)
 

@@ -10,8 +10,8 @@ import torch
 from compiling import Compiler
 from emulated import split_by_shape
 
-from rpsft_kernels import compilers
-from rpsft_kernels.ops.triton import forward
+from rpsft_kernels.ops.triton import project_drift as forward
+from rpsft_kernels.ops.triton import toolchain as compilers
 
 # On a GPU deterministic algorithms ask this of cuBLAS, which tests compare with.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

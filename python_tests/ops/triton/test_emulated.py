@@ -15,10 +15,10 @@ from emulated import Forward, asked, chosen, ways
 from emulation import NEWEST, WHY_NEWEST, Emulator
 from support import lists
 
-from rpsft_kernels.machine_code import disassemble
 from rpsft_kernels.ops import triton as kernels
+from rpsft_kernels.ops.triton.machine_code.cubin import disassemble
 from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
-from rpsft_kernels.ops.triton.variant import Variant, list_variants
+from rpsft_kernels.ops.triton.variants import Variant, list_variants
 
 newest = pytest.mark.skipif(not NEWEST, reason=WHY_NEWEST)
 ARCHITECTURES = ("sm_80", "sm_90")

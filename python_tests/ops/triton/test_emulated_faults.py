@@ -17,9 +17,10 @@ from ptxrun import MemoryFault, Program, PtxError, RaceError, RegisterHazard, Un
 from support import lists
 
 from rpsft_kernels.ops import triton as kernels
-from rpsft_kernels.ops.triton import backward, forward
+from rpsft_kernels.ops.triton import project_drift as forward
+from rpsft_kernels.ops.triton import pull_back as backward
 from rpsft_kernels.ops.triton.tile_table import rank_classes
-from rpsft_kernels.ops.triton.variant import Access, Form, Variant, project_variant
+from rpsft_kernels.ops.triton.variants import Access, Form, Variant, project_variant
 
 newest = pytest.mark.skipif(not NEWEST, reason=WHY_NEWEST)
 ARCHITECTURES = ("sm_80", "sm_90")

@@ -23,8 +23,11 @@ from support import (
 from torch import Tensor
 
 from rpsft_kernels import ops
-from rpsft_kernels.ops.triton import backward, forward, variant, whole
-from rpsft_kernels.ops.triton.profile import Profile
+from rpsft_kernels.ops.triton import full_form as whole
+from rpsft_kernels.ops.triton import project_drift as forward
+from rpsft_kernels.ops.triton import pull_back as backward
+from rpsft_kernels.ops.triton import variants as variant
+from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.tile_table import TileConfig
 
 HALF = (torch.bfloat16, torch.float16)

@@ -18,15 +18,17 @@ from torch import Tensor, nn
 
 import rpsft_kernels as rk
 from rpsft_kernels import ops
-from rpsft_kernels.anchor import Anchor
+from rpsft_kernels.anchors.anchor import Anchor
+from rpsft_kernels.anchors.tensors import computed_block, padded
+from rpsft_kernels.distributed.shard import Part
 from rpsft_kernels.ops import triton as triton_backend
-from rpsft_kernels.ops.triton import backward, forward, whole
+from rpsft_kernels.ops.triton import full_form as whole
+from rpsft_kernels.ops.triton import project_drift as forward
+from rpsft_kernels.ops.triton import pull_back as backward
+from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
-from rpsft_kernels.ops.triton.profile import Profile
 from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
-from rpsft_kernels.ops.triton.variant import Variant, list_variants
-from rpsft_kernels.pieces import computed_block, padded
-from rpsft_kernels.sharding.part import Part
+from rpsft_kernels.ops.triton.variants import Variant, list_variants
 
 BOTH = (False, True)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rpsft_kernels.models import MODELS
-from rpsft_kernels.ops.triton.report import schedule_report
 from rpsft_kernels.ops.triton.schedule import Grid, Schedule, banded_order, build_schedule, splits_of
+from rpsft_kernels.tools.models import MODELS
+from rpsft_kernels.tools.schedule import schedule_report
 
 
 def walked(schedule: Schedule) -> list[list[tuple[int, int]]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..backend import load
+from ..dispatch import load
 from .cases import Case, Shape
 from .exact import ROUNDED, WIDE, Expected, expected_drift, expected_pull, moved
 from .inputs import Problem, Source, given

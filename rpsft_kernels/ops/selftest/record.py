@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
-from ... import aot, aot_kernel, compilers
-from ...aot_jobs import changes_code
-from ...aot_library import MANIFEST
+from ..triton import toolchain
+from ..triton.aot import dispatch as aot
+from ..triton.aot import loader
+from ..triton.aot.jobs import changes_code
+from ..triton.aot.library import MANIFEST
 
 _TRITON = Path(__file__).parents[1] / "triton"
 # Where Linux says which driver is loaded; CUDA's own number changes less often than the driver.
@@ -51,7 +53,7 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def _driver_version() -> str:
-    launcher = aot_kernel.binding()
+    launcher = loader.binding()
     try:
         cuda = "unknown" if isinstance(launcher, str) else str(launcher.driver_version())
     except (AttributeError, RuntimeError):
@@ -78,10 +80,10 @@ def _kernels() -> Iterator[bytes]:
     if mode != "0" and not isinstance(library, str):
         yield (library.folder / MANIFEST).read_bytes()
         # Without what launches them they are not what runs.
-        yield str(isinstance(aot_kernel.binding(), str)).encode()
+        yield str(isinstance(loader.binding(), str)).encode()
     if mode != "only":
         # What could not be compiled was not tested.
-        yield f"{_version('triton')} {bool(compilers.jit_missing())}".encode()
+        yield f"{_version('triton')} {bool(toolchain.jit_missing())}".encode()
         for name in filter(_compiles_otherwise, sorted(os.environ)):
             yield f"{name}={os.environ[name]}".encode()
     for source in sorted(_TRITON.rglob("*")):

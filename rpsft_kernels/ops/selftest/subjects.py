@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ... import aot
 from .. import native
-from ..backend import load
-from ..triton.profile import device_profile, own_profile
+from ..dispatch import load
+from ..triton.aot import dispatch as aot
+from ..triton.device import device_profile, own_profile
 from ..triton.tile_table import tuned_architecture
 from .cases import RANKS, Case, all_cases, quick_cases
 from .checks import Subject

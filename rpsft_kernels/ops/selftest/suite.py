@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..triton.device import Profile, device_profile
 from ..triton.launch import watched
-from ..triton.profile import Profile, device_profile
 from ..triton.tile_table import rank_classes
-from ..triton.variant import ARGUMENTS, Variant, list_variants
+from ..triton.variants import ARGUMENTS, Variant, list_variants
 from .cases import REPEATED, Case
 from .checks import Found, Subject, call_once, check_numbers, check_repeats
 

@@ -8,7 +8,7 @@ gradient   ``G (+)= P V^T``
 ========== ================================== =================================================
 
 Triton is imported by ``kernels``, ``jit`` and ``compile`` alone, and only for what it has to compile or interpret:
-planning does without, and so do kernels compiled ahead of time (``rpsft_kernels.aot``).
+planning does without, and so do kernels compiled ahead of time (``rpsft_kernels.ops.triton.aot.dispatch``).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import aot, compilers
+from . import toolchain
+from .aot import dispatch as aot
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     # The interpreter needs the package alone, a GPU without kernels a C compiler too.
-    missing = compilers.jit_missing() if device.type == "cuda" else compilers.triton_missing()
+    missing = toolchain.jit_missing() if device.type == "cuda" else toolchain.triton_missing()
     if missing:
         if device.type != "cuda":
             return missing
@@ -50,7 +51,7 @@ def _interpreted() -> bool:
 
 
 def arithmetic(device: torch.device) -> str:
-    from .profile import device_profile
+    from .device import device_profile
 
     return device_profile(device).architecture
 
@@ -62,8 +63,8 @@ def project_drift(
     bases: Sequence[Tensor],
     blocks: Sequence[Tensor],
 ) -> tuple[list[Tensor], Tensor]:
-    from .forward import run_forward
-    from .whole import run_whole_forward
+    from .full_form import run_whole_forward
+    from .project_drift import run_forward
 
     if not lefts:
         return run_whole_forward(weights, bases)
@@ -80,8 +81,8 @@ def pull_back_into(
     scales: Tensor,
     accumulate: bool,
 ) -> None:
-    from .backward import run_backward
-    from .whole import run_whole_backward
+    from .full_form import run_whole_backward
+    from .pull_back import run_backward
 
     if not lefts:
         run_whole_backward(grads, weights, bases, scales, accumulate)

@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .kernels import KERNELS, kernel_constants
+from .kernels.table import KERNELS, kernel_constants
 from .launch import is_vetted
-from .variant import Variant
+from .variants import Variant
 from .vetting import findings, refusal
 
 

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ... import aot
-from .profile import own_profile
+from .aot import dispatch as aot
+from .device import own_profile
 from .tile_table import rank_classes, tuned_architecture
-from .variant import Variant
+from .variants import Variant
 
 
 class Watcher(Protocol):

@@ -1,5 +1,5 @@
 """Code that Triton compiles here for compute capability 9.0 is looked at once, before its first launch: some versions
-make code that computes wrong numbers (:mod:`rpsft_kernels.register_hazards`).
+make code that computes wrong numbers (:mod:`rpsft_kernels.ops.triton.machine_code.register_hazards`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from triton.runtime.cache import get_cache_manager
 
-from ... import aot, compilers
-from ...register_hazards import RULES, scan_cubin
-from .variant import Variant
+from . import toolchain
+from .aot import dispatch as aot
+from .machine_code.register_hazards import RULES, scan_cubin
+from .variants import Variant
 
 # "wgmma.mma_async....f32.bf16.bf16 {sums}, {a0, a1, a2, a3}, descriptor, ...": A in registers. In shared memory it is
 # a descriptor too.
@@ -40,7 +41,7 @@ def findings(kernel: Any) -> list[str]:
     try:
         found = scan_cubin(image)
     except ValueError as error:
-        unsafe = compilers.products_unsafe()
+        unsafe = toolchain.products_unsafe()
         computed = ptx is None or _REGISTER_OPERAND.search(ptx) is not None
         return [f"{unsafe}, and its machine code cannot be looked at ({error})"] if unsafe and computed else []
     # A cache that cannot be written may hold kernels all the same. Then the next process looks again.
@@ -62,7 +63,7 @@ def refusal(variant: Variant, device: torch.device, found: list[str]) -> str:
     """The error for a launch of what has findings: kernel, GPU, compiler, what is wrong, and the ways out."""
     major, minor = torch.cuda.get_device_capability(device)
     gpu = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-    compiler = f"Triton {compilers.triton_version() or 'of an unknown version'} with ptxas {_assembler()}"
+    compiler = f"Triton {toolchain.triton_version() or 'of an unknown version'} with ptxas {_assembler()}"
     more = f" (and {len(found) - 1} more of the kind)" if len(found) > 1 else ""
     ways = ["kernels compiled ahead of time by Triton 3.9 or newer (a wheel that carries them, or pip install . here)"]
     if aot.mode() == "0":

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import rpsft_kernels.anchors.subspace as subspace
+from rpsft_kernels.anchors.subspace import top_subspaces
+
+
+def _matrix(m: int, n: int, seed: int = 0) -> Tensor:
+    """An (m, n) float64 matrix with singular values 1, 0.8, 0.64, ..., well apart."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(m, min(m, n), generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(n, min(m, n), generator=generator, dtype=torch.float64))[0]
+    values = torch.pow(0.8, torch.arange(min(m, n), dtype=torch.float64))
+    product: Tensor = (left * values) @ right.T
+    return product
+
+
+def _sine_of_angle(basis: Tensor, reference: Tensor) -> float:
+    """Sine of the largest principal angle between two orthonormal bases."""
+    return float(torch.linalg.matrix_norm(basis - reference @ (reference.T @ basis), 2))
+
+
+def _assert_orthonormal(basis: Tensor) -> None:
+    identity = torch.eye(basis.shape[1], dtype=torch.float64)
+    torch.testing.assert_close(basis.T @ basis, identity, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (50, 50), (300, 12), (12, 300)])
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_subspaces_are_those_of_the_svd(shape: tuple[int, int], rank: int) -> None:
+    weight = _matrix(*shape)
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    spaces = top_subspaces(weight, rank)
+    assert spaces.left.shape == (shape[0], rank) and spaces.right.shape == (shape[1], rank)
+    assert _sine_of_angle(spaces.left, u[:, :rank]) < 1e-12
+    assert _sine_of_angle(spaces.right, vh[:rank].T) < 1e-12
+    torch.testing.assert_close(spaces.values, s[:rank], atol=1e-14, rtol=1e-13)
+    assert spaces.energy == pytest.approx(float(s[:rank].square().sum() / s.square().sum()), abs=1e-14)
+    _assert_orthonormal(spaces.left)
+    _assert_orthonormal(spaces.right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_weights_are_decomposed_in_float64(dtype: torch.dtype) -> None:
+    weight = _matrix(64, 48).to(dtype)
+    u, _, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    spaces = top_subspaces(weight, 6)
+    assert spaces.left.dtype == spaces.values.dtype == spaces.right.dtype == torch.float64
+    assert _sine_of_angle(spaces.left, u[:, :6]) < 1e-11
+    assert _sine_of_angle(spaces.right, vh[:6].T) < 1e-11
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_projection_has_a_non_negative_diagonal(shape: tuple[int, int]) -> None:
+    weight = _matrix(*shape, seed=3)
+    spaces = top_subspaces(weight, 10)
+    projected = spaces.left.T @ weight @ spaces.right
+    torch.testing.assert_close(projected, torch.diag(spaces.values), atol=1e-13, rtol=0)
+    assert (projected.diagonal() > 0).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_rank_deficient_weight_gets_orthonormal_bases(shape: tuple[int, int]) -> None:
+    u, s, vh = torch.linalg.svd(_matrix(*shape), full_matrices=False)
+    weight = (u[:, :4] * s[:4]) @ vh[:4]
+    spaces = top_subspaces(weight, 9)
+    _assert_orthonormal(spaces.left)
+    _assert_orthonormal(spaces.right)
+    assert _sine_of_angle(u[:, :4], spaces.left) < 1e-12
+    assert _sine_of_angle(vh[:4].T, spaces.right) < 1e-12
+    assert spaces.values[4:].abs().max() < 1e-14
+    assert (spaces.values.diff() <= 0).all() and (spaces.values >= 0).all()
+    assert spaces.energy == pytest.approx(1.0, abs=1e-14) and spaces.energy <= 1.0
+
+
+def test_zero_matrix() -> None:
+    spaces = top_subspaces(torch.zeros(7, 5), 3)
+    _assert_orthonormal(spaces.left)
+    _assert_orthonormal(spaces.right)
+    assert spaces.values.tolist() == [0.0, 0.0, 0.0]
+    assert spaces.energy == 1.0
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1), (1, 1)])
+def test_vectors(shape: tuple[int, int]) -> None:
+    weight = torch.arange(1.0, 1.0 + max(shape)).reshape(shape) * -1
+    spaces = top_subspaces(weight, 1)
+    norm = float(weight.double().norm())
+    assert spaces.values.item() == pytest.approx(norm, rel=1e-15)
+    assert (spaces.left.T @ weight.double() @ spaces.right).item() == pytest.approx(norm, rel=1e-15)
+
+
+@pytest.mark.parametrize("shape", [(37, 20), (20, 37)])
+def test_chunks_do_not_change_the_result(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = _matrix(*shape)
+    whole = top_subspaces(weight, 5)
+    monkeypatch.setattr(subspace, "_CHUNK_ELEMENTS", 60)
+    cut = top_subspaces(weight, 5)
+    assert _sine_of_angle(cut.left, whole.left) < 1e-12
+    assert _sine_of_angle(cut.right, whole.right) < 1e-12
+    assert cut.energy == pytest.approx(whole.energy, abs=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_float64_copy_of_the_weight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subspace, "_CHUNK_ELEMENTS", 1 << 16)
+    weight = torch.randn(8192, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        top_subspaces(weight, 2)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    float64_copy = weight.numel() * 8
+    assert 0 < largest < float64_copy / 8
+
+
+def test_transposed_view_swaps_the_sides() -> None:
+    weight = _matrix(33, 21)
+    direct, swapped = top_subspaces(weight, 4), top_subspaces(weight.T, 4)
+    assert _sine_of_angle(swapped.left, direct.right) < 1e-12
+    assert _sine_of_angle(swapped.right, direct.left) < 1e-12
+
+
+@pytest.mark.parametrize("factor", [1e-200, 1e200])
+def test_extreme_float64_scales(factor: float) -> None:
+    weight = _matrix(20, 12)
+    plain, scaled = top_subspaces(weight, 4), top_subspaces(weight * factor, 4)
+    assert _sine_of_angle(scaled.left, plain.left) < 1e-12
+    torch.testing.assert_close(scaled.values / factor, plain.values, atol=0, rtol=1e-12)
+    assert scaled.energy == pytest.approx(plain.energy, abs=1e-12)
+
+
+def test_weight_is_left_as_it_was() -> None:
+    weight = torch.nn.Parameter(_matrix(9, 6))
+    before = weight.detach().clone()
+    spaces = top_subspaces(weight, 2)
+    assert torch.equal(weight, before) and not spaces.left.requires_grad and not spaces.values.requires_grad
+
+
+@pytest.mark.parametrize("rank", [0, -1, 5, 2.0, True, "2", None])
+def test_rank_out_of_range(rank: object) -> None:
+    with pytest.raises(ValueError, match=r"rank: got .*, expected an int between 1 and min\(6, 4\) = 4"):
+        top_subspaces(torch.ones(6, 4), rank)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight", [torch.ones(4), torch.ones(2, 2, 2), torch.ones(0, 4), torch.ones(2, 2).int()])
+def test_not_a_matrix(weight: Tensor) -> None:
+    with pytest.raises(ValueError, match="weight: got shape .* expected a non-empty 2-D floating point tensor"):
+        top_subspaces(weight, 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite(value: float) -> None:
+    weight = torch.ones(4, 4)
+    weight[2, 1] = value
+    with pytest.raises(ValueError, match="weight: got NaN or infinity"):
+        top_subspaces(weight, 1)

@@ -1,0 +1,105 @@
+"""What each rank does in the tests of anchors that are made, saved and loaded by several."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fsdp2_ranks import wrapped as fully_sharded
+from llama import RANK, drift, expected, llama, whole_anchors
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import rpsft_kernels as rk
+from rpsft_kernels.distributed import find_parameters
+
+
+def wrapped(model: Any, layout: str) -> Any:
+    if layout == "whole":
+        return model
+    if layout == "replicated":
+        return DistributedDataParallel(model)
+    if layout == "flat":
+        from fsdp1_ranks import wrapped as flat_sharded
+
+        return flat_sharded(model)
+    return fully_sharded(model, dim=1 if layout == "columns" else 0)
+
+
+def made(layout: str, **options: Any) -> rk.Anchors:
+    return rk.Anchors.from_model(wrapped(llama(), layout), RANK, progress=False, **options)
+
+
+def save(layout: str, path: str, options: dict[str, Any]) -> tuple[int, list[int]]:
+    """Bytes here, and what :meth:`Anchors.memory` said they would be."""
+    model = wrapped(llama(), layout)
+    said = rk.Anchors.memory(model, RANK, **options).per_rank
+    anchors = rk.Anchors.from_model(model, RANK, progress=False, **options)
+    anchors.save(path)
+    return anchors.nbytes, list(said)
+
+
+def load(layout: str, path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Anchors for another layout: R at the anchor, and after a drift against float64."""
+    model = wrapped(llama(), layout)
+    anchors = rk.Anchors.load(path, model)
+    result: dict[str, Any] = {"bytes": anchors.nbytes, "skipped": dict(anchors.skipped)}
+    with torch.no_grad():
+        result["at anchor"] = rk.rotation_penalty(model, anchors).item()
+        moved = llama()
+        drift(moved)
+        move_to(model, moved)
+        found = rk.rotation_penalty(model, anchors).item()
+    reference = whole_anchors(llama(), **{k: v for k, v in options.items() if k != "keep_base"})
+    result["penalty"] = found / expected(moved, reference)[0] - 1
+    try:
+        rk.Anchors.load(path, model)
+        result["refused"] = False
+    except ValueError as error:
+        result["refused"] = "got other values" in str(error)
+    try:
+        result["unverified"] = rk.Anchors.load(path, model, verify=False).nbytes
+    except ValueError as error:
+        result["unverified"] = str(error)
+    return result
+
+
+@torch.no_grad()
+def move_to(model: nn.Module, moved: nn.Module) -> None:
+    """Gives the parts that lie here the values of the whole model ``moved``."""
+    whole = dict(moved.named_parameters())
+    for name, found in find_parameters(model).items():
+        if name in whole and len(found.shape) == 2:
+            weight = found.locate(name)
+            if weight.part.numel:
+                weight.values().copy_(weight.part.of(whole[name]))
+
+
+def spoiled(layout: str) -> str:
+    """The error on this rank where rank 1 alone has a weight that cannot be anchored."""
+    model = wrapped(llama(), layout)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            for name, found in find_parameters(model).items():
+                if name == "model.layers.1.mlp.up_proj.weight":
+                    found.locate(name).values()[0] = float("nan")
+    try:
+        rk.Anchors.from_model(model, RANK, progress=False)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def unwritable(path: str) -> str:
+    anchors = made("rows")
+    if dist.get_rank() == 1:
+        rank = dist.get_rank()
+        os.makedirs(f"{path}/rank-{rank:05d}-of-{dist.get_world_size():05d}.safetensors")
+    dist.barrier()
+    try:
+        anchors.save(path)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,129 @@
+"""What the planners launch, run on the compiled PTX of each variant by the emulator in ``ptxrun``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from compiling import Compiler
+from ptxrun import GlobalMemory, Stats, region_of, run
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from rpsft_kernels.ops.triton import full_form as whole
+from rpsft_kernels.ops.triton import project_drift as forward
+from rpsft_kernels.ops.triton import pull_back as backward
+from rpsft_kernels.ops.triton.device import Profile
+from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS
+from rpsft_kernels.ops.triton.variants import ARGUMENTS, Variant
+
+# Few, so that a program walks several tiles and weights.
+MULTIPROCESSORS = 3
+# The version of the compiler, and whether its kernels are those that are released. None without one.
+COMPILER = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("triton"))[:2])) if find_spec("triton") else ()
+NEWEST = COMPILER >= (3, 9) and not torch.cuda.is_available()
+WHY_NEWEST = "kernels of Triton 3.9 and newer are emulated, and where there is a GPU the kernels themselves run"
+_MODULES = (forward, backward, whole)
+_ALLOCATIONS = {"empty", "new_empty", "empty_like"}
+Launch = Callable[[Variant, int, tuple[Tensor, ...]], None]
+
+
+@contextmanager
+def planned_for(architecture: str, launch: Launch) -> Iterator[None]:
+    """What is computed on the CPU is planned for an architecture, and every launch handed to ``launch``."""
+    profile = Profile(architecture, MULTIPROCESSORS, DESCRIPTORS[architecture])
+
+    def started(variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
+        if programs:
+            launch(variant, programs, arguments)
+
+    before = [(module, name, getattr(module, name)) for module in _MODULES for name in ("device_profile", "launch")]
+    for module in _MODULES:
+        module.device_profile = lambda _: profile
+        module.launch = started
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+class Emulator(TorchFunctionMode):
+    """A GPU made of the CPU: inside ``with Emulator(...)`` kernels run on PTX.
+
+    A kernel may touch the tensors that are ``given`` and those that the launcher makes. What ``torch.empty`` gives
+    holds nothing until a kernel writes it, or PyTorch in place. ``stats`` is of every launch.
+    """
+
+    def __init__(self, architecture: str, compiler: Compiler, order: str = "forward") -> None:
+        super().__init__()
+        self.memory = GlobalMemory(check_races=True)
+        self.stats: list[tuple[Variant, Stats]] = []
+        self._architecture, self._compiler, self._order = architecture, compiler, order
+        self._planned: Any = None
+
+    def give(self, *tensors: Tensor, unwritten: bool = False) -> None:
+        """Tensors that kernels may read; or that hold nothing yet."""
+        for tensor in tensors:
+            self.memory.add(region_of(tensor, f"given {tuple(tensor.shape)}", unwritten))
+
+    def unwritten_bytes(self, tensor: Tensor) -> int:
+        """Of a tensor that held nothing: bytes that no kernel wrote."""
+        return int(np.count_nonzero(~self._written(tensor)))
+
+    def __enter__(self) -> Emulator:
+        self._planned = planned_for(self._architecture, self._launch)
+        self._planned.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._planned.__exit__(*exception)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", "")
+        if isinstance(result, Tensor) and result.numel():
+            if name in _ALLOCATIONS:
+                self.memory.add(region_of(result, f"{name} {tuple(result.shape)}", unwritten=True))
+            else:
+                self.memory.add_new(region_of(result, f"result of {name}"))
+                if name.endswith("_") and not name.startswith("_"):
+                    self._written(result)[...] = True
+        return result
+
+    def _written(self, tensor: Tensor) -> npt.NDArray[np.bool_]:
+        """For every byte of a tensor, whether it holds something: a view, or a copy where all of its memory does."""
+        region = self.memory.find(tensor.data_ptr())
+        itemsize = tensor.element_size()
+        shape = (*tensor.shape, itemsize)
+        if region is None or region.written is None:
+            return np.ones(shape, bool)
+        strides = [stride * itemsize for stride in tensor.stride()]
+        start = tensor.data_ptr() - region.base
+        return np.lib.stride_tricks.as_strided(region.written[start:], shape, (*strides, 1))
+
+    def _launch(self, variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None:
+        kernel = self._compiler.compile(variant, self._architecture)
+        # A piece of the scratch memory for each program.
+        scratch = torch.empty(programs * kernel.scratch + kernel.scratch_align, dtype=torch.uint8)
+        offset = -scratch.data_ptr() % max(1, kernel.scratch_align)
+        names = ARGUMENTS[variant.kernel]
+        assert len(arguments) == len(names)
+        for name, tensor in zip(names, arguments, strict=True):
+            self.memory.add_new(region_of(tensor, name))
+        pointers = [*(tensor.data_ptr() for tensor in arguments), scratch.data_ptr() + offset, 0]
+        stats = run(
+            kernel.ptx, (programs,), pointers, kernel.warps, kernel.shared, memory=self.memory, order=self._order
+        )
+        self.stats.append((variant, stats))

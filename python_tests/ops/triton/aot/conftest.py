@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from world import World
+
+from rpsft_kernels.ops.triton.aot import dispatch as aot
+from rpsft_kernels.ops.triton.aot import loader as aot_kernel
+from rpsft_kernels.ops.triton.aot.build import build_kernels
+
+ARCHITECTURES = "8.0;9.0"
+# A few of each kind: with masks and without, through pointers and descriptors, elementwise.
+ONLY = (
+    "squares*;"
+    "project(weight_type=bf16, base_type=bf16, basis_type=bf16, rows_contiguous=True, aligned=True*;"
+    "pull(basis_type=bf16, transposed=True, aligned=True*;"
+    "gradient(grad_type=fp32, basis_type=bf16, aligned=True*accumulate=True*;"
+    "gradient(grad_type=bf16, basis_type=bf16, basis_parts*;"
+    "full_gradient(weight_type=bf16, base_type=bf16, grad_type=fp32, aligned=True, accumulate=True*"
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(_chosen_by_the_test: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the environment asks for, and what was logged or decided before, must not decide what a test tests."""
+    for name in ("RPSFT_AOT", "RPSFT_AOT_KERNELS", "RPSFT_CUDA_ARCHS", "RPSFT_STRICT", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(aot, "_said", set())
+    monkeypatch.setattr(aot, "_refused", {})
+    monkeypatch.setattr(aot, "_reasons", {})
+    monkeypatch.setattr(aot_kernel, "_kernels", {})
+    for cached in (aot._chosen, aot._services, aot._service):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of kernels for sm_80 and sm_90 at ranks up to 32."""
+    folder = tmp_path_factory.mktemp("aot") / "kernels"
+    build_kernels(ARCHITECTURES, folder, ranks=(32,), jobs=2, only=ONLY)
+    return folder

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rpsft_kernels
+from rpsft_kernels.tools.cli import main
+
+
+def test_schedule_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "--model", "qwen2.5-7b", "--rank", "768"]) == 0
+    printed = capsys.readouterr().out
+    assert "142 projected weights, 56 full" in printed
+    assert "launches per step" in printed
+
+
+def test_unknown_targets_are_refused() -> None:
+    # In a process of its own: the command turns Triton's interpreter off, which other tests need.
+    command = [sys.executable, "-m", "rpsft_kernels", "compile", "--arch", "sm_70"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "--arch: got 'sm_70', expected one of sm_80" in run.stderr
+
+
+def test_env_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RPSFT_ISA", "portable")
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    lines = {line[:24].strip(): line[24:] for line in printed.splitlines() if line[0] != " "}
+    assert lines["rpsft_kernels"] == rpsft_kernels.__version__
+    assert lines["torch"].startswith(torch.__version__)
+    assert lines["RPSFT_ISA"] == "portable"
+    assert lines["cpu torch"] == "available"
+    assert "portable" in lines["instruction sets"] or "not built" in lines["instruction sets"]
+    assert "kernels" in lines and "triton" in lines

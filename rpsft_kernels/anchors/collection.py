@@ -1,0 +1,313 @@
+"""A model's anchors by parameter name: made, saved, loaded and checked against a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import nn
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+from .. import ops
+from ..checks import check_rank, dtype_name
+from ..distributed import LocalWeight, ReplicatedWeight, find_parameters, with_parts
+from ..distributed.layout_plan import Layout
+from .anchor import Anchor
+from .build import Request, build_anchors
+from .file_format import Contents, write_anchors
+from .fingerprint import Fingerprint
+from .load import read_anchors
+from .memory import AnchorMemory, anchor_memory, in_units
+from .save import save_sharded
+from .select import Patterns, select_weights
+from .summary import table
+from .verify import differences
+
+
+class Anchors(Mapping[str, Anchor]):
+    """Anchors by canonical parameter name (wrapper prefixes such as ``_orig_mod`` left out). Immutable.
+
+    Args:
+        anchors: A non-empty mapping of names to anchors.
+        fingerprints: What the anchored weights were, by name, where that is known; :meth:`verify` needs it.
+        skipped: Parameters without an anchor, with the reason.
+
+    Raises:
+        ValueError: ``anchors`` is empty or holds anything but anchors, or a fingerprint belongs to none
+            of them.
+    """
+
+    def __init__(
+        self,
+        anchors: Mapping[str, Anchor],
+        *,
+        fingerprints: Mapping[str, Fingerprint] | None = None,
+        skipped: Mapping[str, str] | None = None,
+    ) -> None:
+        if not isinstance(anchors, Mapping):
+            raise ValueError(f"anchors: got {type(anchors).__name__}, expected a mapping of names to Anchor")
+        if not anchors:
+            raise ValueError(
+                "anchors: got an empty mapping, expected at least one Anchor: anchors for nothing regularise nothing"
+            )
+        for name, anchor in anchors.items():
+            if not isinstance(name, str) or not isinstance(anchor, Anchor):
+                raise ValueError(f"anchors[{name!r}]: got {type(anchor).__name__}, expected an Anchor under a str name")
+        self._anchors = dict(anchors)
+        self._fingerprints = dict(fingerprints or {})
+        self._skipped = dict(skipped or {})
+        for name, fingerprint in self._fingerprints.items():
+            anchor_of = self._anchors.get(name)
+            described = (fingerprint.name, fingerprint.shape, fingerprint.dtype)
+            if anchor_of is None or described != (name, anchor_of.shape, dtype_name(anchor_of.weight_dtype)):
+                raise ValueError(
+                    f"fingerprints[{name!r}]: got {fingerprint}, expected that of the weight of {anchor_of}"
+                )
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        rank: int,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        keep_base: bool = True,
+        basis_dtype: torch.dtype = torch.bfloat16,
+        progress: bool = True,
+    ) -> Anchors:
+        """Anchors for every 2-D floating point parameter of a pretrained model, each on its own device.
+
+        Of a model that is sharded or replicated over processes, every rank makes this call, and gets anchors of the
+        parts that it works on: FSDP2 and tensor parallel (DTensor), FSDP1, DeepSpeed ZeRO-3, or its share of
+        the weights that DistributedDataParallel or DeepSpeed ZeRO-1/2 keep equal. Each weight is brought together once,
+        on one rank, for its singular subspaces.
+
+        Args:
+            model: The model before fine-tuning. Frozen parameters are anchored too.
+            rank: k (the paper's 768); weights with min(m, n) <= k get a full anchor.
+            include: A glob or globs over full canonical names (``fnmatch``, case-sensitive); None takes
+                every parameter.
+            exclude: A glob or globs of parameters to leave out; outranks ``include``.
+            keep_base: As for :meth:`Anchor.from_weight`.
+            basis_dtype: As for :meth:`Anchor.from_weight`.
+            progress: Whether to draw a progress bar on stderr.
+
+        Tied parameters are anchored once, under their first name; a glob that matches any of their names has
+        matched them. :attr:`skipped` says what was not anchored, and why.
+
+        Raises:
+            ValueError: a glob matches no parameter; nothing is left to anchor; a weight is on the meta device or not
+                finite (the message names it), or sharded in a way that is not known; or an argument is invalid.
+        """
+        check_rank(rank)
+        selection = select_weights(model, include, exclude)
+        weights = with_parts(selection.chosen, _ranks(selection.chosen, rank))
+        made: dict[str, tuple[Anchor, Fingerprint]] = {}
+        building = build_anchors(weights, Request(rank, keep_base, basis_dtype))
+        for name, *both in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
+            made[name] = both[0], both[1]
+        # In the model's order, whatever order they were made in.
+        return cls(
+            {name: made[name][0] for name in weights},
+            fingerprints={name: made[name][1] for name in weights},
+            skipped=selection.skipped,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        verify: bool = True,
+    ) -> Anchors:
+        """Read what :meth:`save` wrote, however many ranks wrote it.
+
+        Args:
+            path: The file, or the folder that ranks of a sharded model have written.
+            model: The pretrained model, if at hand: it is verified (:meth:`verify`), and blocks that another
+                backend or sharding computed are rebuilt (:meth:`rebuilt`). If it is sharded or replicated over
+                processes, all ranks make this call, and each reads only what belongs to its part.
+            device: Where the anchors go.
+            verify: False for a ``model`` that has been trained since: it then tells only which part to read.
+
+        Raises:
+            ValueError: the file is not one of ours, of another version, incomplete or not finite (the message
+                names file and weight), ``model`` is not the model that was anchored, or blocks would have to be
+                rebuilt for another sharding without the pretrained weights.
+            FileNotFoundError: there is no such file.
+        """
+
+        def targets(ranks: Mapping[str, int]) -> Mapping[str, LocalWeight]:
+            assert model is not None
+            found = find_parameters(model)
+            return with_parts({name: found[name].locate(name) for name in ranks if name in found}, ranks)
+
+        contents = read_anchors(path, device, None if model is None else targets)
+        try:
+            anchors = cls(contents.anchors, fingerprints=contents.fingerprints, skipped=contents.skipped)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+        if model is not None and verify:
+            return anchors.rebuilt(model)
+        for name, anchor in anchors.items():
+            if anchor.part is not None and anchor.block is not None and anchor.block.numel() and not anchor.arithmetic:
+                raise ValueError(
+                    f"{os.fspath(path)}: {name}: got a block of another sharding, expected that of {anchor.part}: only "
+                    "the pretrained weights give it: load it with the pretrained model (verify=True), or on as "
+                    "many ranks as it was saved on"
+                )
+        return anchors
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all; an existing file is replaced.
+
+        Anchors of parts (of a model that lies over several ranks) are written to a folder instead, by all ranks
+        of the job together: a file per rank and an index. Any number of ranks can load it.
+
+        Raises:
+            ValueError: the folder of ``path`` does not exist, or ``path`` is a folder (a file, of anchors of parts), or
+                another rank could not write.
+        """
+        contents = Contents(self._anchors, self._fingerprints, self._skipped)
+        if any(anchor.part is not None for anchor in self._anchors.values()):
+            save_sharded(path, contents)
+        else:
+            write_anchors(path, contents)
+
+    @staticmethod
+    def memory(
+        model: nn.Module,
+        rank: int,
+        *,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        keep_base: bool = True,
+        basis_dtype: torch.dtype = torch.bfloat16,
+        ranks: int | None = None,
+        layout: Layout = "shard0",
+    ) -> AnchorMemory:
+        """Bytes of the anchors that :meth:`from_model` would make, before anything is allocated.
+
+        Args:
+            model: As for :meth:`from_model`; the meta device serves.
+            rank, include, exclude, keep_base, basis_dtype: As for :meth:`from_model`.
+            ranks: How many ranks to plan for; None takes the model as it lies now, for this rank alone.
+            layout: Of the plan: ``"shard0"`` (FSDP2: rows), ``"replicated"`` (DDP, ZeRO-1/2) or ``"flat"`` (FSDP1,
+                ZeRO-3).
+
+        A base is counted in bfloat16 for bfloat16 weights, else in the weights' own dtype, though it is kept in
+        bfloat16 where that turns out to be exact.
+
+        Raises:
+            ValueError: as :meth:`from_model`; ``ranks`` is less than 1, or there is no such layout.
+        """
+        check_rank(rank)
+        chosen = select_weights(model, include, exclude).chosen
+        return anchor_memory(chosen, rank, keep_base, basis_dtype, ranks, layout)
+
+    def verify(self, model: nn.Module) -> None:
+        """Check that ``model`` holds the very weights that were anchored, bit for bit.
+
+        Raises:
+            ValueError: lists every anchored weight that the model lacks or has in another shape or dtype or
+                with other values, or whose fingerprint was never taken (anchors that were built by hand).
+        """
+        problems = differences(self._anchors, self._fingerprints, _located(self._anchors, model))
+        if problems:
+            listed = "\n  ".join(problems)
+            raise ValueError(
+                f"model: {len(problems)} of {len(self)} weights are not those that were anchored, expected "
+                "the pretrained checkpoint of these anchors; load that one, or anchor this one "
+                f"(Anchors.from_model):\n  {listed}"
+            )
+
+    def rebuilt(self, model: nn.Module) -> Anchors:
+        """These anchors, with the blocks recomputed that another arithmetic than ``model``'s has made.
+
+        Args:
+            model: The pretrained model, on the devices it will be trained on.
+
+        Raises:
+            ValueError: as :meth:`verify`.
+        """
+        self.verify(model)
+        weights = _located(self._anchors, model)
+        anchors = dict(self._anchors)
+        for name, anchor in self._anchors.items():
+            if anchor.form != "block" or not anchor.held.numel:
+                continue
+            weight = weights[name]
+            backend = ops.resolve_backend(weight.device, weight.dtype)
+            if anchor.arithmetic != ops.arithmetic_id(backend, weight.device, weight.dtype):
+                values = weight.values().detach()
+                anchors[name] = anchor.to(weight.device).rebuilt_block(values).to(anchor.device)
+        return self._with(anchors)
+
+    def to(self, device: torch.device | str) -> Anchors:
+        """The same anchors on ``device``; blocks stay as computed, see :meth:`rebuilt`."""
+        return self._with({name: anchor.to(device) for name, anchor in self._anchors.items()})
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Parameters that have no anchor, with the reason."""
+        return MappingProxyType(self._skipped)
+
+    @property
+    def fingerprints(self) -> Mapping[str, Fingerprint]:
+        """What the anchored weights were, by name; empty for anchors that were built by hand."""
+        return MappingProxyType(self._fingerprints)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all anchors."""
+        return sum(anchor.nbytes for anchor in self._anchors.values())
+
+    def summary(self) -> str:
+        """A table by form: weights, bytes and captured energy; then what was skipped, by reason."""
+        return table(self._anchors, self._skipped)
+
+    def __getitem__(self, name: str) -> Anchor:
+        return self._anchors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._anchors)
+
+    def __len__(self) -> int:
+        return len(self._anchors)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        forms = [anchor.form for anchor in self._anchors.values()]
+        counts = ", ".join(f"{forms.count(f)} {f}" for f in ("base", "block", "full") if f in forms)
+        devices = ", ".join(sorted({str(anchor.device) for anchor in self._anchors.values()}))
+        return f"Anchors({counts}; {len(self._skipped)} skipped; {in_units(self.nbytes)} on {devices})"
+
+    def _with(self, anchors: Mapping[str, Anchor]) -> Anchors:
+        return Anchors(anchors, fingerprints=self._fingerprints, skipped=self._skipped)
+
+
+def _ranks(weights: Mapping[str, LocalWeight], rank: int) -> dict[str, int]:
+    return {name: min(rank, *weight.shape) for name, weight in weights.items()}
+
+
+def _located(anchors: Mapping[str, Anchor], model: nn.Module) -> dict[str, LocalWeight]:
+    """The anchored weights that the model has, as they lie; of replicated ones the parts that the anchors are of."""
+    found = find_parameters(model)
+    located = {}
+    for name, anchor in anchors.items():
+        if name in found:
+            weight = found[name].locate(name)
+            if isinstance(weight, ReplicatedWeight) and weight.group is not None and anchor.part is not None:
+                weight = weight.divided(anchor.part, weight.group.size())
+            located[name] = weight
+    return located

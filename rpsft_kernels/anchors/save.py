@@ -1,0 +1,80 @@
+"""Anchors of parts written by the ranks that hold them: one file each, and an index."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ..distributed import Part
+from .file_format import Contents, write_anchors
+from .load import INDEX
+
+
+def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
+    """Every rank of the job makes this call. The index comes last: without it a folder is no save.
+
+    Rows of U and V that several ranks hold are written by the first of them.
+
+    Raises:
+        ValueError: ``path`` is a file, or lies in a folder that does not exist; or another rank could not write.
+    """
+    folder = Path(path)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    held: list[Any] = [None] * size
+    dist.all_gather_object(held, {name: anchor.held for name, anchor in contents.anchors.items()})
+    problem = ""
+    if rank == 0:
+        try:
+            _make_folder(folder)
+        except ValueError as error:
+            problem = str(error)
+    ours: list[Any] = [(problem, uuid.uuid4().hex)]
+    dist.broadcast_object_list(ours, src=0)
+    problem, save_id = ours[0]
+    if problem:
+        raise ValueError(problem)
+    name = f"rank-{rank:05d}-of-{size:05d}.safetensors"
+    try:
+        write_anchors(folder / name, contents, _left_out(held, rank), save_id)
+    except (OSError, ValueError) as error:
+        problem = f"rank {rank}: {error}"
+    outcomes: list[Any] = [None] * size
+    dist.all_gather_object(outcomes, (problem, name))
+    problems = [outcome[0] for outcome in outcomes if outcome[0]]
+    if problems:
+        raise ValueError(f"path: the anchors were not saved: {'; '.join(problems)}")
+    if rank == 0:
+        temporary = folder / f".{INDEX}.{save_id}.tmp"
+        temporary.write_text(json.dumps({"files": [outcome[1] for outcome in outcomes]}), encoding="utf-8")
+        os.replace(temporary, folder / INDEX)
+    dist.barrier()
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_file() or not folder.parent.is_dir():
+        raise ValueError(
+            f"path: got {str(folder)!r}, expected a folder, new or of an earlier save, in one that exists: anchors "
+            "of a sharded model are saved as one file per rank"
+        )
+    folder.mkdir(exist_ok=True)
+    # Until the new index is there, the folder is no save: its files are being replaced.
+    (folder / INDEX).unlink(missing_ok=True)
+
+
+def _left_out(held: list[dict[str, Part]], rank: int) -> set[tuple[str, str]]:
+    """(weight, piece) that an earlier rank writes."""
+    left_out = set()
+    for name, part in held[rank].items():
+        earlier = [other[name] for other in held[:rank] if name in other]
+        if any(other.rows == part.rows for other in earlier):
+            left_out.add((name, "left"))
+        if any(other.cols == part.cols for other in earlier):
+            left_out.add((name, "right"))
+        if part in earlier:
+            left_out |= {(name, "base"), (name, "block")}
+    return left_out

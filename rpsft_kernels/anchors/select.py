@@ -1,0 +1,111 @@
+"""Which parameters of a model are anchored, and why the others are not."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from ..checks import DTYPES, dtype_name
+from ..distributed import Found, LocalWeight, find_parameters
+
+Patterns = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Parameters by canonical name: those to anchor, and for each of the others the reason."""
+
+    chosen: dict[str, LocalWeight]
+    skipped: dict[str, str]
+
+
+def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> Selection:
+    """Every 2-D floating point parameter that the globs admit; a tied parameter once, under its first name.
+
+    A glob that matches one name of a tied parameter has matched the parameter; ``exclude`` wins.
+
+    Raises:
+        ValueError: ``model`` is not a module, a glob matches no parameter, nothing is left to anchor, or
+            a parameter to anchor is not initialised or sharded in a way that is not known.
+    """
+    weights = find_parameters(model)
+    included = _patterns(include, "include", weights)
+    excluded = _patterns(exclude, "exclude", weights)
+    names: dict[int, list[str]] = {}
+    for name, found in weights.items():
+        names.setdefault(found.identity, []).append(name)
+
+    chosen: dict[str, LocalWeight] = {}
+    skipped: dict[str, str] = {}
+    for name, found in weights.items():
+        aliases = names[found.identity]
+        if name != aliases[0]:
+            skipped[name] = f"tied to {aliases[0]}"
+            continue
+        reason = _excluded(aliases, excluded)
+        if reason is None and not _included(aliases, included):
+            reason = "matches none of include"
+        if reason is None:
+            if is_lazy(found.parameter):
+                raise ValueError(f"{name}: got an uninitialised lazy parameter; run one forward pass first")
+            reason = _unsuitable(found)
+        if reason is None:
+            chosen[name] = found.locate(name)
+        else:
+            skipped[name] = reason
+    if not chosen:
+        counts = ", ".join(f"{count} {reason}" for reason, count in Counter(skipped.values()).items())
+        raise ValueError(
+            f"model: got no parameter to anchor ({counts or 'it has none at all'}), expected at least one "
+            "2-D floating point parameter: anchors for nothing would regularise nothing; widen include or "
+            "narrow exclude"
+        )
+    return Selection(chosen, skipped)
+
+
+def _patterns(given: Patterns, argument: str, names: Mapping[str, object]) -> Sequence[str] | None:
+    if given is None:
+        return None
+    patterns = [given] if isinstance(given, str) else given
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"{argument}: got {given!r}, expected a glob such as '*vision*', a sequence of globs, or None")
+    if not patterns and argument == "include":
+        raise ValueError("include: got no pattern, expected at least one; pass None to include everything")
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            examples = ", ".join(list(names)[:3])
+            raise ValueError(
+                f"{argument}: pattern {pattern!r} matches none of the model's {len(names)} parameters (such "
+                f"as {examples}), expected a glob over full names; correct or remove it"
+            )
+    return patterns
+
+
+def _included(aliases: list[str], patterns: Sequence[str] | None) -> bool:
+    return patterns is None or any(fnmatchcase(alias, pattern) for alias in aliases for pattern in patterns)
+
+
+def _excluded(aliases: list[str], patterns: Sequence[str] | None) -> str | None:
+    for pattern in patterns or ():
+        for alias in aliases:
+            if fnmatchcase(alias, pattern):
+                through = "" if alias == aliases[0] else f" through its tied name {alias}"
+                return f"excluded by {pattern!r}{through}"
+    return None
+
+
+def _unsuitable(found: Found) -> str | None:
+    if len(found.shape) != 2:
+        return f"{len(found.shape)}-D"
+    if math.prod(found.shape) == 0:
+        return "empty"
+    if found.dtype not in DTYPES:
+        floating = found.dtype.is_floating_point or found.dtype.is_complex
+        return f"{'unsupported' if floating else 'integer'} dtype {dtype_name(found.dtype)}"
+    return None

@@ -1,0 +1,37 @@
+"""Anchors summarised as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .anchor import Anchor
+from .memory import in_units
+
+_SHOWN = 3
+
+
+def table(anchors: Mapping[str, Anchor], skipped: Mapping[str, str]) -> str:
+    """Per form the weights, ranks, bytes and captured energy, then the skipped parameters by reason."""
+    lines = [f"{'form':<6}{'weights':>8}{'rank':>11}{'memory':>12}{'energy min':>12}{'mean':>8}"]
+    for form in ("base", "block", "full"):
+        members = [anchor for anchor in anchors.values() if anchor.form == form]
+        if members:
+            lines.append(_row(form, members))
+    lines.append(_row("total", list(anchors.values())))
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines.append(f"skipped: {len(skipped)} parameters")
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        lines.append(f"  {reason} ({len(names)}): {', '.join(names[:_SHOWN])}{more}")
+    return "\n".join(lines)
+
+
+def _row(label: str, anchors: list[Anchor]) -> str:
+    ranks = [anchor.rank for anchor in anchors]
+    energies = [anchor.energy for anchor in anchors]
+    spread = str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}"
+    memory = in_units(sum(anchor.nbytes for anchor in anchors))
+    mean = sum(energies) / len(energies)
+    return f"{label:<6}{len(anchors):>8}{spread:>11}{memory:>12}{min(energies):>12.4f}{mean:>8.4f}"

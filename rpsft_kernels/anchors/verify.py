@@ -1,0 +1,70 @@
+"""Whether a model holds the weights that were anchored, each rank reading its own part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from ..checks import dtype_name
+from ..distributed import LocalWeight, ReplicatedWeight
+from .anchor import Anchor
+from .fingerprint import Fingerprint, content_sum
+
+_WRAP = 1 << 64
+
+
+def differences(
+    anchors: Mapping[str, Anchor], fingerprints: Mapping[str, Fingerprint], weights: Mapping[str, LocalWeight]
+) -> list[str]:
+    """What distinguishes each weight from the anchored one, in words, for those that differ.
+
+    Collective where weights lie on several ranks; every rank then has the same answer.
+    """
+    problems: dict[str, str] = {}
+    pending: dict[str, list[str]] = {}
+    for name in anchors:
+        weight, fingerprint = weights.get(name), fingerprints.get(name)
+        if weight is None:
+            problems[name] = "the model has no parameter of this name"
+        elif fingerprint is None:
+            problems[name] = "no fingerprint was taken (anchors built by hand), nothing to verify by"
+        elif weight.device.type == "meta":
+            problems[name] = "the parameter is on the meta device, without values"
+        elif tuple(weight.shape) != fingerprint.shape:
+            problems[name] = f"got shape {tuple(weight.shape)}, anchored with {fingerprint.shape}"
+        elif dtype_name(weight.dtype) != fingerprint.dtype:
+            problems[name] = f"got dtype {dtype_name(weight.dtype)}, anchored in {fingerprint.dtype}"
+        else:
+            pending.setdefault("" if weight.group is None else weight.group.group_name, []).append(name)
+    for names in pending.values():
+        for name, total in zip(names, _sums([weights[name] for name in names]), strict=True):
+            if f"{total:016x}" != fingerprints[name].checksum:
+                problems[name] = (
+                    f"got other values (checksum {total:016x}), anchored with {fingerprints[name].checksum}"
+                )
+    return [f"{name}: {problems[name]}" for name in anchors if name in problems]
+
+
+def _sums(weights: list[LocalWeight]) -> list[int]:
+    """The whole weights' checksums; all of one group."""
+    own = [part_sum(weight) for weight in weights]
+    group = weights[0].group
+    # A replica's whole is at hand: it is read here where its parts are not known.
+    if group is None or (isinstance(weights[0], ReplicatedWeight) and all(w.part.is_whole for w in weights)):
+        return own
+    signed = [value - _WRAP if value >= _WRAP // 2 else value for value in own]
+    table = torch.tensor(signed, dtype=torch.int64, device=weights[0].device)
+    # Integers wrap around, as the checksum does.
+    dist.all_reduce(table, group=group)
+    return [value % _WRAP for value in table.tolist()]
+
+
+def part_sum(weight: LocalWeight) -> int:
+    """The share of a part in its weight's checksum."""
+    if not weight.part.numel:
+        return 0
+    columns = weight.shape[1]
+    views = weight.part.views(weight.values().detach())
+    return sum(content_sum(view, tile.rows[0] * columns + tile.cols[0], columns) for tile, view in views) % _WRAP

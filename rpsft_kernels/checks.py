@@ -1,0 +1,73 @@
+"""What a weight must be before any operation sees it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_weight(weight: object, name: str, dimensions: int = 2, sharded: bool = False) -> None:
+    """Raise a ValueError under ``name`` unless ``weight`` is a dense floating tensor with data, a matrix by default.
+
+    ``sharded`` admits a DTensor.
+    """
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{name}: got {type(weight).__name__}, expected a torch.Tensor of shape (m, n)")
+    if weight.layout != torch.strided:
+        raise ValueError(f"{name}: got layout {weight.layout}, expected a dense tensor; call {name}.to_dense()")
+    if weight.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: got dtype {weight.dtype}, expected bfloat16, float16, float32 or float64; quantised and integer "
+            "weights have no drift to penalise: leave them out (exclude=...)"
+        )
+    if weight.ndim != dimensions:
+        raise ValueError(
+            f"{name}: got {weight.ndim} dimension(s), shape {tuple(weight.shape)}, expected "
+            + ("a matrix (m, n); " if dimensions == 2 else "the elements of a flat range; ")
+            + "leave it out, or pass a 2-D view"
+        )
+    if weight.device.type == "meta":
+        raise ValueError(f"{name}: got a tensor on the meta device, expected one with data; materialise it first")
+    if not sharded and hasattr(weight, "placements"):
+        raise ValueError(
+            f"{name}: got a DTensor, expected a plain tensor; of a sharded weight pass the part at hand: "
+            f"{name}.to_local()"
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"bfloat16"`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_rank(rank: object) -> None:
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"rank: got {rank!r}, expected an int of at least 1 (the paper takes 768)")
+
+
+def check_basis_dtype(dtype: torch.dtype, weight_dtype: torch.dtype, name: str) -> None:
+    if dtype == torch.float16:
+        raise ValueError(
+            f"{name}: got float16, expected bfloat16 or float32: a drift of the first fine-tuning steps "
+            "underflows in float16 products"
+        )
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name}: got {dtype}, expected torch.bfloat16, torch.float32 or torch.float64")
+    if dtype == torch.float64 and weight_dtype != torch.float64:
+        raise ValueError(
+            f"{name}: got float64 for {dtype_name(weight_dtype)} weights, expected bfloat16 or float32: sums "
+            "over such weights are float32"
+        )
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    if not tensor.numel():
+        return
+    # aminmax hands NaN on, and needs no mask as large as the tensor.
+    low, high = (float(bound) for bound in torch.aminmax(tensor))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name}: got NaN or infinity, expected finite values only; check where it was loaded from")

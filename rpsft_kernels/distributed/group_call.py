@@ -1,0 +1,213 @@
+"""What the ranks of a group tell each other: that they mean the same call, and sums of what each computed.
+
+Sums are all-reduces of the process group. Their order is the backend's: fixed for a given backend, group and buffer
+size, and every rank receives the same bits.
+
+On a GPU a step with weights in such groups waits for it, on purpose: what ranks agree on decides what they do. For each
+group it waits in :meth:`Exchange.agree`, before anything is launched (for what the GPU was doing till then; a rank in
+several groups agrees twice in each), and once for :meth:`Exchange.check_health`, before any gradient is touched (for
+the projections and the sums). Gradients of replicated weights (DDP) that exist cost one more wait, for a checksum of
+the smallest. Such a step cannot be captured in a CUDA graph. Groups of one rank, and weights in none, wait for nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..private_names import default_store
+from .coverage import MODULUS, measure
+from .shard import Part
+
+# Calls of this process by group. Every rank of a group makes the same ones in the same order; one that missed some
+# takes up the others' count when it next agrees with them.
+_calls: Counter[str] = Counter()
+# Once a group has failed, how long its ranks wait for each other's word. Those that are only late, or learn of it
+# later, are else taken for the one that is gone.
+_PATIENCE = 3.0
+_POLL = 0.02
+
+
+@dataclass
+class PendingSum:
+    """A sum on its way; ``tensor`` holds it once :meth:`Exchange.finish` has returned."""
+
+    tensor: Tensor
+    work: Any
+
+
+class Exchange:
+    """One call's traffic within one process group.
+
+    Raises (every method):
+        RuntimeError: the group failed; the message names the ranks that did not get as far as this call, or that did
+            and fell silent in it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.size, self.rank = group.size(), group.rank()
+        _calls[group.group_name] += 1
+        self._call = _calls[group.group_name]
+        self._report()
+
+    def agree(self, digest: int, parts: Mapping[str, Part], sample: int = 0, failed: bool = False) -> list[int]:
+        """Refuse together to go on where ranks disagree; costs one all-reduce of 3 integers per rank, and 3.
+
+        Args:
+            digest: of everything that must be the same on all ranks, in [0, 2^62).
+            parts: what this rank works on of each weight; together they must make up the weights.
+            sample: anything in [0, 2^62), returned from every rank.
+            failed: this rank refuses for a reason of its own, which the caller will raise.
+
+        Raises:
+            ValueError: another rank failed, digests differ (the message names the ranks), or elements are covered
+                twice or not at all (it names the weights).
+        """
+        table = torch.zeros(self.size + 1, 3, dtype=torch.int64)
+        table[self.rank] = torch.tensor([digest, sample, 2 * self._call + failed])
+        table[self.size, 0] = sum(self._excess(name, part) for name, part in parts.items()) % MODULUS
+        rows = self.finish(self.start(table.to(self.device))).tolist()
+        self._catch_up(max(row[2] // 2 for row in rows[: self.size]))
+        if failed:
+            return []
+        refusing = [i for i in range(self.size) if rows[i][2] % 2]
+        if refusing:
+            raise ValueError(
+                f"{self._named(refusing)} refused this call for a reason that it raises itself; no rank has gone on"
+            )
+        digests = [row[0] for row in rows[: self.size]]
+        if len(set(digests)) > 1:
+            common = max(set(digests), key=digests.count)
+            odd = [i for i, other in enumerate(digests) if other != common]
+            raise ValueError(
+                f"anchors: got others on {self._named(odd)} than on the rest of {self.size} ranks (names, shapes, "
+                "ranks, forms, dtypes, contents, what is frozen or coeff differ), expected the same call with the same "
+                "anchors on every rank: make them together (Anchors.from_model on all ranks), or load one file on all "
+                "of them"
+            )
+        if rows[self.size][0] % MODULUS:
+            self._refuse_parts(parts)
+        return [row[1] for row in rows[: self.size]]
+
+    def start(self, tensor: Tensor) -> PendingSum:
+        """Begin to sum ``tensor`` over the ranks, in place."""
+        try:
+            return PendingSum(tensor, dist.all_reduce(tensor, group=self.group, async_op=True))
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def finish(self, pending: PendingSum) -> Tensor:
+        """Wait for the sum (on a GPU: make the current stream wait)."""
+        try:
+            pending.work.wait()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return pending.tensor
+
+    def check_health(self, health: Sequence[float]) -> None:
+        """Raise unless every rank's number is finite.
+
+        Raises:
+            ValueError: names the ranks whose weights are not.
+        """
+        sick = [i for i, value in enumerate(health) if not abs(value) < float("inf")]
+        if sick:
+            raise ValueError(
+                f"weights: got NaN or infinity in the drifts of {self._named(sick)}, expected finite weights on every "
+                "rank; no gradient was changed"
+            )
+
+    def _excess(self, name: str, part: Part) -> int:
+        """The measure of this rank's part less its share of the whole weight's: 0 in the sum over ranks."""
+        return measure(name, part) - (measure(name, Part.whole(part.shape)) if self.rank == 0 else 0)
+
+    def _refuse_parts(self, parts: Mapping[str, Part]) -> None:
+        # All ranks get here, with the same names: their digests were equal.
+        own = [[self._excess(name, part) % MODULUS, part.numel] for name, part in parts.items()]
+        found = self.finish(self.start(torch.tensor(own, dtype=torch.int64).to(self.device))).tolist()
+        wrong = [
+            f"{name} ({count} of {part.shape[0] * part.shape[1]} elements)"
+            for (name, part), (excess, count) in zip(parts.items(), found, strict=True)
+            if excess % MODULUS
+        ]
+        shown = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+        raise ValueError(
+            f"anchors: got parts that do not make up the whole weights: {shown}; expected each element on exactly one "
+            "rank: make or load the anchors with this model as it is sharded now"
+        )
+
+    def _named(self, members: Sequence[int]) -> str:
+        ranks = [str(dist.get_global_rank(self.group, member)) for member in members]
+        return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(ranks)
+
+    def _key(self, member: int) -> str:
+        # By global rank: groups that were split off together have one name.
+        return f"rpsft_kernels/{self.group.group_name}/{dist.get_global_rank(self.group, member)}"
+
+    def _report(self) -> None:
+        """Leave word in the job's store that this rank has come as far as this call."""
+        store = default_store()
+        try:
+            if store is not None:
+                store.set(self._key(self.rank), str(self._call))
+        except RuntimeError:
+            # Who keeps the store is gone. The sum will fail, and say more.
+            pass
+
+    def _catch_up(self, call: int) -> None:
+        if call > self._call:
+            _calls[self.group.group_name] = self._call = call
+            self._report()
+
+    def _lost(self, error: RuntimeError) -> RuntimeError:
+        """What to raise when the group failed, by what the ranks leave in the store."""
+        found: list[str] = []
+        # On a thread: a store whose keeper is gone may not answer at all.
+        thread = threading.Thread(target=lambda: found.append(self._whereabouts()), daemon=True)
+        thread.start()
+        thread.join(2 * _PATIENCE)
+        who = found[0] if found else "the job's store, which rank 0 or the launcher keeps, does not answer"
+        return RuntimeError(
+            f"rotation penalty: the sum over {self.size} ranks failed on rank {dist.get_rank()}: {who}; no gradient "
+            f"was changed. The process group said: {error}"
+        )
+
+    def _whereabouts(self) -> str:
+        store = default_store()
+        if store is None:
+            return "which rank is missing is not known"
+        others = [member for member in range(self.size) if member != self.rank]
+        # Ranks that live fail as this one does, and say so.
+        words = {member: f"{self._key(member)}/{self._call}/lost" for member in range(self.size)}
+        absent: list[int] = []
+        silent: list[int] = []
+        try:
+            store.set(words[self.rank], "1")
+            until = time.monotonic() + _PATIENCE
+            while not store.check([words[member] for member in others]) and time.monotonic() < until:
+                time.sleep(_POLL)
+            for member in others:
+                if not store.check([words[member]]):
+                    key = self._key(member)
+                    came = store.check([key]) and int(store.get(key)) >= self._call
+                    (silent if came else absent).append(member)
+        except RuntimeError:
+            if not absent and not silent:
+                return "the job's store, which rank 0 or the launcher keeps, is gone too"
+        # Those that are silent may only wait, for what the backend has not told them yet.
+        if absent:
+            return f"{self._named(absent)} never came to this call"
+        if len(silent) == 1:
+            return f"{self._named(silent)} came to this call and fell silent in the middle of it"
+        if silent:
+            return f"at least one of {self._named(silent)} came to this call and stopped in the middle of it"
+        return "every rank came to this call and lost its connections to the others"

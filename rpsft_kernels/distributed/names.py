@@ -1,0 +1,56 @@
+"""Parameter names that do not depend on how a model is wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..private_names import WRAPPED
+
+
+def canonical_name(name: str, replicas: Collection[str] = ()) -> str:
+    """``name`` without the components that wrappers put into it.
+
+    Args:
+        name: A dotted path such as ``"module._orig_mod.layers.0.weight"``.
+        replicas: Paths of the modules that are DistributedDataParallel, DataParallel or DeepSpeedEngine (``""``
+            for the model itself); the component ``module`` is theirs only directly below such a path.
+    """
+    parts = name.split(".")
+    kept = []
+    for i, part in enumerate(parts):
+        if part in WRAPPED or (part == "module" and ".".join(parts[:i]) in replicas):
+            continue
+        kept.append(part)
+    return ".".join(kept)
+
+
+def is_deepspeed(module: nn.Module) -> bool:
+    """Whether it is a DeepSpeedEngine, which is not imported to find out."""
+    return type(module).__module__.startswith("deepspeed.") and hasattr(module, "zero_optimization_stage")
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of ``model`` by canonical name; a tied parameter under each of its names.
+
+    Raises:
+        ValueError: ``model`` is not a module, or two different parameters have one canonical name.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    replicas = {
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (DistributedDataParallel, DataParallel)) or is_deepspeed(module)
+    }
+    weights: dict[str, nn.Parameter] = {}
+    for raw, parameter in model.named_parameters(remove_duplicate=False):
+        name = canonical_name(raw, replicas)
+        if weights.setdefault(name, parameter) is not parameter:
+            raise ValueError(
+                f"model: got two different parameters named {name!r} once wrappers are left out (one is "
+                f"{raw!r}), expected one; rename a submodule"
+            )
+    return weights

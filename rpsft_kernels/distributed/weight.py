@@ -1,0 +1,125 @@
+"""One weight as this rank holds it, whatever wraps it: its values, its gradient, and over whom its C is summed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .shard import Part
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class LocalWeight:
+    """A tensor that lies whole in this process, and the base of those that do not.
+
+    Attributes:
+        parameter: the tensor whose gradient is meant; what is tied has one of them.
+        shape: (m, n) of the whole weight.
+        part: what of it this process works on.
+        group: the processes whose parts make up the whole; None where this one works on all of it.
+        factor: what the gradient of this process's part is to be multiplied by.
+    """
+
+    parameter: Tensor
+    shape: tuple[int, ...]
+    part: Part
+    group: ProcessGroup | None = None
+    factor: float = 1.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.parameter.requires_grad
+
+    @property
+    def identity(self) -> int:
+        """Equal for tied weights."""
+        return id(self.parameter)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether :meth:`values` are connected to the parameter by autograd."""
+        return True
+
+    def values(self) -> Tensor:
+        """The part, of ``part.local_shape``."""
+        return self.parameter
+
+    @property
+    def has_gradient(self) -> bool:
+        return self.parameter.grad is not None
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The dtype of the gradient that there is, or is to be."""
+        if self.parameter.grad is not None:
+            return self.parameter.grad.dtype
+        dtype: torch.dtype | None = getattr(self.parameter, "grad_dtype", None)
+        return self.dtype if dtype is None else dtype
+
+    def check_gradient(self, name: str) -> None:
+        """Raise a ValueError unless the part of the gradient can be added to now."""
+        grad = self.parameter.grad
+        if grad is not None and grad.layout != torch.strided:
+            raise ValueError(
+                f"{name}.grad: got layout {grad.layout}, expected a dense gradient "
+                "(torch.nn.Embedding(sparse=False)); or leave this weight out of the anchors"
+            )
+
+    def gradient(self) -> Tensor:
+        """The part of the gradient, of ``part.local_shape``, to be added to; where there was none, new and unset."""
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.empty_like(self.parameter, dtype=self.gradient_dtype)
+        return self.parameter.grad
+
+    def touch_gradient(self) -> None:
+        """Called in place of :meth:`gradient` where the part is empty, for gradients that must exist all the same."""
+
+    def store(self, gradient: Tensor) -> None:
+        """Take back what :meth:`gradient` gave, where that was a copy."""
+
+
+@dataclass(frozen=True)
+class ReplicatedWeight(LocalWeight):
+    """A weight that every rank of ``group`` holds whole and whose gradients are averaged over them by others.
+
+    The work is divided: this rank's part is computed here alone, and its gradient multiplied by the group's size.
+    ``unreachable`` says why gradients cannot be added to.
+    """
+
+    unreachable: str = ""
+
+    def divided(self, part: Part, size: int) -> ReplicatedWeight:
+        return dataclasses.replace(self, part=part, factor=float(size))
+
+    def values(self) -> Tensor:
+        return self.part.of(self.parameter)
+
+    @property
+    def has_gradient(self) -> bool:
+        # One that is new here is made of zeros around the part.
+        return self.parameter.grad is not None or not self.part.is_whole
+
+    def check_gradient(self, name: str) -> None:
+        if self.unreachable:
+            raise ValueError(f"{name}: {self.unreachable}")
+        super().check_gradient(name)
+
+    def gradient(self) -> Tensor:
+        if self.parameter.grad is None and not self.part.is_whole:
+            self.parameter.grad = torch.zeros_like(self.parameter, dtype=self.gradient_dtype)
+        return self.part.of(super().gradient())

@@ -1,0 +1,1 @@
+"""One call: weights paired with anchors, in buckets, projected, summed over ranks, pulled back."""

@@ -1,0 +1,279 @@
+"""Compiles the GPU kernels ahead of time, for absent GPUs, into a folder with a manifest.
+
+Equal inputs (sources, tile tables, versions of Triton and its assembler) give equal bytes, whatever the machine, the
+working directory and the number of processes, and whether torch is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..tile_table import DESCRIPTORS, rank_classes
+from ..toolchain import triton_missing
+from ..variants import Variant, list_variants
+from .compile import Kernel, LeftOut, compile_kernel
+from .jobs import default_jobs, environment
+from .library import MANIFEST, SCHEMA, source_digest
+from .prebuilt import copy_prebuilt
+from .targets import AMD, Target
+from .wanted import VARIABLE, named, strict
+
+# Seconds between two lines of a build that goes on: at a new tenth of it, else.
+_SOON, _LATE = 1.0, 5.0
+
+
+def wanted_variants(table: str, ranks: Sequence[int], only: str) -> list[Variant]:
+    """The variants of a tile table whose labels match a glob in ``only`` (separated by semicolons; none: all)."""
+    globs = [glob.strip() for glob in only.split(";") if glob.strip()]
+    variants = list_variants(table, DESCRIPTORS[table], tuple(ranks))
+    return [v for v in variants if not globs or any(fnmatch.fnmatchcase(v.label(), glob) for glob in globs)]
+
+
+@dataclass(frozen=True)
+class Built:
+    """One build: how many kernels, files and bytes, and what it took. ``left_out``: kernels that could not be kept.
+
+    ``largest_process``: peak bytes of memory of the largest compiling process, 0 where the system does not tell; there
+    were ``jobs`` at a time.
+    """
+
+    kernels: int
+    left_out: int
+    files: int
+    size: int
+    seconds: float
+    largest_process: int
+    jobs: int
+
+    def __str__(self) -> str:
+        peak = f"{self.largest_process / 2**20:.0f} MiB" if self.largest_process else "unknown"
+        less = f", {self.left_out} left out" if self.left_out else ""
+        return (
+            f"{self.kernels} kernels in {self.files} files{less}, {self.size / 1e6:.1f} MB, {self.seconds:.0f} s; "
+            f"peak memory {peak} in the largest of {self.jobs} processes"
+        )
+
+
+def _quiet(line: str) -> None:
+    pass
+
+
+def build_kernels(
+    architectures: Sequence[Target] | str,
+    folder: str | Path,
+    ranks: Sequence[int] | None = None,
+    jobs: int | None = None,
+    only: str = "",
+    strict: bool = False,
+    say: Callable[[str], None] = _quiet,
+) -> Built:
+    """Compile every variant for every target into a folder, with a manifest; needs no GPU.
+
+    A kernel that spills, asks its GPU for more than that has or has registers that hardware would read too early is
+    left out: the manifest lists it, and why.
+
+    Args:
+        architectures: targets, or what the environment variable RPSFT_CUDA_ARCHS takes: a list, or ``native``.
+        folder: is made, or replaced where it holds an earlier build.
+        ranks: one of each rank class that is wanted (default: all classes).
+        jobs: processes (default: MAX_JOBS, else one per processor and GiB of free memory).
+        only: globs on the variants' labels, separated by semicolons.
+        strict: a kernel that is left out is an error, once all are compiled.
+        say: takes lines about what is left out and how far the build is.
+
+    Raises:
+        ValueError: an unknown architecture, a folder that holds something else, no variant to compile, or ``strict``
+            and a kernel is left out.
+    """
+    if isinstance(architectures, str):
+        asked = named(architectures, "architectures")
+        for note in asked.notes:
+            say(note)
+        targets = list(asked.targets)
+    else:
+        targets = list(architectures)
+    ranks = tuple(ranks or rank_classes())
+    jobs = jobs or default_jobs()
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ValueError(f"folder: {folder} holds something other than kernels; name an empty or a new one")
+    tasks = [(v, target) for target in targets for v in wanted_variants(target.table, ranks, only)]
+    if not tasks:
+        raise ValueError(f"only: no variant's label matches {only!r}; python -m rpsft_kernels compile lists them")
+    began = time.monotonic()
+    # Beside the folder, which is replaced at the end: what fails or is interrupted leaves no half of a build.
+    with _beside(folder) as name, _processes(min(jobs, len(tasks))) as pool:
+        temporary = Path(name) / "kernels"
+        temporary.mkdir()
+        entries, left_out = _kept(temporary, pool.map(compile_kernel, tasks), len(tasks), say)
+        if strict and left_out:
+            raise ValueError(
+                f"strict: {len(left_out)} of {len(tasks)} kernels cannot be kept, expected none ({left_out[0]}); "
+                "without RPSFT_STRICT=1 or --strict they are left out"
+            )
+        manifest = {
+            "schema": SCHEMA,
+            "versions": pool.submit(_versions, targets).result(),
+            "sources": source_digest(),
+            "architectures": [target.arch for target in targets],
+            "ranks": list(ranks),
+            "only": only,
+            "left_out": [each._asdict() for each in left_out],
+            "kernels": entries,
+        }
+        (temporary / MANIFEST).write_text(_lines(manifest), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    files = list(folder.iterdir())
+    return Built(
+        len(entries), len(left_out), len(files), sum(file.stat().st_size for file in files), time.monotonic() - began,
+        _largest_child(), jobs,
+    )  # fmt: skip
+
+
+def _kept(
+    folder: Path, compiled: Iterator[Kernel | LeftOut], total: int, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[LeftOut]]:
+    """Entries of the kernels whose files were written, and what is left out; a line every tenth, or few seconds."""
+    entries: list[dict[str, Any]] = []
+    left_out: list[LeftOut] = []
+    began = said = time.monotonic()
+    for done, each in enumerate(compiled, 1):
+        if isinstance(each, LeftOut):
+            left_out.append(each)
+            say(str(each))
+        else:
+            entries.append(_written(folder, *each))
+        now = time.monotonic()
+        tenth = done * 10 // total > (done - 1) * 10 // total
+        if now - said >= (_SOON if tenth else _LATE) and done < total:
+            say(f"{done} of {total} kernels, {now - began:.0f} s")
+            said = now
+    return entries, left_out
+
+
+def _beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
+    except OSError as error:
+        raise ValueError(f"folder: {folder} cannot be written ({error}); name another one (--output)") from error
+
+
+def _largest_child() -> int:
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def _written(folder: Path, entry: dict[str, Any], images: list[bytes]) -> dict[str, Any]:
+    """The entry with its files' names, once they are written."""
+    for place, image, suffix in zip((entry, entry.get("ptx", {})), images, (entry["format"], "ptx"), strict=False):
+        digest = hashlib.sha256(image).hexdigest()
+        # Named by content: kernels that come out the same share a file.
+        place |= {"file": f"{digest[:20]}.{suffix}", "sha256": digest}
+        (folder / place["file"]).write_bytes(image)
+    return entry
+
+
+def _lines(manifest: dict[str, Any]) -> str:
+    """JSON with one kernel a line: it can be searched and compared."""
+    kernels = ",\n".join(json.dumps(entry) for entry in manifest["kernels"])
+    head = json.dumps({name: value for name, value in manifest.items() if name != "kernels"}, indent=1)
+    return head.removesuffix("\n}") + f',\n "kernels": [\n{kernels}\n]}}\n'
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Where kernels are compiled: this process itself does not import Triton."""
+    # Read by Triton when it is imported or compiles, hence fresh processes: no interpreter; nothing that a cache holds
+    # of other settings; no line tables, which would put this machine's paths into the code.
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        environment(TRITON_CACHE_DIR=cache, TRITON_DISABLE_LINE_INFO="1"),
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+    ):
+        yield pool
+
+
+def _versions(targets: Sequence[Target]) -> dict[str, str]:
+    from importlib.metadata import version
+
+    found = {"python": platform.python_version(), "triton": version("triton")}
+    for target in targets:
+        if target.arch not in AMD:
+            found[f"ptxas {target.arch}"] = _ptxas_version(target.architecture)
+    return found
+
+
+@lru_cache(maxsize=16)
+def _ptxas_version(architecture: str) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    said = get_ptxas_version(int(architecture[3:]))
+    found = re.search(r"V(\d[\d.]*)", said)
+    return found[1] if found else said.strip()
+
+
+def say(line: str) -> None:
+    """Print a line at once: a build takes minutes, and its output is often no terminal."""
+    print(line, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m rpsft_kernels.ops.triton.aot.build``: what setup.py runs."""
+    parser = argparse.ArgumentParser(prog="python -m rpsft_kernels.ops.triton.aot.build", description=main.__doc__)
+    parser.add_argument("--arch", help='such as "8.0;9.0", or native: this machine\'s GPUs (default: RPSFT_CUDA_ARCHS)')
+    parser.add_argument("--output", required=True, help="the folder")
+    parser.add_argument("--rank", type=int, action="append", help="one of a rank class; repeatable (default: all)")
+    parser.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what processors and memory serve)")
+    parser.add_argument("--only", default=os.environ.get("RPSFT_AOT_KERNELS", ""), help="globs on variants' labels")
+    parser.add_argument("--strict", action="store_true", help="a kernel that is left out is an error (RPSFT_STRICT=1)")
+    parser.add_argument("--prebuilt", help="copy this folder of the same kernels instead of compiling them")
+    options = parser.parse_args(arguments)
+    try:
+        refused = options.strict or strict(os.environ)
+        source = VARIABLE if options.arch is None else "--arch"
+        targets, _, _, notes = named(options.arch or os.environ.get(VARIABLE, ""), source)
+        for note in notes:
+            say(note)
+        for target in targets:
+            if target.arch in AMD:
+                say(f"{target.arch}: packed, but nothing launches these yet: on AMD Triton compiles")
+        if options.prebuilt:
+            ranks = options.rank or rank_classes()
+            say(copy_prebuilt(options.prebuilt, targets, options.output, ranks, options.only, refused).summary())
+            return 0
+        if missing := triton_missing():
+            raise ValueError(f"no kernels can be compiled: {missing}")
+        jobs = options.jobs or default_jobs()
+        say(f"compiling kernels for {', '.join(target.arch for target in targets)} in {jobs} processes")
+        say(str(build_kernels(targets, options.output, options.rank, jobs, options.only, refused, say)))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

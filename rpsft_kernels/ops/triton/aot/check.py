@@ -1,0 +1,224 @@
+"""Checks kernels compiled ahead of time: a manifest against the variants that there should be, against each file, and
+against what the machine code in it says of itself; and that the code keeps the rules of its registers.
+
+Nothing here is taken from the build's own reading of the code: cuobjdump is asked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..machine_code.cubin import read_cubin, read_hsaco
+from ..tile_table import rank_classes
+from ..variants import ARGUMENT_TYPES, ARGUMENTS, Variant
+from . import library
+from .hazards import hazards_in
+from .limits import exceeded
+from .targets import cuda_architecture
+
+_POINTER = 8
+# Triton's two parameters behind the declared ones: scratch memory, and that of its profiler.
+_SCRATCH = 2
+_INSIDE = "rpsft_kernels/kernels/"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was looked at, and what is wrong with it. ``complete``: every variant was to be built. ``left_out``:
+    variants that the manifest says could not be kept, which is nothing wrong.
+    """
+
+    place: str
+    kernels: int
+    left_out: int
+    files: int
+    architectures: tuple[str, ...]
+    complete: bool
+    findings: list[str]
+
+    def __str__(self) -> str:
+        what = "every variant" if self.complete else "a selection of the variants"
+        less = f", {self.left_out} left out as the manifest says" if self.left_out else ""
+        count = f"{len(self.findings)} findings" if self.findings else "nothing amiss"
+        return (
+            f"{self.place}: {self.kernels} kernels ({what}{less}) for {', '.join(self.architectures)} in {self.files} "
+            f"files: {count}"
+        )
+
+
+def check_kernels(place: str | Path) -> Checked:
+    """Check a folder of kernels, or a wheel that carries one.
+
+    Needs the package triton, whose cuobjdump reads the code, and no GPU.
+
+    Raises:
+        ValueError: there is nothing to check: no such place, no manifest, or one of another schema; or no triton, or no
+            nvdisasm for code of compute capability 9.0.
+    """
+    place = Path(place)
+    if not place.exists():
+        raise ValueError(f"place: {place} is not there; python -m rpsft_kernels kernels --build makes such a folder")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("checking kernels takes the package triton, whose cuobjdump reads them: pip install triton")
+    if place.is_dir():
+        return _checked(place, place)
+    if not zipfile.is_zipfile(place):
+        raise ValueError(f"place: {place} is neither a folder of kernels nor a wheel")
+    with zipfile.ZipFile(place) as wheel, tempfile.TemporaryDirectory() as temporary:
+        names = wheel.namelist()
+        wheel.extractall(temporary, [name for name in names if name.startswith(_INSIDE)])
+        checked = _checked(place, Path(temporary, _INSIDE))
+        if not any(re.fullmatch(r"rpsft_kernels/_native\..*(so|pyd)", name) for name in names):
+            checked.findings.append(f"{place.name}: carries no native module, which is what launches kernels")
+        return checked
+
+
+def wanted(manifest: dict[str, Any]) -> dict[str, Variant]:
+    """The kernels that a manifest's architectures, ranks and globs ask for, by their ids."""
+    from .build import wanted_variants
+
+    kernels = {}
+    for arch in manifest["architectures"]:
+        parsed = library.Arch.parse(arch)
+        table = arch if parsed is None else cuda_architecture(parsed.number)
+        for variant in wanted_variants(table, manifest["ranks"], manifest["only"]):
+            kernels[library.kernel_id(variant, arch)] = variant
+    return kernels
+
+
+def _checked(place: Path, folder: Path) -> Checked:
+    try:
+        manifest = json.loads((folder / library.MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if not (folder / library.MANIFEST).exists():
+            raise ValueError(f"place: {place} carries no kernels: it has no {library.MANIFEST}") from None
+        raise ValueError(f"place: {folder / library.MANIFEST}: {error}") from error
+    if manifest.get("schema") != library.SCHEMA:
+        raise ValueError(f"place: {place} has schema {manifest.get('schema')!r}, expected {library.SCHEMA}")
+    complete = not manifest["only"] and set(manifest["ranks"]) >= set(rank_classes())
+    return Checked(
+        str(place), len(manifest["kernels"]), len(manifest["left_out"]), len(list(folder.iterdir())),
+        tuple(manifest["architectures"]), complete, list(_folder(folder, manifest)),
+    )  # fmt: skip
+
+
+def _folder(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    if manifest["sources"] != library.source_digest():
+        yield f"{library.MANIFEST}: compiled from other sources than this package's"
+    asked = wanted(manifest)
+    listed = Counter(entry["id"] for entry in manifest["kernels"])
+    left_out = Counter(each["id"] for each in manifest["left_out"])
+    for identity, variant in asked.items():
+        if listed[identity] + left_out[identity] != 1:
+            found = f"{listed[identity]} entries with the id {identity}"
+            found += f", {left_out[identity]} that leave it out" if left_out[identity] else ""
+            yield f"{variant.label()}: {found}, expected one"
+    for each in manifest["left_out"]:
+        if each["id"] not in asked:
+            yield f"{each['id']} ({each['label']}, {each['arch']}): is left out, but nothing asks for it"
+    described = {library.MANIFEST}
+    # Only products of compute capability 9.0 run on behind their instruction.
+    hazards = hazards_in(folder / entry["file"] for entry in manifest["kernels"] if entry["arch"] == "sm_90a")
+    for entry in manifest["kernels"]:
+        described |= {place["file"] for place in (entry, entry.get("ptx")) if place}
+        for hazard in hazards.get(entry["file"], []):
+            yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): may compute wrong numbers: {hazard}"
+        for finding in _entry(folder, entry, asked.get(entry["id"])):
+            yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): {finding}"
+    for name in sorted({path.name for path in folder.iterdir()} - described):
+        yield f"{name}: no entry of the manifest describes it"
+
+
+def _entry(folder: Path, entry: dict[str, Any], variant: Variant | None) -> Iterator[str]:
+    if variant is None:
+        yield "is none of the kernels that the manifest's architectures, ranks and globs ask for"
+    else:
+        yield from _described(entry, variant)
+    yield from exceeded(entry)
+    yield from _layout(entry)
+    for place in (entry, entry.get("ptx")):
+        path = folder / place["file"] if place else None
+        if place is None or path is None:
+            continue
+        if not path.is_file():
+            yield f"{path.name} does not exist"
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != place["sha256"]:
+            yield f"{path.name} has another sha256 than the manifest says"
+        elif place is not entry:
+            yield from _ptx(path.read_text(), entry)
+        elif entry["format"] == "cubin":
+            yield from _cubin(path, entry)
+        else:
+            yield from _hsaco(path, entry)
+
+
+def _described(entry: dict[str, Any], variant: Variant) -> Iterator[str]:
+    """The entry against its variant: what planning and launching take from one and the other must agree."""
+    for name, value in library.description(variant).items():
+        if entry[name] != value:
+            yield f"{name} is {entry[name]!r}, expected {value!r}"
+
+
+def _layout(entry: dict[str, Any]) -> Iterator[str]:
+    names = list(ARGUMENTS[entry["kernel"]])
+    declared = [(argument["name"], argument["type"]) for argument in entry["arguments"]]
+    if declared != [(name, ARGUMENT_TYPES[name]) for name in names]:
+        yield f"arguments are {declared}, expected {names}"
+    packed = [[_POINTER * i, _POINTER] for i in range(len(names) + _SCRATCH)]
+    if entry["layout"] != packed:
+        yield f"layout is {entry['layout']}, and a launch packs {packed}"
+
+
+def _cubin(path: Path, entry: dict[str, Any]) -> Iterator[str]:
+    try:
+        code = read_cubin(path)
+    except ValueError as error:
+        yield str(error)
+        return
+    facts = (
+        ("architecture", code.arch, entry["arch"]),
+        ("entry", code.entry, entry["entry"]),
+        ("parameters", [list(parameter) for parameter in code.parameters], entry["layout"]),
+        ("registers", code.registers, entry["registers"]),
+        ("spilled bytes", code.stack + code.local, entry["spilled"]),
+        ("threads of a block", code.threads, entry["threads"]),
+    )
+    for name, found, said in facts:
+        if found != said:
+            yield f"{name}: {path.name} has {found}, the manifest says {said}"
+
+
+def _hsaco(path: Path, entry: dict[str, Any]) -> Iterator[str]:
+    try:
+        arch, entries = read_hsaco(path.read_bytes())
+    except ValueError as error:
+        yield str(error)
+        return
+    if arch != entry["arch"]:
+        yield f"architecture: {path.name} has {arch}, the manifest says {entry['arch']}"
+    if entries != {entry["entry"]}:
+        yield f"entry: {path.name} has {', '.join(sorted(entries))}, the manifest says {entry['entry']}"
+
+
+def _ptx(text: str, entry: dict[str, Any]) -> Iterator[str]:
+    for directive, expected in (
+        ("target", re.escape(entry["arch"])), ("version", r"\d+\.\d+"), ("address_size", "64"),
+        (r"visible \.entry", re.escape(entry["entry"]) + r"\("),
+    ):  # fmt: skip
+        found = re.search(rf"^\.{directive} *(\S+)", text, re.M)
+        if found is None or not re.fullmatch(expected, found[1]):
+            said = found[1] if found else "nothing"
+            yield f"PTX: {directive.split()[-1].strip('.')} is {said}, expected {expected}"
+    parameters = len(re.findall(rf"^\s*\.param \.u64 .*\b{re.escape(entry['entry'])}_param_\d+", text, re.M))
+    if parameters != len(entry["layout"]):
+        yield f"PTX: {parameters} parameters, the manifest says {len(entry['layout'])}"

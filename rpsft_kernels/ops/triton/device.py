@@ -1,0 +1,50 @@
+"""What the launcher knows about a device: the table of tile shapes that serves it, and its multiprocessors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .aot import dispatch as aot
+from .aot.targets import cuda_architecture
+from .tile_table import DESCRIPTORS, tuned_architecture
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An architecture's name (a table in ``tiles/``), its multiprocessors, and whether it reads through descriptors."""
+
+    architecture: str
+    multiprocessors: int
+    descriptors: bool
+
+
+def device_profile(device: torch.device) -> Profile:
+    """What launches on a GPU are planned with: its own profile, or with the tile table of the kernels compiled ahead of
+    time that serve it; the interpreter's for the CPU.
+    """
+    profile = own_profile(device)
+    if device.type == "cpu" or torch.version.hip is not None:
+        return profile
+    table = aot.table_for(device, profile.architecture, tuned_architecture())
+    return profile if table == profile.architecture else _with_table(profile, table)
+
+
+@lru_cache(maxsize=64)
+def _with_table(profile: Profile, table: str) -> Profile:
+    return Profile(table, profile.multiprocessors, DESCRIPTORS[table])
+
+
+@lru_cache(maxsize=64)
+def own_profile(device: torch.device) -> Profile:
+    """The profile of a GPU by what it is, whatever kernels are installed."""
+    if device.type == "cpu":
+        # Few programs, so that each walks several tiles and weights, as on a GPU.
+        return Profile("interpreter", 3, False)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Profile("gfx942", properties.multi_processor_count, False)
+    architecture = cuda_architecture(properties.major * 10 + properties.minor)
+    return Profile(architecture, properties.multi_processor_count, DESCRIPTORS[architecture])

@@ -1,0 +1,197 @@
+"""From problems to what a kernel reads: the table of fields, scales and the schedule, on the device and cached.
+
+Nothing here waits for a GPU: what is sent lies in pinned memory, one copy for each key.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from . import fields
+from .layout import vectors
+from .schedule import Schedule
+
+_CACHE_ENTRIES = 4096
+# Arrays that travel together begin at multiples of this many bytes, as fresh tensors do for the kernels' vectors.
+_ALIGNMENT = 256
+_SMALLEST_ROOM = 1 << 20
+_lock = threading.Lock()
+_uploads: OrderedDict[tuple[torch.device, Hashable], _Upload] = OrderedDict()
+# Host memory that captured graphs read at every replay, by what it holds. A graph does not say when it ends, hence for
+# ever: a few kilobytes for each launch of each capture.
+_replayed: dict[Hashable, Tensor] = {}
+_cached_bytes = 0
+_DTYPES = {np.int32: torch.int32, np.int64: torch.int64, np.float32: torch.float32}
+
+
+class _Upload(NamedTuple):
+    """A copy on a device, its arrays, the stream that it was queued on, and the event behind it (None on the CPU)."""
+
+    memory: Tensor
+    tensors: tuple[Tensor, ...]
+    stream: Any
+    event: Any
+
+    def on_current_stream(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The arrays, which what is queued now on the device's current stream may read."""
+        if self.event is not None:
+            stream = torch.cuda.current_stream(device)
+            if stream != self.stream:
+                stream.wait_event(self.event)
+                # Else the memory might be given away, once it leaves the cache, while this stream still reads.
+                self.memory.record_stream(stream)
+        return self.tensors
+
+
+class _Room:
+    """Pinned memory set aside for the captures to come.
+
+    While a graph is captured, CUDA allows no allocation of pinned memory and no look at an event, which torch's
+    allocator of pinned memory takes before it gives any. So there is always as much free as the cache holds: a step
+    that has run outside of a capture has sent all that its capture will send.
+    """
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, size: int) -> None:
+        """See to it that ``size`` bytes are free. Not while a graph is captured."""
+        if self._free.numel() < size:
+            # Graphs that read the rest of the room before keep it.
+            self._free = _pinned(max(_SMALLEST_ROOM, 1 << size.bit_length()))
+
+    def take(self, size: int) -> Tensor:
+        if size > self._free.numel():
+            raise RuntimeError(
+                f"CUDA graph: got a capture that needs {size} more bytes of pinned memory for the kernels' tables, of "
+                f"which {self._free.numel()} are set aside; expected the same step to have run outside of a capture "
+                "before, which sets them aside: run it once before each capture"
+            )
+        taken, self._free = self._free[:size], self._free[-(-size // _ALIGNMENT) * _ALIGNMENT :]
+        return taken
+
+
+_room = _Room()
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _queued_copy(host: Tensor, device: torch.device) -> Tensor:
+    return host.to(device, non_blocking=True)
+
+
+def _packed(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+    """The bytes of all arrays, each at a multiple of the alignment."""
+    packed = np.zeros(sum(map(_places, arrays)), np.uint8)
+    begin = 0
+    for array in arrays:
+        packed[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        begin += _places(array)
+    return packed
+
+
+def _unpacked(memory: Tensor, arrays: Sequence[npt.NDArray[Any]]) -> tuple[Tensor, ...]:
+    found, begin = [], 0
+    for array in arrays:
+        found.append(memory[begin : begin + array.nbytes].view(_DTYPES[array.dtype.type]))
+        begin += _places(array)
+    return tuple(found)
+
+
+def _places(array: npt.NDArray[Any]) -> int:
+    return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _sent(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> _Upload:
+    packed = torch.from_numpy(_packed(arrays))
+    if device.type != "cuda":
+        return _Upload(packed, _unpacked(packed, arrays), None, None)
+    # torch gives a pinned buffer to others only when the copies out of it are done.
+    memory = _queued_copy(_pinned(packed.numel()).copy_(packed), device)
+    stream = torch.cuda.current_stream(device)
+    return _Upload(memory, _unpacked(memory, arrays), stream, stream.record_event())
+
+
+def _captured(key: Hashable, arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:
+    host = _replayed.get(key)
+    if host is None:
+        packed = torch.from_numpy(_packed(arrays))
+        host = _replayed[key] = _room.take(packed.numel()).copy_(packed)
+    return _unpacked(_queued_copy(host, device), arrays)
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def upload(key: Hashable, arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:
+    """Device copies of small arrays, flattened, for the device's current stream; those of one key are uploaded once.
+
+    In a training loop the pointers hardly ever change, so that steps after the first copy nothing.
+
+    While a CUDA graph is captured, copies become part of it: they hold nothing before its first replay, and what others
+    uploaded may be gone by then, so that the cache is neither written nor read. The device memory is the graph's own:
+    what is freed within a capture is given to later work of the same capture alone, which runs later at each replay
+    too, so that tables, workspaces and the kernels' scratch memory need not outlive their launches.
+
+    Raises:
+        RuntimeError: a graph is captured and no such step has run before.
+    """
+    global _cached_bytes
+    # Backward passes of several devices run in threads of their own.
+    with _lock:
+        if _capturing(device):
+            return _captured(key, arrays, device)
+        found = _uploads.get((device, key))
+        if found is None:
+            found = _uploads[device, key] = _sent(arrays, device)
+            _cached_bytes += found.memory.numel()
+        _uploads.move_to_end((device, key))
+        while len(_uploads) > _CACHE_ENTRIES:
+            _cached_bytes -= _uploads.popitem(last=False)[1].memory.numel()
+        if device.type == "cuda":
+            _room.reserve(_cached_bytes)
+    return found.on_current_stream(device)
+
+
+def upload_schedule(schedule: Schedule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """``starts``, ``runs`` and ``order`` on the device."""
+    starts, runs, order = upload(schedule, (schedule.starts, schedule.runs, schedule.order), device)
+    return starts, runs, order
+
+
+def upload_fields(columns: Mapping[str, Sequence[int]], weights: int, device: torch.device) -> Tensor:
+    """The int64 table (weights, fields.WIDTH) with the given columns, 0 elsewhere, flattened."""
+    table = _table(columns, weights)
+    return upload(table.tobytes(), (table,), device)[0]
+
+
+def upload_fields_and_scales(
+    columns: Mapping[str, Sequence[int]], weights: int, scales: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """:func:`upload_fields`, and the scales in float32: those on the CPU travel with the table, others stay there."""
+    if scales.device.type != "cpu":
+        return upload_fields(columns, weights, device), vectors(scales)
+    table, numbers = _table(columns, weights), scales.detach().to(torch.float32).numpy()
+    fields_there, scales_there = upload((table.tobytes(), numbers.tobytes()), (table, numbers), device)
+    return fields_there, scales_there
+
+
+def _table(columns: Mapping[str, Sequence[int]], weights: int) -> npt.NDArray[np.int64]:
+    table = np.zeros((weights, fields.WIDTH), np.int64)
+    for name, values in columns.items():
+        table[:, fields.INDEX[name]] = values
+    return table

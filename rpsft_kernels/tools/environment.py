@@ -1,0 +1,155 @@
+"""What a bug report needs: versions, backends, kernels found, and what they are to each device."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from .. import __version__
+from ..ops import native
+from ..ops.dispatch import NAMES, load
+from ..ops.triton import toolchain
+from ..ops.triton.aot import dispatch as aot
+from ..ops.triton.aot import loader
+from ..ops.triton.machine_code.cubin import disassembler
+
+_PACKAGES = ("triton", "numpy", "safetensors", "transformers", "deepspeed")
+# Beside this package's own.
+_VARIABLES = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "CC", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+_COLUMN = 24
+_Fact = tuple[str, Callable[[], str]]
+
+
+def environment_report() -> str:
+    """Lines of ``name: value``, nothing of which is secret. What cannot be found out says why in its place."""
+    lines = []
+    for name, tell in _facts():
+        value = _guarded(tell).replace("\n", "\n" + " " * _COLUMN)
+        # A name that fills its column would run into its value.
+        lines.append(f"{name:<{_COLUMN - 1}} {value}")
+    return "\n".join(lines)
+
+
+def _guarded(tell: Callable[[], str]) -> str:
+    # Who asks has trouble already: a fact that cannot be told is one more, and no reason to keep back the others.
+    try:
+        return tell()
+    except Exception as error:
+        return f"cannot be told: {type(error).__name__}: {error}"
+
+
+def _facts() -> Iterator[_Fact]:
+    yield "rpsft_kernels", lambda: __version__
+    # What pip knows: nothing of a source tree, and another version than that above where one hides the other.
+    yield "distribution", lambda: _version("rpsft_kernels")
+    yield "python", lambda: f"{platform.python_version()} ({platform.python_implementation()})"
+    yield "platform", platform.platform
+    yield "torch", lambda: f"{torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})"
+    for package in _PACKAGES:
+        yield package, partial(_version, package)
+    for variable in sorted(name for name in os.environ if name.startswith("RPSFT_") or name in _VARIABLES):
+        yield variable, partial(os.environ.__getitem__, variable)
+    yield "threads", lambda: str(torch.get_num_threads())
+    yield "instruction sets", lambda: ", ".join(native.instruction_sets()) or native.missing()
+    yield "kernels", _kernels
+    yield "JIT on a GPU", lambda: toolchain.jit_missing() or "Triton can compile and start kernels"
+    yield "JIT on 9.x", _products
+    yield "CUDA driver", _driver
+    yield from _backends(torch.device("cpu"))
+    yield "GPUs", _gpus
+    for index in range(_count()):
+        yield from _device(torch.device("cuda", index))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _kernels() -> str:
+    library = aot.installed()
+    return library if isinstance(library, str) else library.summary()
+
+
+def _products() -> str:
+    """What becomes of code that Triton compiles for compute capability 9.x."""
+    if toolchain.jit_missing():
+        return toolchain.jit_missing()
+    if toolchain.touches_products():
+        which = "project and, with float32 bases, drift and gradient"
+        return f"Triton {toolchain.triton_version()} compiles kernels wrongly ({which}): those are not launched"
+    try:
+        disassembler()
+    except ValueError as error:
+        unsafe = toolchain.products_unsafe()
+        return f"{unsafe or 'nothing speaks against this Triton'}; code cannot be looked at: {error}"
+    return "code is looked at before its first launch"
+
+
+def _driver() -> str:
+    launcher = loader.binding()
+    if isinstance(launcher, str):
+        return launcher
+    version = launcher.driver_version()
+    return f"CUDA {version // 1000}.{version % 1000 // 10}"
+
+
+def _gpus() -> str:
+    return f"{torch.cuda.device_count()} that torch sees" if torch.cuda.is_available() else "none that torch sees"
+
+
+def _count() -> int:
+    try:
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    except Exception:  # what it was stands beside "GPUs"
+        return 0
+
+
+def _device(device: torch.device) -> Iterator[_Fact]:
+    yield str(device), lambda: _properties(device)
+    yield f"{device} kernels", lambda: _served(device)
+    yield f"{device} self-test", lambda: _tested(device)
+    yield from _backends(device)
+
+
+def _properties(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    capability = f"{properties.major}.{properties.minor}"
+    return f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def _served(device: torch.device) -> str:
+    from ..ops.triton.device import own_profile
+    from ..ops.triton.tile_table import tuned_architecture
+
+    own, tuned = own_profile(device).architecture, tuned_architecture()
+    found = None if torch.version.hip is not None else aot.service(device, own, tuned)
+    if found is not None:
+        kind = "PTX, which the driver translates" if found.how == "ptx" else f"machine code ({found.how})"
+        return f"{found.arch} {kind}, table {found.table}, {found.kernels} kernels"
+    why = aot.unavailable(device) or f"RPSFT_TILES changes the table {own}, which kernels were compiled of"
+    if aot.compiles():
+        return f"JIT, table {own}: {why}"
+    return f"none: {why}; {toolchain.jit_missing() or 'RPSFT_AOT=only'}"
+
+
+def _tested(device: torch.device) -> str:
+    from ..ops.selftest import gate
+
+    return gate.state(device)
+
+
+def _backends(device: torch.device) -> Iterator[_Fact]:
+    for name in NAMES:
+        yield f"{device} {name}", partial(_backend, name, device)
+
+
+def _backend(name: str, device: torch.device) -> str:
+    return load(name).unavailable(device, torch.bfloat16) or "available"

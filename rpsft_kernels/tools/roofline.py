@@ -1,0 +1,251 @@
+"""A roofline on paper: how long each phase of R and its gradient should take on a GPU. A prediction, nothing is timed.
+
+Each phase lasts as long as the resource that it needs longest: tensor cores, DRAM, the link to other ranks, or
+launches. Phases follow one another: that the exchange hides behind the next bucket's projection is not counted on.
+
+Of an (r, c) tile of a rank's part, s and l its shorter and longer side, w bytes an element of W and G, k the rank. The
+longer side is contracted first, so that T and P are (s, k), in bfloat16 like U and V:
+
+======== =================== =========================================================================================
+phase    FLOPs               bytes
+======== =================== =========================================================================================
+project  2 r c k             r c (w + 2): W and W0, once (block form: W alone); 2 l k: V; 2 s k: T
+drift    2 s k^2             2 s k: T; 2 s k: U; 4 k^2: C (block form: and B); C of further tiles of a part: 12 k^2 more
+exchange                     ring of N ranks: 2 (N - 1) / N of all C sent; C 5 times: packed (2), squared and summed (3)
+pull     2 s k^2             2 s k: U; 4 k^2: C; 2 s k: P
+gradient 2 r c k             2 s k: P; 2 l k: V; 2 w r c: G, read and written
+full     4 r c               2 r c (w + 2): W and W0, for R and again for the gradient; 2 w r c: G
+======== =================== =========================================================================================
+
+(r > c: U and V change places.) The block form's T is three bfloat16 parts and so are float32 weights: as many times the
+bytes of T and the FLOPs. Every operand is counted once a phase: that tiles find what they share in the second-level
+cache is assumed, that one phase finds what another left there is not. W0 is in bfloat16, as of a bfloat16 checkpoint.
+
+The published way is a loop over whole weights on every rank: float16 copies of each, ``((U^T W) V - B)^2`` and its
+backward pass, an (m, n) gradient in float16, cast to W's dtype and added to ``.grad``. Each is a kernel of its own that
+reads and writes DRAM; gathers of sharded weights hide behind nothing either. In its favour: it reaches the same shares
+of the peaks, its kernels follow each other without a gap, and its host costs only what exceeds the GPU's own time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..anchors.memory import is_full
+from ..distributed.layout_plan import Layout, parts_of
+from ..distributed.partition import projection_flops
+from ..distributed.shard import Part
+from ..ops.buckets import WeightSpec, plan_buckets
+from ..ops.triton.device import Profile
+from ..ops.triton.layout import Group, Problem, type_name
+from ..ops.triton.project_drift import plan_forward
+from ..ops.triton.tile_table import DESCRIPTORS, rank_class
+from ..ops.triton.variants import Form
+from .shards import shard_costs
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A data sheet: dense bfloat16 FLOP/s of the tensor cores, and bytes per second of DRAM and of the link, one way.
+
+    ``architecture`` and ``multiprocessors`` choose the tile table and the schedule, hence the launches.
+    """
+
+    name: str
+    architecture: str
+    multiprocessors: int
+    tensor: float
+    dram: float
+    link: float
+
+
+# The vendors' data-sheet figures (NVIDIA A100 80GB, H100, H200 in SXM form, B200; AMD MI300X): without sparsity, and
+# of NVLink and Infinity Fabric half of the bidirectional sum.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100", "sm_80", 108, 312e12, 2.039e12, 300e9),
+        Gpu("h100", "sm_90", 132, 989e12, 3.35e12, 450e9),
+        Gpu("h200", "sm_90", 132, 989e12, 4.8e12, 450e9),
+        Gpu("b200", "sm_100", 148, 2250e12, 8.0e12, 900e9),
+        Gpu("mi300x", "gfx942", 304, 1307e12, 5.3e12, 448e9),
+    )
+}
+# Assumptions, printed with every prediction: what good kernels and collectives reach of the peaks, what a launch costs
+# on the GPU's timeline, and what a small operator of PyTorch costs the host.
+TENSOR_SHARE = 0.75
+DRAM_SHARE = 0.85
+LINK_SHARE = 0.75
+LAUNCH_SECONDS = 5e-6
+OPERATOR_SECONDS = 8e-6
+
+
+@dataclass(frozen=True)
+class Job:
+    """Weights (m, n) of one dtype, k = ``rank``, and the GPUs over which they lie; form of their anchors."""
+
+    shapes: Sequence[tuple[int, int]]
+    rank: int
+    gpu: Gpu
+    ranks: int = 1
+    layout: Layout = "shard0"
+    keep_base: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def form(self) -> Form:
+        return Form(type_name(self.dtype), "bf16" if self.keep_base else None, "bf16")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase needs of each resource; ``launch_seconds`` is what its launches cost."""
+
+    name: str
+    flops: int = 0
+    bytes: int = 0
+    sent: int = 0
+    launches: int = 0
+    launch_seconds: float = 0.0
+
+    def times(self, gpu: Gpu) -> dict[str, float]:
+        """Seconds by resource."""
+        return {
+            "tensor cores": self.flops / (TENSOR_SHARE * gpu.tensor),
+            "memory": self.bytes / (DRAM_SHARE * gpu.dram),
+            "network": self.sent / (LINK_SHARE * gpu.link),
+            "launches": self.launch_seconds,
+        }
+
+    def seconds(self, gpu: Gpu) -> float:
+        return max(self.times(gpu).values())
+
+    def bound(self, gpu: Gpu) -> str:
+        """The resource that it needs longest."""
+        times = self.times(gpu)
+        return max(times, key=times.__getitem__) if self.seconds(gpu) else "-"
+
+
+def total_seconds(phases: Sequence[Phase], gpu: Gpu) -> float:
+    return sum(phase.seconds(gpu) for phase in phases)
+
+
+def rank_phases(job: Job, parts: Sequence[Part]) -> list[Phase]:
+    """What one rank computes on its parts, without launches and traffic between ranks."""
+    form, rank, w, kept = job.form, job.rank, job.dtype.itemsize, job.keep_base
+    flops, moved = Counter[str](), Counter[str]()
+    block = 4 * rank * rank
+    for part in parts:
+        if is_full(part, rank):
+            flops["full"] += 4 * part.numel
+            moved["full"] += part.numel * (2 * (w + 2) + 2 * w)
+            continue
+        for r, c in (tile.shape for tile in part.tiles):
+            short, long = 2 * rank * min(r, c), 2 * rank * max(r, c)
+            large, small = 2 * r * c * rank, 2 * rank * rank * min(r, c)
+            flops.update(project=large * form.weight_parts, drift=small * form.planes, pull=small, gradient=large)
+            moved["project"] += r * c * (w + 2 * kept) + long + short * form.planes
+            moved["drift"] += short * form.planes + short + block
+            moved["pull"] += short + block + short
+            moved["gradient"] += short + long + 2 * w * r * c
+        moved["drift"] += block * (3 * max(0, len(part.tiles) - 1) + (not kept and part.numel > 0))
+    return [Phase(name, flops[name], moved[name]) for name in ("project", "drift", "pull", "gradient", "full")]
+
+
+def rank_launches(job: Job, parts: Sequence[Part]) -> Counter[str]:
+    """One rank's launches by phase, from the launcher's plans; ``parts`` has one of every weight, empty ones too."""
+    gpu, form, rank = job.gpu, job.form, job.rank
+    profile = Profile(gpu.architecture, gpu.multiprocessors, DESCRIPTORS[gpu.architecture])
+    # Buckets are of whole weights, so that every rank has the same.
+    full = [is_full(part, rank) for part in parts]
+    specs = [
+        WeightSpec(*part.shape, 0) if whole else WeightSpec(*part.shape, rank, part.alone, form.planes)
+        for part, whole in zip(parts, full, strict=True)
+    ]
+    launches = Counter[str]()
+    for bucket in plan_buckets(specs):
+        held = [parts[i].tiles for i in bucket]
+        if full[bucket[0]]:
+            launches["full"] += 3 * any(held)
+            continue
+        for transposed in (False, True):
+            sides = [tile.shape for tiles in held for tile in tiles if (tile.shape[0] > tile.shape[1]) == transposed]
+            if not sides:
+                continue
+            group = Group(form, rank_class(rank), transposed, transposed, True)
+            problems = tuple(Problem(min(side), max(side), rank) for side in sides)
+            plan = plan_forward(profile, group, problems, not job.keep_base, rank % 4 == 0)
+            # With the drift go its second pass, where there is one, and the sums of squares.
+            launches.update(project=1, drift=len(plan.schedules), pull=1, gradient=1)
+        if any(len(tiles) != 1 for tiles in held):
+            # Tiles of a part are added and squared by PyTorch, weight by weight.
+            launches["drift"] += sum(1 + max(1, len(tiles)) for tiles in held)
+        if not parts[bucket[0]].alone:
+            # Packed, sent, squared, summed.
+            launches["exchange"] += 4
+    return launches
+
+
+def our_phases(job: Job) -> tuple[int, list[Phase]]:
+    """The rank that computes longest, and its phases; errors as for :func:`parts_of`."""
+    rows = parts_of(job.shapes, job.rank, job.ranks, job.layout)
+    parts = [[row[i] for row in rows] for i in range(job.ranks)]
+    computed = [rank_phases(job, mine) for mine in parts]
+    busiest = max(range(job.ranks), key=lambda i: total_seconds(computed[i], job.gpu))
+    costs = shard_costs(job.shapes, job.rank, job.ranks, job.layout)
+    exchange = Phase("exchange", 0, 5 * costs.buffer_bytes + 2 * costs.sent_bytes, costs.sent_bytes)
+    project, drift, *others = computed[busiest]
+    phases = [project, drift, exchange, *others]
+    launches = rank_launches(job, parts[busiest])
+    return busiest, [
+        replace(phase, launches=launches[phase.name], launch_seconds=launches[phase.name] * LAUNCH_SECONDS)
+        for phase in phases
+    ]
+
+
+def published_phases(job: Job) -> list[Phase]:
+    """Every rank's phases in the published way, for one micro-batch; launches are operators of PyTorch."""
+    shapes, k, w = job.shapes, job.rank, job.dtype.itemsize
+    sent = shard_costs(shapes, k, job.ranks, job.layout).published_sent_bytes * w // 2
+    full = [shape for shape in shapes if k >= min(shape)]
+    projected = [shape for shape in shapes if k < min(shape)]
+    count, numel = len(projected), sum(m * n for m, n in projected)
+    high, wide = 2 * k * sum(m for m, _ in projected), 2 * k * sum(n for _, n in projected)
+    block, large, small = 2 * k * k * count, 2 * numel * k, k * wide
+    elements = sum(m * n for m, n in full)
+    phases = [
+        Phase("gather", 0, 2 * sent, sent, len(shapes) * (sent > 0)),
+        Phase("cast", 0, numel * (w + 2), 0, count),
+        Phase("project", large, 2 * numel + high + wide, 0, count),
+        # The product, then -, square, sum and the sum's cast.
+        Phase("drift", small, 2 * wide + 7 * block, 0, 5 * count),
+        # The cast's and the square's backward pass (four kernels), then the product.
+        Phase("pull", small, 2 * wide + 7 * block, 0, 5 * count),
+        Phase("gradient", large, high + wide + 2 * numel, 0, count),
+        Phase("cast back", 0, numel * (2 + w), 0, count),
+        Phase("add", 0, 3 * w * numel, 0, count),
+        # Cast, -, square, sum and its cast; of the backward pass two casts, the square's three kernels, the addition.
+        Phase("full", sum(projection_flops(s, k) for s in full), elements * (5 * w + 28), 0, 11 * len(full)),
+    ]
+    operators = sum(phase.launches for phase in phases)
+    unhidden = max(0.0, operators * OPERATOR_SECONDS - total_seconds(phases, job.gpu))
+    return [*phases, Phase("host", launch_seconds=unhidden)]
+
+
+def phase_table(phases: Sequence[Phase], gpu: Gpu) -> str:
+    """A row per phase, then their sum."""
+    lines = ["phase        TFLOP       GB  sent GB  launches       ms  bound by"]
+    whole = Phase(
+        "sum", *(sum(getattr(phase, name) for phase in phases) for name in ("flops", "bytes", "sent", "launches"))
+    )
+    for phase in [*phases, whole]:
+        seconds = total_seconds(phases, gpu) if phase is whole else phase.seconds(gpu)
+        lines.append(
+            f"{phase.name:<10}{phase.flops / 1e12:>8.3f}{phase.bytes / 1e9:>9.3f}{phase.sent / 1e9:>9.3f}"
+            f"{phase.launches:>10}{seconds * 1e3:>9.3f}  {'' if phase is whole else phase.bound(gpu)}".rstrip()
+        )
+    return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""What a model costs in launches, workspace and idle multiprocessors, from the same plans that the launcher follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..ops.buckets import BucketLimits, WeightSpec, plan_buckets
+from ..ops.triton.device import Profile
+from ..ops.triton.layout import Group, Problem, PullGroup, type_name
+from ..ops.triton.project_drift import plan_forward
+from ..ops.triton.pull_back import plan_backward
+from ..ops.triton.schedule import Schedule
+from ..ops.triton.tile_table import DESCRIPTORS, rank_class
+from ..ops.triton.variants import Form
+
+
+@dataclass(frozen=True)
+class ScheduleReport:
+    """One evaluation of the penalty and its gradient.
+
+    Attributes:
+        buckets: how many buckets the weights form.
+        launches: kernel launches a step: forward and gradient of every bucket.
+        workspace_bytes: the most that one bucket's intermediates take.
+        filled: share of multiprocessor time that the static schedule fills, by the tiles' multiply-adds; what a tile
+            costs besides (filling its pipeline, storing its result) is not counted.
+        filled_by_phase: the same for each phase.
+    """
+
+    buckets: int
+    launches: int
+    workspace_bytes: int
+    filled: float
+    filled_by_phase: dict[str, float]
+
+
+def schedule_report(
+    shapes: Sequence[tuple[int, int]],
+    rank: int,
+    multiprocessors: int = 132,
+    architecture: str = "sm_90",
+    weight_dtype: torch.dtype = torch.bfloat16,
+    keep_base: bool = True,
+    limits: BucketLimits | None = None,
+) -> ScheduleReport:
+    """The static schedule for aligned, contiguous weights of the given shapes; needs no GPU.
+
+    Args:
+        shapes: (m, n) of every anchored weight, each with min(m, n) > rank (full anchors need no tiles).
+        rank: k.
+        multiprocessors: of the GPU (132 on an H100 or H200).
+        architecture: a shipped tile table, such as ``"sm_90"``.
+        weight_dtype: of weights and gradients.
+        keep_base: base form (True) or block form.
+        limits: what one bucket may hold.
+
+    Raises:
+        ValueError: a shape whose shorter side does not exceed the rank.
+    """
+    for shape in shapes:
+        if min(shape) <= rank:
+            raise ValueError(
+                f"shapes: got {shape} at rank {rank}, expected min(m, n) > rank: such weights get full anchors, "
+                "which this report leaves out"
+            )
+    profile = Profile(architecture, multiprocessors, DESCRIPTORS[architecture])
+    buckets = plan_buckets([WeightSpec(m, n, rank, parts=1 if keep_base else 3) for m, n in shapes], limits)
+    dtype = type_name(weight_dtype)
+    form = Form(dtype, "bf16" if keep_base else None, "bf16")
+    busy: dict[str, float] = {}
+    spent: dict[str, float] = {}
+    launches = workspace = 0
+    for bucket in buckets:
+        transposed = shapes[bucket[0]][0] > shapes[bucket[0]][1]
+        group = Group(form, rank_class(rank), transposed, transposed, True)
+        pulled = PullGroup(form.basis, dtype, rank_class(rank), transposed, transposed, True, True)
+        problems = tuple(_contiguous(*shapes[i], rank) for i in bucket)
+        forward = plan_forward(profile, group, problems, not keep_base, rank % 4 == 0)
+        backward = plan_backward(profile, pulled, problems, rank % 4 == 0, True)
+        # Sums of squares are one launch more; a few hundred numbers.
+        launches += len(forward.schedules) + 1 + len(backward.schedules)
+        workspace = max(workspace, forward.workspace_bytes, backward.workspace_bytes)
+        phases: list[tuple[str, Schedule, int]] = [
+            ("project", forward.project_schedule, forward.project.residents),
+            ("drift", forward.drift_schedule, forward.drift.residents),
+            ("pull", backward.pull_schedule, backward.pull.residents),
+            ("gradient", backward.gradient_schedule, backward.gradient.residents),
+        ]
+        for name, schedule, residents in phases:
+            busy[name] = busy.get(name, 0.0) + schedule.total_cost
+            spent[name] = spent.get(name, 0.0) + schedule.longest_cost * multiprocessors * residents
+    return ScheduleReport(
+        len(buckets),
+        launches,
+        workspace,
+        sum(busy.values()) / sum(spent.values()),
+        {name: busy[name] / spent[name] for name in busy},
+    )
+
+
+def _contiguous(m: int, n: int, rank: int) -> Problem:
+    rows, cols = sorted((m, n))
+    strides = (1, n) if m > n else (n, 1)
+    return Problem(rows, cols, rank, strides, strides, (rank, 1), (rank, 1), strides)
