@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpsft_kernels.distributed import Part, divide
+from rpsft_kernels.distributed import Shard, divide
 from rpsft_kernels.distributed.partition import projection_flops
 from rpsft_kernels.tools.models import MODELS
 
@@ -23,8 +23,8 @@ def test_every_element_belongs_to_one_rank(listed: list[tuple[int, int]], size: 
         assert spans[0][0] == 0 and spans[-1][1] == shape[longer]
         assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
         # All ranks know whether one holds it all.
-        assert {part.alone for part in row} == {len(held) == 1}
-        assert held[0] == Part.whole(shape) or len(held) > 1
+        assert {part.unsharded for part in row} == {len(held) == 1}
+        assert held[0] == Shard.whole(shape) or len(held) > 1
 
 
 def test_cuts_keep_rows_aligned() -> None:
@@ -37,7 +37,7 @@ def test_cuts_keep_rows_aligned() -> None:
 def test_few_weights_of_a_large_model_are_cut() -> None:
     weights = MODELS["llama-3.1-8b"].weights()
     parts = divide(weights, [768] * len(weights), 8)
-    assert all(row[0].alone for row in parts)
+    assert all(row[0].unsharded for row in parts)
     busiest = max(sum(projection_flops(row[i].bounds.shape, 768) for row in parts if row[i].numel) for i in range(8))
     assert busiest <= 1.1 * sum(projection_flops(shape, 768) for shape in weights) / 8
 

@@ -73,8 +73,8 @@ def move_to(model: nn.Module, moved: nn.Module) -> None:
     for name, found in find_parameters(model).items():
         if name in whole and len(found.shape) == 2:
             weight = found.locate(name)
-            if weight.part.numel:
-                weight.values().copy_(weight.part.of(whole[name]))
+            if weight.shard.numel:
+                weight.values().copy_(weight.shard.of(whole[name]))
 
 
 def spoiled(layout: str) -> str:

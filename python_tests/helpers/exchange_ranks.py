@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import rpsft_kernels as rk
-from rpsft_kernels.distributed import Exchange
+from rpsft_kernels.distributed import GroupCall
 from rpsft_kernels.evaluation import pairing as terms
 from rpsft_kernels.evaluation import prepare as evaluation
 from rpsft_kernels.ops import BucketLimits
@@ -169,13 +169,13 @@ def one_is_late() -> Outcome:
         die()
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 0:
-            lost = Exchange._lost
+            lost = GroupCall._lost
 
-            def told(self: Exchange, error: RuntimeError) -> RuntimeError:
+            def told(self: GroupCall, error: RuntimeError) -> RuntimeError:
                 default_store().set("failed", "1")
                 return lost(self, error)
 
-            patch.setattr(Exchange, "_lost", told)
+            patch.setattr(GroupCall, "_lost", told)
         else:
             default_store().wait(["failed"])
         return attempt(accumulate, model, whole_anchors())
@@ -348,7 +348,7 @@ def missed_calls() -> Outcome:
     model, anchors = ready("fsdp2"), whole_anchors()
     if dist.get_rank() != ODD:
         for _ in range(2):
-            Exchange(dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
+            GroupCall(dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
     rk.rotation_penalty(model, anchors)
     if dist.get_rank() == ODD:
         setattr(terms.Bucket, "project", die)  # noqa: B010

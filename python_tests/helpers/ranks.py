@@ -114,12 +114,14 @@ def _rank(
             world_size=size,
             timeout=datetime.timedelta(seconds=timeout),
         )
-        value = function(*arguments)
-        results.put((rank, None, value))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        results.put((rank, None, function(*arguments)))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
+    results.close()
+    results.join_thread()
+    # Not destroy_process_group: torch 2.6 holds the interpreter's lock while it waits for gloo's threads, which may
+    # want it. Nor an orderly exit, which destroys the group too.
+    os._exit(0)
 
 
 def _store(rank: int, size: int, path: str, keeper: Keeper, port: int | None) -> dist.Store:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import rpsft_kernels as rk
-from rpsft_kernels.distributed import Exchange, PendingSum
+from rpsft_kernels.distributed import GroupCall, PendingSum
 from rpsft_kernels.evaluation import pairing as terms
 from rpsft_kernels.ops import BucketLimits
 
@@ -58,7 +58,7 @@ def _count(call: Callable[..., Tensor], model: Any, anchors: rk.Anchors) -> Traf
             function = getattr(dist, name)
             if callable(function):
                 patch.setattr(dist, name, _counting(traffic, name, function))
-        for owner, name in ((terms.Bucket, "project"), (Exchange, "start"), (Exchange, "finish")):
+        for owner, name in ((terms.Bucket, "project"), (GroupCall, "start"), (GroupCall, "finish")):
             patch.setattr(owner, name, _noting(traffic, name, getattr(owner, name)))
         with CommDebugMode() as mode:
             call(model, anchors)

@@ -8,7 +8,7 @@ import torch
 
 from rpsft_kernels.distributed.layout_plan import LAYOUTS, Layout, parts_of
 from rpsft_kernels.distributed.partition import projection_flops
-from rpsft_kernels.distributed.shard import Part
+from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.tools.cli import main
 from rpsft_kernels.tools.models import MODELS
 from rpsft_kernels.tools.roofline import (
@@ -65,7 +65,7 @@ def test_ranks_divide_the_flops_as_their_costs_say(layout: Layout, ranks: int) -
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
 def test_one_weight_by_hand(shape: tuple[int, int]) -> None:
     # k = 8. W and W0 are 1280 bytes each; the bases 256 and 640, T and P 256, C 256.
-    phases = by_name(rank_phases(Job([shape], 8, H100), [Part.whole(shape)]))
+    phases = by_name(rank_phases(Job([shape], 8, H100), [Shard.whole(shape)]))
     assert {name: phase.bytes for name, phase in phases.items()} == {
         "project": 1280 + 1280 + 640 + 256,
         "drift": 256 + 256 + 256,
@@ -79,19 +79,19 @@ def test_one_weight_by_hand(shape: tuple[int, int]) -> None:
 def test_block_form_and_float32_by_hand() -> None:
     # W is 2560 bytes, T three parts of 256; B is read beside C; weights in three parts take three products.
     job = Job([(16, 40)], 8, H100, keep_base=False, dtype=torch.float32)
-    phases = by_name(rank_phases(job, [Part.whole((16, 40))]))
+    phases = by_name(rank_phases(job, [Shard.whole((16, 40))]))
     assert phases["project"].bytes == 2560 + 640 + 3 * 256
     assert phases["drift"].bytes == 3 * 256 + 256 + 2 * 256
     assert phases["pull"].bytes == 3 * 256
     assert phases["gradient"].bytes == 256 + 640 + 2 * 2560
     assert [phases[name].flops for name in ("project", "drift", "pull", "gradient")] == [30720, 6144, 2048, 10240]
     # Of bfloat16 weights T alone is in parts.
-    half = by_name(rank_phases(replace(job, dtype=torch.bfloat16), [Part.whole((16, 40))]))
+    half = by_name(rank_phases(replace(job, dtype=torch.bfloat16), [Shard.whole((16, 40))]))
     assert (half["project"].flops, half["drift"].flops) == (10240, 6144)
 
 
 def test_full_anchors_have_a_row_of_their_own() -> None:
-    phases = by_name(rank_phases(Job([(16, 40)], 16, H100), [Part.whole((16, 40))]))
+    phases = by_name(rank_phases(Job([(16, 40)], 16, H100), [Shard.whole((16, 40))]))
     assert phases["full"].bytes == 6 * 1280 and phases["full"].flops == 4 * 640
     assert sum(phase.bytes for phase in phases.values()) == 6 * 1280
     _, ours = our_phases(Job([(16, 40), (32, 40)], 16, H100))
@@ -100,8 +100,8 @@ def test_full_anchors_have_a_row_of_their_own() -> None:
 
 def test_a_range_pays_for_the_sums_of_its_tiles() -> None:
     # The end of row 0, rows 1 to 3, the beginning of row 4: three C of 16 bytes, two additions of 48.
-    part = Part.range((6, 10), 5, 45)
-    assert [tile.shape for tile in part.tiles] == [(1, 5), (3, 10), (1, 5)]
+    part = Shard.range((6, 10), 5, 45)
+    assert [tile.shape for tile in part.rects] == [(1, 5), (3, 10), (1, 5)]
     phases = by_name(rank_phases(Job([(6, 10)], 2, H100), [part]))
     assert phases["drift"].bytes == 2 * (4 + 12 + 4) + 3 * 16 + 2 * 48
     assert phases["project"].bytes == 4 * 40 + 4 * (5 + 10 + 5) + 4 * (1 + 3 + 1)
@@ -133,10 +133,10 @@ def test_launches_are_those_of_the_schedule(keep_base: bool) -> None:
 
 def test_a_rank_launches_nothing_for_what_it_has_not() -> None:
     job = Job([(256, 512)] * 3, 64, H100, 2)
-    nothing = rank_launches(job, [Part.nothing((256, 512))] * 3)
+    nothing = rank_launches(job, [Shard.nothing((256, 512))] * 3)
     assert nothing["project"] == nothing["gradient"] == 0 and nothing["exchange"] == 4
-    assert not rank_launches(job, [Part.nothing((32, 512))] * 3)["full"]
-    half = rank_launches(job, [Part.rectangle((256, 512), (0, 128), (0, 512))] * 3)
+    assert not rank_launches(job, [Shard.nothing((32, 512))] * 3)["full"]
+    half = rank_launches(job, [Shard.rectangle((256, 512), (0, 128), (0, 512))] * 3)
     assert half["project"] == half["pull"] == half["gradient"] == 1
 
 

@@ -4,14 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard as Placement
 
 import rpsft_kernels as rk
 from rpsft_kernels.anchors.memory import anchor_bytes
 from rpsft_kernels.distributed.dtensor import shard_spans
 from rpsft_kernels.distributed.layout_plan import LAYOUTS, Layout, parts_of
 from rpsft_kernels.distributed.partition import projection_flops
-from rpsft_kernels.distributed.shard import Part
+from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.tools.cli import main
 from rpsft_kernels.tools.models import MODELS
 from rpsft_kernels.tools.shards import shard_costs
@@ -20,7 +20,7 @@ LLAMA = MODELS["llama-3.1-8b"].weights()
 BLOCK = 4 * 768 * 768
 
 
-def anchor_of(part: Part, rank: int, keep_base: bool, dtype: torch.dtype = torch.bfloat16) -> rk.Anchor:
+def anchor_of(part: Shard, rank: int, keep_base: bool, dtype: torch.dtype = torch.bfloat16) -> rk.Anchor:
     """An anchor of zeros, with bases in ``dtype``."""
     full = rank >= min(part.shape)
     base = torch.zeros(part.local_shape, dtype=torch.bfloat16) if keep_base or full else None
@@ -62,7 +62,7 @@ def test_rows_are_cut_like_those_of_dtensors() -> None:
     shapes = [(10, 7), (3, 9), (64, 5)]
     for shape, parts in zip(shapes, parts_of(shapes, 2, 4, "shard0"), strict=True):
         for i, part in enumerate(parts):
-            assert part == Part.rectangle(shape, *shard_spans(shape, [Shard(0)], [4], [i]))
+            assert part == Shard.rectangle(shape, *shard_spans(shape, [Placement(0)], [4], [i]))
 
 
 def test_ranges_follow_each_other() -> None:
@@ -121,7 +121,7 @@ def test_only_what_a_rank_works_on_is_held() -> None:
 @pytest.mark.parametrize("rank", [5, 16, 24])
 def test_bytes_are_those_of_anchors_of_whole_weights(rank: int, keep_base: bool) -> None:
     weight = torch.randn(40, 24).bfloat16()
-    part = Part.whole((40, 24))
+    part = Shard.whole((40, 24))
     anchor = rk.Anchor.from_weight(weight, rank, keep_base=keep_base)
     assert anchor_bytes(part, rank, keep_base) == anchor.nbytes
     wide = rk.Anchor.from_weight(weight.double() / 3, rank, keep_base=True, basis_dtype=torch.float32)
@@ -133,15 +133,15 @@ def test_bytes_are_those_of_anchors_of_whole_weights(rank: int, keep_base: bool)
 @pytest.mark.parametrize(
     "part",
     [
-        Part.rectangle((40, 24), (8, 21), (0, 24)),
-        Part.rectangle((40, 24), (0, 40), (3, 7)),
-        Part.range((40, 24), 30, 200),
-        Part.range((40, 24), 30, 40),
-        Part.nothing((40, 24)),
+        Shard.rectangle((40, 24), (8, 21), (0, 24)),
+        Shard.rectangle((40, 24), (0, 40), (3, 7)),
+        Shard.range((40, 24), 30, 200),
+        Shard.range((40, 24), 30, 40),
+        Shard.nothing((40, 24)),
     ],
     ids=["rows", "columns", "range", "range within a row", "nothing"],
 )
-def test_bytes_are_those_of_anchors_of_parts(part: Part, rank: int, keep_base: bool) -> None:
+def test_bytes_are_those_of_anchors_of_parts(part: Shard, rank: int, keep_base: bool) -> None:
     assert anchor_bytes(part, rank, keep_base) == anchor_of(part, rank, keep_base).nbytes
     wide = anchor_of(part, rank, keep_base, torch.float32)
     assert anchor_bytes(part, rank, keep_base, basis_bytes=4) == wide.nbytes
@@ -149,7 +149,7 @@ def test_bytes_are_those_of_anchors_of_parts(part: Part, rank: int, keep_base: b
 
 def test_an_empty_part_keeps_nothing() -> None:
     for keep_base in (True, False):
-        assert anchor_bytes(Part.nothing((40, 24)), 5, keep_base) == 0
+        assert anchor_bytes(Shard.nothing((40, 24)), 5, keep_base) == 0
 
 
 def test_more_ranks_than_rows_leave_some_without_work() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import DTYPES, check_basis_dtype, check_finite, check_rank, check_weight, dtype_name
-from ..distributed.shard import Part
+from ..distributed.shard import Shard
 from .subspace import top_subspaces
 from .tensors import base_copy, computed_block, padded
 
@@ -57,7 +57,7 @@ class Anchor:
     rank: int
     energy: float
     arithmetic: str | None = None
-    part: Part | None = None
+    part: Shard | None = None
 
     def __post_init__(self) -> None:
         self._check_scalars()
@@ -113,7 +113,7 @@ class Anchor:
             if keep_base:
                 base = base_copy(weight)
             else:
-                block, arithmetic = computed_block(weight, left, right, Part.whole((m, n)))
+                block, arithmetic = computed_block(weight, left, right, Shard.whole((m, n)))
             return cls(
                 left=left,
                 right=right,
@@ -143,9 +143,9 @@ class Anchor:
         return bases + sum(p.nbytes for p in (self.base, self.block) if p is not None)
 
     @property
-    def held(self) -> Part:
+    def held(self) -> Shard:
         """What of the weight this anchor covers: ``part``, or all of it."""
-        return Part.whole(self.shape) if self.part is None else self.part
+        return Shard.whole(self.shape) if self.part is None else self.part
 
     def pieces(self) -> dict[str, Tensor]:
         """The tensors that this form has, by attribute name."""

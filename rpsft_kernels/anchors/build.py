@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import check_basis_dtype, check_finite
-from ..distributed import LocalWeight, Part, ReplicatedWeight, Transfer
+from ..distributed import LocalWeight, ReplicatedWeight, Shard, Transfer
 from .anchor import Anchor
 from .fingerprint import Fingerprint
 from .subspace import top_subspaces
@@ -67,7 +67,7 @@ def _build_together(weights: dict[str, LocalWeight], request: Request) -> Iterat
     group = next(iter(weights.values())).group
     assert group is not None
     parts: list[Any] = [None] * group.size()
-    dist.all_gather_object(parts, {name: weight.part for name, weight in weights.items()}, group=group)
+    dist.all_gather_object(parts, {name: weight.shard for name, weight in weights.items()}, group=group)
     if any(list(other) != list(weights) for other in parts):
         raise ValueError(
             "model: got other parameters to anchor on other ranks, expected the same include and exclude on all"
@@ -77,7 +77,7 @@ def _build_together(weights: dict[str, LocalWeight], request: Request) -> Iterat
         yield from _one_round(jobs, weights, spread, request, group)
 
 
-def _rounds(weights: dict[str, LocalWeight], spread: dict[str, list[Part]]) -> Iterator[dict[str, int]]:
+def _rounds(weights: dict[str, LocalWeight], spread: dict[str, list[Shard]]) -> Iterator[dict[str, int]]:
     """Which rank computes which weight's subspaces, at most one each at a time: dearest first, to the least busy."""
 
     def cost(name: str) -> float:
@@ -99,7 +99,7 @@ def _rounds(weights: dict[str, LocalWeight], spread: dict[str, list[Part]]) -> I
 def _one_round(
     jobs: dict[str, int],
     weights: dict[str, LocalWeight],
-    spread: dict[str, list[Part]],
+    spread: dict[str, list[Shard]],
     request: Request,
     group: dist.ProcessGroup,
 ) -> Iterator[tuple[str, Anchor, Fingerprint]]:
@@ -128,7 +128,7 @@ def _one_round(
 
 
 def _brought_together(
-    jobs: dict[str, int], weights: dict[str, LocalWeight], spread: dict[str, list[Part]], group: dist.ProcessGroup
+    jobs: dict[str, int], weights: dict[str, LocalWeight], spread: dict[str, list[Shard]], group: dist.ProcessGroup
 ) -> dict[str, Tensor]:
     """The whole weights that this rank is to compute."""
     me, transfer = group.rank(), Transfer(group)
@@ -141,16 +141,16 @@ def _brought_together(
             continue
         if solver != me:
             values = weight.values().detach()
-            for _, view in weight.part.views(values):
+            for _, view in weight.shard.views(values):
                 transfer.send(view, solver)
             continue
         tensor = whole[name] = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         for member, part in enumerate(spread[name]):
-            for tile in part.tiles:
+            for tile in part.rects:
                 target = tensor[slice(*tile.rows), slice(*tile.cols)]
                 if member != me:
                     transfer.receive(target, member)
-        for tile, view in weight.part.views(weight.values().detach()):
+        for tile, view in weight.shard.views(weight.values().detach()):
             tensor[slice(*tile.rows), slice(*tile.cols)] = view
     transfer.run()
     return whole
@@ -171,7 +171,7 @@ def _solve(name: str, weight: Tensor, request: Request, bases: dict[str, tuple[T
 def _sent_back(
     jobs: dict[str, int],
     weights: dict[str, LocalWeight],
-    spread: dict[str, list[Part]],
+    spread: dict[str, list[Shard]],
     bases: dict[str, tuple[Tensor, Tensor]],
     request: Request,
     group: dist.ProcessGroup,
@@ -193,7 +193,7 @@ def _sent_back(
                     transfer.send(pieces[0], member)
                     transfer.send(pieces[1], member)
         else:
-            part = weight.part
+            part = weight.shard
             sizes = part.rows[1] - part.rows[0], part.cols[1] - part.cols[0]
             rows, columns = (
                 torch.empty((size, request.rank), dtype=request.basis_dtype, device=weight.device) for size in sizes
@@ -207,7 +207,7 @@ def _sent_back(
 
 @torch.no_grad()
 def _of_part(
-    weight: LocalWeight, part: Part, left: Tensor | None, right: Tensor | None, solved: _Solved, request: Request
+    weight: LocalWeight, part: Shard, left: Tensor | None, right: Tensor | None, solved: _Solved, request: Request
 ) -> Anchor:
     if part.numel:
         values = weight.values().detach()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checks import DTYPES, dtype_name
-from ..distributed.shard import Part
+from ..distributed.shard import Shard
 from .anchor import Anchor
 from .fingerprint import Fingerprint
 
@@ -113,7 +113,7 @@ class AnchorFile:
         """What the files of one sharded save have in common."""
         return self._description.get("save_id")
 
-    def part(self, name: str) -> Part:
+    def part(self, name: str) -> Shard:
         """What of the weight the file's pieces belong to."""
         record = self.records[name]
         try:
@@ -157,22 +157,22 @@ def _record(name: str, anchor: Anchor, fingerprint: Fingerprint | None, left_out
     }
 
 
-def _part_to_json(part: Part) -> dict[str, Any]:
+def _part_to_json(part: Shard) -> dict[str, Any]:
     return {
         "rows": list(part.rows),
         "cols": list(part.cols),
         "flat": None if part.flat is None else list(part.flat),
-        "alone": part.alone,
+        "alone": part.unsharded,
     }
 
 
-def _part_from_json(shape: tuple[int, int], record: Any) -> Part:
+def _part_from_json(shape: tuple[int, int], record: Any) -> Shard:
     if record is None:
-        return Part.whole(shape)
+        return Shard.whole(shape)
     rows, cols, flat = (
         None if record[key] is None else tuple(map(int, record[key])) for key in ("rows", "cols", "flat")
     )
-    return Part(shape, rows, cols, flat, bool(record["alone"]))  # type: ignore[arg-type]
+    return Shard(shape, rows, cols, flat, bool(record["alone"]))  # type: ignore[arg-type]
 
 
 def _tensors(anchors: Mapping[str, Anchor], left_out: Collection[tuple[str, str]]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import LocalWeight, Part, Tile
+from ..distributed import LocalWeight, Rect, Shard
 from .anchor import Anchor
 from .file_format import DTYPE_OF, PIECES, AnchorFile, Contents, words
 
@@ -47,7 +47,7 @@ def read_anchors(
         anchors, fingerprints = {}, {}
         for name, record in files[0].records.items():
             weight = weights.get(name)
-            part = None if weight is None or weight.group is None else weight.part
+            part = None if weight is None or weight.group is None else weight.shard
             try:
                 anchors[name] = _Assembly(name, record, files, torch.device(device)).anchor(part)
             except (KeyError, TypeError, ValueError) as error:
@@ -79,9 +79,9 @@ class _Assembly:
         self._shape: tuple[int, int] = tuple(record["shape"])
         self._parts = [file.part(name) for file in files]
 
-    def anchor(self, part: Part | None) -> Anchor:
+    def anchor(self, part: Shard | None) -> Anchor:
         """Of ``part``, or of the whole weight."""
-        record, target = self._record, Part.whole(self._shape) if part is None else part
+        record, target = self._record, Shard.whole(self._shape) if part is None else part
         pieces: dict[str, Tensor] = {}
         arithmetic = record["arithmetic"]
         for piece in PIECES[record["form"]]:
@@ -110,7 +110,7 @@ class _Assembly:
                 self._check_shape(piece, tuple(source.get_shape()), self._parts[i])
                 yield i, source
 
-    def _check_shape(self, piece: str, shape: tuple[int, ...], part: Part) -> None:
+    def _check_shape(self, piece: str, shape: tuple[int, ...], part: Shard) -> None:
         rank, (rows, cols) = self._record["rank"], part.bounds.shape
         expected = {
             "left": (rows, rank),
@@ -139,7 +139,7 @@ class _Assembly:
             raise ValueError(f"got no rows {missing}:{span[1]} of {piece!r} in the files; save the anchors again")
         return result
 
-    def _base(self, target: Part) -> Tensor:
+    def _base(self, target: Shard) -> Tensor:
         result: Tensor | None = None
         filled = 0
         for i, source in self._sources("base"):
@@ -147,7 +147,7 @@ class _Assembly:
             if result is None:
                 result = source[:0].new_empty(target.local_shape)
             offset = 0
-            for tile in held.tiles:
+            for tile in held.rects:
                 for wanted, view in target.views(result):
                     common = tile.common(wanted)
                     if common is not None:
@@ -158,7 +158,7 @@ class _Assembly:
             raise ValueError(f"got {filled} elements of 'base' in the files, expected {target.numel}; save them again")
         return result
 
-    def _block(self, target: Part) -> tuple[Tensor, str | None]:
+    def _block(self, target: Shard) -> tuple[Tensor, str | None]:
         """The block of a part is its own: only that of the same part serves, or for the whole the sum of all."""
         found = [(self._parts[i], source[:]) for i, source in self._sources("block")]
         for part, block in found:
@@ -171,7 +171,7 @@ class _Assembly:
         return (total if target.is_whole else torch.zeros_like(total)), None
 
 
-def _rectangle(source: Any, held: Part, tile: Tile, offset: int, wanted: Tile) -> Tensor:
+def _rectangle(source: Any, held: Shard, tile: Rect, offset: int, wanted: Rect) -> Tensor:
     """``wanted``, a piece of ``tile``, read from a stored part."""
     rows, cols = wanted.within(tile)
     if held.flat is None:

@@ -10,21 +10,21 @@ import torch
 from ..checks import check_basis_dtype
 from ..distributed import LocalWeight, with_parts
 from ..distributed.layout_plan import Layout, parts_of
-from ..distributed.shard import Part
+from ..distributed.shard import Shard
 from .tensors import padded_columns
 
 
-def is_full(part: Part, rank: int) -> bool:
+def is_full(part: Shard, rank: int) -> bool:
     """Whether the anchor of a weight is in full form: W0 alone."""
     return rank >= min(part.shape)
 
 
-def bases_bytes(part: Part, rank: int, basis_bytes: int) -> int:
+def bases_bytes(part: Shard, rank: int, basis_bytes: int) -> int:
     """Of a part's rows of U and V."""
     return sum(part.bounds.shape) * padded_columns(rank) * basis_bytes
 
 
-def anchor_bytes(part: Part, rank: int, keep_base: bool, basis_bytes: int = 2, base_bytes: int = 2) -> int:
+def anchor_bytes(part: Shard, rank: int, keep_base: bool, basis_bytes: int = 2, base_bytes: int = 2) -> int:
     """``Anchor.nbytes`` of a part's anchor: of rank k = ``rank`` and, from min(m, n) on, in full form.
 
     ``basis_bytes`` and ``base_bytes`` are of one element. A block is in float32, as of all but float64 weights.
@@ -74,7 +74,7 @@ def anchor_memory(
         check_basis_dtype(basis_dtype, weight.dtype, "basis_dtype")
     if ranks is None:
         held = with_parts(weights, {name: min(rank, *shape) for name, shape in shapes.items()})
-        rows = [[held[name].part] for name in weights]
+        rows = [[held[name].shard] for name in weights]
     else:
         rows = parts_of(list(shapes.values()), rank, ranks, layout)
     bases, kept = [0] * len(rows[0]), [0] * len(rows[0])

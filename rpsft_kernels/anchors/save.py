@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..distributed import Part
+from ..distributed import Shard
 from .file_format import Contents, write_anchors
 from .load import INDEX
 
@@ -66,7 +66,7 @@ def _make_folder(folder: Path) -> None:
     (folder / INDEX).unlink(missing_ok=True)
 
 
-def _left_out(held: list[dict[str, Part]], rank: int) -> set[tuple[str, str]]:
+def _left_out(held: list[dict[str, Shard]], rank: int) -> set[tuple[str, str]]:
     """(weight, piece) that an earlier rank writes."""
     left_out = set()
     for name, part in held[rank].items():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..checks import DTYPES, dtype_name
-from ..distributed import Found, LocalWeight, find_parameters
+from ..distributed import LocalWeight, ParameterRef, find_parameters
 
 Patterns = str | Sequence[str] | None
 
@@ -100,7 +100,7 @@ def _excluded(aliases: list[str], patterns: Sequence[str] | None) -> str | None:
     return None
 
 
-def _unsuitable(found: Found) -> str | None:
+def _unsuitable(found: ParameterRef) -> str | None:
     if len(found.shape) != 2:
         return f"{len(found.shape)}-D"
     if math.prod(found.shape) == 0:

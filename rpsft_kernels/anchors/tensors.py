@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..distributed.shard import Part
+from ..distributed.shard import Shard
 
 # Rows of a basis start 16-byte aligned in every dtype: GPU loads and tensor descriptors need it.
 _ROW_MULTIPLE = 16
@@ -44,7 +44,7 @@ def base_copy(weight: Tensor) -> Tensor:
     return small
 
 
-def computed_block(weight: Tensor, left: Tensor, right: Tensor, part: Part) -> tuple[Tensor, str]:
+def computed_block(weight: Tensor, left: Tensor, right: Tensor, part: Shard) -> tuple[Tensor, str]:
     """B = U^T W0 V by the operation that will compute U^T W V, so that they cancel to the last bit.
 
     ``weight`` is the part at hand, ``left`` and ``right`` its rows of U and V.

@@ -52,7 +52,7 @@ def _sums(weights: list[LocalWeight]) -> list[int]:
     own = [part_sum(weight) for weight in weights]
     group = weights[0].group
     # A replica's whole is at hand: it is read here where its parts are not known.
-    if group is None or (isinstance(weights[0], ReplicatedWeight) and all(w.part.is_whole for w in weights)):
+    if group is None or (isinstance(weights[0], ReplicatedWeight) and all(w.shard.is_whole for w in weights)):
         return own
     signed = [value - _WRAP if value >= _WRAP // 2 else value for value in own]
     table = torch.tensor(signed, dtype=torch.int64, device=weights[0].device)
@@ -63,8 +63,8 @@ def _sums(weights: list[LocalWeight]) -> list[int]:
 
 def part_sum(weight: LocalWeight) -> int:
     """The share of a part in its weight's checksum."""
-    if not weight.part.numel:
+    if not weight.shard.numel:
         return 0
     columns = weight.shape[1]
-    views = weight.part.views(weight.values().detach())
+    views = weight.shard.views(weight.values().detach())
     return sum(content_sum(view, tile.rows[0] * columns + tile.cols[0], columns) for tile, view in views) % _WRAP

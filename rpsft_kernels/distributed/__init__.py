@@ -1,20 +1,20 @@
 """How a weight lies over processes, and what they tell each other. Knows no kernel and no anchor."""
 
-from .discover import Found, find_parameters, locate_tensor
-from .group_call import Exchange, PendingSum
+from .discover import ParameterRef, find_parameters, locate_tensor
+from .group_call import GroupCall, PendingSum
 from .partition import divide, with_parts
-from .shard import Part, Tile
+from .shard import Rect, Shard
 from .transfer import Transfer
 from .weight import LocalWeight, ReplicatedWeight
 
 __all__ = [
-    "Exchange",
-    "Found",
+    "GroupCall",
     "LocalWeight",
-    "Part",
+    "ParameterRef",
     "PendingSum",
+    "Rect",
     "ReplicatedWeight",
-    "Tile",
+    "Shard",
     "Transfer",
     "divide",
     "find_parameters",

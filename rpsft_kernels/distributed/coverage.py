@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import hashlib
 
-from .shard import Part
+from .shard import Shard
 
 # A prime; sums of what 2^23 ranks hold modulo it stay within an int64.
 MODULUS = (1 << 40) - 87
 
 
-def measure(name: str, part: Part) -> int:
+def measure(name: str, part: Shard) -> int:
     """What a shard of the weight ``name`` weighs, times (x - 1) (y - 1): two geometric sums for each rectangle."""
     seed = hashlib.blake2b(name.encode(), digest_size=16).digest()
     x, y = (int.from_bytes(half, "little") % (MODULUS - 2) + 2 for half in (seed[:8], seed[8:]))
     return sum(
         (pow(x, tile.rows[1], MODULUS) - pow(x, tile.rows[0], MODULUS))
         * (pow(y, tile.cols[1], MODULUS) - pow(y, tile.cols[0], MODULUS))
-        for tile in part.tiles
+        for tile in part.rects
     )

@@ -15,13 +15,13 @@ from ..private_names import Zero3Parameter, averaging_group, ignored_by_ddp, is_
 from .dtensor import gathered_by_fsdp2, is_dtensor, locate_dtensor
 from .fsdp1 import find_flat_parameters
 from .names import canonical_name, is_deepspeed, named_weights
-from .shard import Part
+from .shard import Shard
 from .weight import LocalWeight, ReplicatedWeight
 from .zero3 import locate_zero3
 
 
 @dataclass(frozen=True)
-class Found:
+class ParameterRef:
     """One parameter: what the whole is like, and how to reach what of it lies here (2-D ones alone)."""
 
     identity: int
@@ -36,10 +36,10 @@ def locate_tensor(tensor: Tensor, name: str) -> LocalWeight:
     if is_dtensor(tensor):
         return locate_dtensor(tensor, name)
     shape = tuple(tensor.shape)
-    return LocalWeight(tensor, shape, Part.whole(shape))  # type: ignore[arg-type]
+    return LocalWeight(tensor, shape, Shard.whole(shape))  # type: ignore[arg-type]
 
 
-def find_parameters(model: nn.Module) -> dict[str, Found]:
+def find_parameters(model: nn.Module) -> dict[str, ParameterRef]:
     """Every parameter by canonical name; a tied one under each of its names.
 
     Raises:
@@ -47,7 +47,7 @@ def find_parameters(model: nn.Module) -> dict[str, Found]:
     """
     shown_now = named_weights(model)
     flattened = {
-        canonical_name(path): Found(weight.identity, shape, weight.dtype, weight.parameter, _always(weight))
+        canonical_name(path): ParameterRef(weight.identity, shape, weight.dtype, weight.parameter, _always(weight))
         for path, shape, weight in find_flat_parameters(model)
     }
     behind: dict[int, Tensor] = {id(shown): held for shown, held in gathered_by_fsdp2(model)}
@@ -67,13 +67,13 @@ def _always(weight: LocalWeight) -> Callable[[str], LocalWeight]:
     return lambda name: weight
 
 
-def _found(tensor: Tensor, locate: Callable[[Tensor, str], LocalWeight]) -> Found:
+def _found(tensor: Tensor, locate: Callable[[Tensor, str], LocalWeight]) -> ParameterRef:
     zero3 = Zero3Parameter.of(tensor)
     if zero3 is not None:
-        return Found(id(tensor), zero3.shape, tensor.dtype, tensor, lambda name: locate_zero3(zero3))
+        return ParameterRef(id(tensor), zero3.shape, tensor.dtype, tensor, lambda name: locate_zero3(zero3))
     # A lazy parameter has no shape yet.
     shape = () if isinstance(tensor, UninitializedParameter) else tuple(tensor.shape)
-    return Found(id(tensor), shape, tensor.dtype, tensor, lambda name: locate(tensor, name))
+    return ParameterRef(id(tensor), shape, tensor.dtype, tensor, lambda name: locate(tensor, name))
 
 
 def _replicas(model: nn.Module) -> dict[int, Callable[[Tensor, str], LocalWeight]]:
@@ -102,13 +102,13 @@ def _unreachable(engine: Any) -> str:
     )
 
 
-def _replica_of(group: Any, unreachable: str = "") -> Callable[[Tensor, str], LocalWeight] | None:
+def _replica_of(group: Any, gradient_error: str = "") -> Callable[[Tensor, str], LocalWeight] | None:
     """None where there is but one rank."""
     if group.size() == 1:
         return None
 
     def locate(tensor: Tensor, name: str) -> LocalWeight:
         shape = tuple(tensor.shape)
-        return ReplicatedWeight(tensor, shape, Part.whole(shape), group, unreachable=unreachable)  # type: ignore[arg-type]
+        return ReplicatedWeight(tensor, shape, Shard.whole(shape), group, gradient_error=gradient_error)  # type: ignore[arg-type]
 
     return locate

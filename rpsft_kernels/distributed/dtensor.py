@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..private_names import flat_mesh, fsdp2_parameters, shards_before
-from .shard import Part, Span
+from .shard import Shard, Span
 from .weight import LocalWeight
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class DTensorWeight(LocalWeight):
     def _local(self, tensor: Any) -> Tensor:
         local: Tensor = tensor.to_local()
         # An empty shard has whatever shape its maker gave it.
-        return local if self.part.numel else local.reshape(self.part.local_shape)
+        return local if self.shard.numel else local.reshape(self.shard.local_shape)
 
     def values(self) -> Tensor:
         return self._local(self.parameter)
@@ -57,7 +57,7 @@ class DTensorWeight(LocalWeight):
             self.parameter.grad = torch.empty_like(self.parameter, dtype=self.gradient_dtype)
         return self._local(self.parameter.grad)
 
-    def touch_gradient(self) -> None:
+    def ensure_gradient(self) -> None:
         # Norms of gradients are collective: every rank must have the same ones.
         self.gradient()
 
@@ -79,9 +79,9 @@ def locate_dtensor(tensor: Tensor, name: str) -> DTensorWeight:
     split = [i for i, placement in enumerate(placements) if not placement.is_replicate() and sizes[i] > 1]
     rows, cols = shard_spans(shape, placements, sizes, coordinate)
     if not split:
-        part, group = Part.whole(shape), None  # type: ignore[arg-type]
+        part, group = Shard.whole(shape), None  # type: ignore[arg-type]
     else:
-        part, group = Part.rectangle(shape, rows, cols), _group(mesh, split)  # type: ignore[arg-type]
+        part, group = Shard.rectangle(shape, rows, cols), _group(mesh, split)  # type: ignore[arg-type]
     with torch.no_grad():
         local = dtensor.to_local()
     if local.numel() != part.numel or (part.numel and tuple(local.shape) != part.local_shape):

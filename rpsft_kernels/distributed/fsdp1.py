@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..private_names import Fsdp1Handle, Fsdp1Weight
-from .shard import Part
+from .shard import Shard
 from .weight import LocalWeight
 
 
@@ -38,7 +38,7 @@ class FlatParameterWeight(LocalWeight):
         return False
 
     @property
-    def has_gradient(self) -> bool:
+    def must_accumulate(self) -> bool:
         # What is new in a FlatParameter is zeros: its other weights have no gradient here.
         return self.place.original is None or self.place.original.grad is not None
 
@@ -50,7 +50,7 @@ class FlatParameterWeight(LocalWeight):
 
     def _slice(self, flat: Tensor) -> Tensor:
         offset = self.place.offset
-        return flat.reshape(-1)[offset : offset + self.part.numel].view(self.part.local_shape)
+        return flat.reshape(-1)[offset : offset + self.shard.numel].view(self.shard.local_shape)
 
     def values(self) -> Tensor:
         if self.handle.gathered:
@@ -85,7 +85,7 @@ class FlatParameterWeight(LocalWeight):
                 holder.grad.data = holder.grad.to(self.gradient_dtype)
         if self.place.original is None:
             return self._slice(holder.grad)
-        return holder.grad.reshape(self.part.local_shape)
+        return holder.grad.reshape(self.shard.local_shape)
 
 
 def find_flat_parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], LocalWeight]]:
@@ -108,9 +108,9 @@ def find_flat_parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...
 def _located(handle: Fsdp1Handle, place: Fsdp1Weight) -> LocalWeight:
     if len(place.shape) != 2:
         # Of what is no matrix only the shape is ever asked for.
-        part = Part.whole((1, 1)) if handle.group is None else Part.nothing((1, 1))
+        part = Shard.whole((1, 1)) if handle.group is None else Shard.nothing((1, 1))
     elif handle.group is None:
-        part = Part.whole((place.shape[0], place.shape[1]))
+        part = Shard.whole((place.shape[0], place.shape[1]))
     else:
-        part = Part.range((place.shape[0], place.shape[1]), place.begin, place.end)
+        part = Shard.range((place.shape[0], place.shape[1]), place.begin, place.end)
     return FlatParameterWeight(handle.parameter, place.shape, part, handle.group, handle=handle, place=place)

@@ -4,8 +4,8 @@ Sums are all-reduces of the process group. Their order is the backend's: fixed f
 size, and every rank receives the same bits.
 
 On a GPU a step with weights in such groups waits for it, on purpose: what ranks agree on decides what they do. For each
-group it waits in :meth:`Exchange.agree`, before anything is launched (for what the GPU was doing till then; a rank in
-several groups agrees twice in each), and once for :meth:`Exchange.check_health`, before any gradient is touched (for
+group it waits in :meth:`GroupCall.agree`, before anything is launched (for what the GPU was doing till then; a rank in
+several groups agrees twice in each), and once for :meth:`GroupCall.check_health`, before any gradient is touched (for
 the projections and the sums). Gradients of replicated weights (DDP) that exist cost one more wait, for a checksum of
 the smallest. Such a step cannot be captured in a CUDA graph. Groups of one rank, and weights in none, wait for nothing.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..private_names import default_store
 from .coverage import MODULUS, measure
-from .shard import Part
+from .shard import Shard
 
 # Calls of this process by group. Every rank of a group makes the same ones in the same order; one that missed some
 # takes up the others' count when it next agrees with them.
@@ -38,13 +38,13 @@ _POLL = 0.02
 
 @dataclass
 class PendingSum:
-    """A sum on its way; ``tensor`` holds it once :meth:`Exchange.finish` has returned."""
+    """A sum on its way; ``tensor`` holds it once :meth:`GroupCall.finish` has returned."""
 
     tensor: Tensor
     work: Any
 
 
-class Exchange:
+class GroupCall:
     """One call's traffic within one process group.
 
     Raises (every method):
@@ -59,7 +59,7 @@ class Exchange:
         self._call = _calls[group.group_name]
         self._report()
 
-    def agree(self, digest: int, parts: Mapping[str, Part], sample: int = 0, failed: bool = False) -> list[int]:
+    def agree(self, digest: int, parts: Mapping[str, Shard], sample: int = 0, failed: bool = False) -> list[int]:
         """Refuse together to go on where ranks disagree; costs one all-reduce of 3 integers per rank, and 3.
 
         Args:
@@ -126,11 +126,11 @@ class Exchange:
                 "rank; no gradient was changed"
             )
 
-    def _excess(self, name: str, part: Part) -> int:
+    def _excess(self, name: str, part: Shard) -> int:
         """The measure of this rank's part less its share of the whole weight's: 0 in the sum over ranks."""
-        return measure(name, part) - (measure(name, Part.whole(part.shape)) if self.rank == 0 else 0)
+        return measure(name, part) - (measure(name, Shard.whole(part.shape)) if self.rank == 0 else 0)
 
-    def _refuse_parts(self, parts: Mapping[str, Part]) -> None:
+    def _refuse_parts(self, parts: Mapping[str, Shard]) -> None:
         # All ranks get here, with the same names: their digests were equal.
         own = [[self._excess(name, part) % MODULUS, part.numel] for name, part in parts.items()]
         found = self.finish(self.start(torch.tensor(own, dtype=torch.int64).to(self.device))).tolist()

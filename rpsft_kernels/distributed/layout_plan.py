@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from .partition import divide
-from .shard import Part
+from .shard import Shard
 
 Layout = Literal["shard0", "replicated", "flat"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
-def parts_of(shapes: Sequence[tuple[int, int]], rank: int, ranks: int, layout: Layout) -> list[list[Part]]:
+def parts_of(shapes: Sequence[tuple[int, int]], rank: int, ranks: int, layout: Layout) -> list[list[Shard]]:
     """What of each weight (m, n) each of N = ``ranks`` ranks works on: ``parts[weight][rank]``.
 
     ``"shard0"``: chunks of ceil(m / N) rows (FSDP2). ``"replicated"``: weights whole, their work divided (DDP).
@@ -26,12 +26,12 @@ def parts_of(shapes: Sequence[tuple[int, int]], rank: int, ranks: int, layout: L
             f"rank, ranks, layout: got {rank}, {ranks}, {layout!r}, expected at least 1 each, and one of {LAYOUTS}"
         )
     if ranks == 1:
-        return [[Part.whole(shape)] for shape in shapes]
+        return [[Shard.whole(shape)] for shape in shapes]
     if layout == "replicated":
         return divide(shapes, [min(rank, *shape) for shape in shapes], ranks)
     if layout == "shard0":
-        return [[Part.rectangle((m, n), span, (0, n)) for span in _chunks(m, ranks)] for m, n in shapes]
-    return [[Part.range((m, n), *span) for span in _chunks(m * n, ranks)] for m, n in shapes]
+        return [[Shard.rectangle((m, n), span, (0, n)) for span in _chunks(m, ranks)] for m, n in shapes]
+    return [[Shard.range((m, n), *span) for span in _chunks(m * n, ranks)] for m, n in shapes]
 
 
 def _chunks(length: int, count: int) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .shard import Part
+from .shard import Shard
 from .weight import LocalWeight, ReplicatedWeight
 
 # Of a rank's share: how far a boundary may move to fall between two weights. A weight that is not cut needs no sum of
@@ -20,7 +20,7 @@ def projection_flops(shape: tuple[int, int], rank: int) -> int:
     return 4 * m * n if rank >= min(m, n) else 4 * m * n * rank + 4 * rank * rank * min(m, n)
 
 
-def divide(shapes: Sequence[tuple[int, int]], ranks: Sequence[int], size: int) -> list[list[Part]]:
+def divide(shapes: Sequence[tuple[int, int]], ranks: Sequence[int], size: int) -> list[list[Shard]]:
     """Parts of every weight for each of ``size`` ranks, about equal in arithmetic: ``parts[weight][rank]``.
 
     Weights in their order are laid end to end and cut into equal lengths; a cut near a weight's end is moved there, any
@@ -48,19 +48,19 @@ def divide(shapes: Sequence[tuple[int, int]], ranks: Sequence[int], size: int) -
         before += cost
     current, parts = 0, []
     for shape, cuts in zip(shapes, ends, strict=True):
-        row = [Part.nothing(shape) for _ in range(size)]
+        row = [Shard.nothing(shape) for _ in range(size)]
         longer = max(shape)
         start = 0
         for process, fraction in [*cuts, (-1, 1.0)]:
             stop = longer if fraction >= 1.0 else min(longer, round(longer * fraction / _MULTIPLE) * _MULTIPLE)
             if stop > start:
                 spans = ((start, stop), (0, shape[1])) if shape[0] >= shape[1] else ((0, shape[0]), (start, stop))
-                row[current] = Part.rectangle(shape, *spans)
+                row[current] = Shard.rectangle(shape, *spans)
                 start = stop
             if process >= 0:
                 current = process + 1
         if sum(part.numel > 0 for part in row) == 1:
-            row = [Part.whole(shape) if part.numel else Part.nothing(shape, alone=True) for part in row]
+            row = [Shard.whole(shape) if part.numel else Shard.nothing(shape, unsharded=True) for part in row]
         parts.append(row)
     return parts
 

@@ -11,7 +11,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Tile:
+class Rect:
     """A rectangle of a weight: half-open spans of its rows and columns."""
 
     rows: Span
@@ -21,25 +21,25 @@ class Tile:
     def shape(self) -> tuple[int, int]:
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
-    def common(self, other: Tile) -> Tile | None:
+    def common(self, other: Rect) -> Rect | None:
         """What both hold, or None."""
         rows = max(self.rows[0], other.rows[0]), min(self.rows[1], other.rows[1])
         cols = max(self.cols[0], other.cols[0]), min(self.cols[1], other.cols[1])
-        return Tile(rows, cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
+        return Rect(rows, cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
 
-    def within(self, outer: Tile) -> tuple[slice, slice]:
+    def within(self, outer: Rect) -> tuple[slice, slice]:
         """Where its rows and columns lie in those of ``outer``."""
         row, col = outer.rows[0], outer.cols[0]
         return slice(self.rows[0] - row, self.rows[1] - row), slice(self.cols[0] - col, self.cols[1] - col)
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """What one rank holds of a weight of ``shape`` (m, n).
 
     Make one with :meth:`whole`, :meth:`nothing`, :meth:`rectangle` or :meth:`range`. ``rows`` and ``cols`` are the
     spans that it touches, of U and V respectively; both (0, 0) where it is empty. ``flat`` is the half-open range of
-    row-major indices where the part is no rectangle. ``alone`` says that one rank, this or another, holds the whole
+    row-major indices where the part is no rectangle. ``unsharded`` says that one rank, this or another, holds the whole
     weight, so that its C need not be summed.
     """
 
@@ -47,24 +47,24 @@ class Part:
     rows: Span
     cols: Span
     flat: Span | None = None
-    alone: bool = False
+    unsharded: bool = False
 
     @classmethod
-    def whole(cls, shape: tuple[int, int]) -> Part:
-        return cls(shape, (0, shape[0]), (0, shape[1]), alone=True)
+    def whole(cls, shape: tuple[int, int]) -> Shard:
+        return cls(shape, (0, shape[0]), (0, shape[1]), unsharded=True)
 
     @classmethod
-    def nothing(cls, shape: tuple[int, int], alone: bool = False) -> Part:
-        return cls(shape, (0, 0), (0, 0), alone=alone)
+    def nothing(cls, shape: tuple[int, int], unsharded: bool = False) -> Shard:
+        return cls(shape, (0, 0), (0, 0), unsharded=unsharded)
 
     @classmethod
-    def rectangle(cls, shape: tuple[int, int], rows: Span, cols: Span) -> Part:
+    def rectangle(cls, shape: tuple[int, int], rows: Span, cols: Span) -> Shard:
         if rows[0] >= rows[1] or cols[0] >= cols[1]:
             return cls.nothing(shape)
         return cls(shape, rows, cols)
 
     @classmethod
-    def range(cls, shape: tuple[int, int], begin: int, end: int) -> Part:
+    def range(cls, shape: tuple[int, int], begin: int, end: int) -> Shard:
         """Elements ``begin`` to ``end`` of the flattened weight."""
         if begin >= end:
             return cls.nothing(shape)
@@ -80,9 +80,9 @@ class Part:
         return (self.rows[1] - self.rows[0]) * (self.cols[1] - self.cols[0])
 
     @property
-    def bounds(self) -> Tile:
+    def bounds(self) -> Rect:
         """The least rectangle around it: the rows of U and of V that belong to it."""
-        return Tile(self.rows, self.cols)
+        return Rect(self.rows, self.cols)
 
     @property
     def is_whole(self) -> bool:
@@ -96,31 +96,31 @@ class Part:
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
     @property
-    def tiles(self) -> list[Tile]:
+    def rects(self) -> list[Rect]:
         """Its rectangles in row-major order: one, none where it is empty, up to three of a flat range."""
         if not self.numel:
             return []
         if self.flat is None or self.rows[1] - self.rows[0] == 1:
-            return [Tile(self.rows, self.cols)]
+            return [Rect(self.rows, self.cols)]
         (begin, end), n = self.flat, self.shape[1]
         body = -(-begin // n), end // n
         tiles = []
         if begin % n:
-            tiles.append(Tile((body[0] - 1, body[0]), (begin % n, n)))
+            tiles.append(Rect((body[0] - 1, body[0]), (begin % n, n)))
         if body[0] < body[1]:
-            tiles.append(Tile(body, (0, n)))
+            tiles.append(Rect(body, (0, n)))
         if end % n:
-            tiles.append(Tile((body[1], body[1] + 1), (0, end % n)))
+            tiles.append(Rect((body[1], body[1] + 1), (0, end % n)))
         return tiles
 
-    def views(self, local: Tensor) -> Iterator[tuple[Tile, Tensor]]:
+    def views(self, local: Tensor) -> Iterator[tuple[Rect, Tensor]]:
         """Each tile with its matrix in ``local``, a tensor of :attr:`local_shape`."""
         if self.flat is None:
             if self.numel:
-                yield self.tiles[0], local
+                yield self.rects[0], local
             return
         offset = 0
-        for tile in self.tiles:
+        for tile in self.rects:
             rows, cols = tile.shape
             yield tile, local[offset : offset + rows * cols].view(rows, cols)
             offset += rows * cols

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .shard import Part
+from .shard import Shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,16 +22,16 @@ class LocalWeight:
     Attributes:
         parameter: the tensor whose gradient is meant; what is tied has one of them.
         shape: (m, n) of the whole weight.
-        part: what of it this process works on.
+        shard: what of it this process works on.
         group: the processes whose parts make up the whole; None where this one works on all of it.
-        factor: what the gradient of this process's part is to be multiplied by.
+        grad_scale: what the gradient of this process's shard is to be multiplied by.
     """
 
     parameter: Tensor
     shape: tuple[int, ...]
-    part: Part
+    shard: Shard
     group: ProcessGroup | None = None
-    factor: float = 1.0
+    grad_scale: float = 1.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,7 +60,7 @@ class LocalWeight:
         return self.parameter
 
     @property
-    def has_gradient(self) -> bool:
+    def must_accumulate(self) -> bool:
         return self.parameter.grad is not None
 
     @property
@@ -86,10 +86,10 @@ class LocalWeight:
             self.parameter.grad = torch.empty_like(self.parameter, dtype=self.gradient_dtype)
         return self.parameter.grad
 
-    def touch_gradient(self) -> None:
+    def ensure_gradient(self) -> None:
         """Called in place of :meth:`gradient` where the part is empty, for gradients that must exist all the same."""
 
-    def store(self, gradient: Tensor) -> None:
+    def write_back(self, gradient: Tensor) -> None:
         """Take back what :meth:`gradient` gave, where that was a copy."""
 
 
@@ -98,28 +98,28 @@ class ReplicatedWeight(LocalWeight):
     """A weight that every rank of ``group`` holds whole and whose gradients are averaged over them by others.
 
     The work is divided: this rank's part is computed here alone, and its gradient multiplied by the group's size.
-    ``unreachable`` says why gradients cannot be added to.
+    ``gradient_error`` says why gradients cannot be added to.
     """
 
-    unreachable: str = ""
+    gradient_error: str = ""
 
-    def divided(self, part: Part, size: int) -> ReplicatedWeight:
-        return dataclasses.replace(self, part=part, factor=float(size))
+    def divided(self, shard: Shard, size: int) -> ReplicatedWeight:
+        return dataclasses.replace(self, shard=shard, grad_scale=float(size))
 
     def values(self) -> Tensor:
-        return self.part.of(self.parameter)
+        return self.shard.of(self.parameter)
 
     @property
-    def has_gradient(self) -> bool:
+    def must_accumulate(self) -> bool:
         # One that is new here is made of zeros around the part.
-        return self.parameter.grad is not None or not self.part.is_whole
+        return self.parameter.grad is not None or not self.shard.is_whole
 
     def check_gradient(self, name: str) -> None:
-        if self.unreachable:
-            raise ValueError(f"{name}: {self.unreachable}")
+        if self.gradient_error:
+            raise ValueError(f"{name}: {self.gradient_error}")
         super().check_gradient(name)
 
     def gradient(self) -> Tensor:
-        if self.parameter.grad is None and not self.part.is_whole:
+        if self.parameter.grad is None and not self.shard.is_whole:
             self.parameter.grad = torch.zeros_like(self.parameter, dtype=self.gradient_dtype)
-        return self.part.of(super().gradient())
+        return self.shard.of(super().gradient())

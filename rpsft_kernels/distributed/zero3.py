@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..private_names import Zero3Parameter
-from .shard import Part
+from .shard import Shard
 from .weight import LocalWeight
 
 
@@ -29,7 +29,7 @@ class ZeroWeight(LocalWeight):
         return False
 
     @property
-    def has_gradient(self) -> bool:
+    def must_accumulate(self) -> bool:
         return self._zero3.has_gradient
 
     @property
@@ -37,7 +37,7 @@ class ZeroWeight(LocalWeight):
         return torch.float32
 
     def values(self) -> Tensor:
-        return self._zero3.partition.detach()[: self.part.numel].view(self.part.local_shape)
+        return self._zero3.partition.detach()[: self.shard.numel].view(self.shard.local_shape)
 
     def check_gradient(self, name: str) -> None:
         if not self.requires_grad:
@@ -55,9 +55,9 @@ class ZeroWeight(LocalWeight):
         from deepspeed.utils import safe_get_local_grad
 
         gradient: Tensor = safe_get_local_grad(self.parameter)
-        return gradient.reshape(-1)[: self.part.numel].view(self.part.local_shape)
+        return gradient.reshape(-1)[: self.shard.numel].view(self.shard.local_shape)
 
-    def store(self, gradient: Tensor) -> None:
+    def write_back(self, gradient: Tensor) -> None:
         from deepspeed.utils import safe_set_local_grad
 
         # The last ranks' partitions are padded.
@@ -72,7 +72,7 @@ def locate_zero3(zero3: Zero3Parameter) -> ZeroWeight:
     shape, group, length, total = zero3.shape, zero3.group, zero3.partition_numel, zero3.numel
     begin = min(total, length * group.rank())
     if group.size() > 1:
-        part = Part.range(shape, begin, min(total, begin + length))  # type: ignore[arg-type]
+        part = Shard.range(shape, begin, min(total, begin + length))  # type: ignore[arg-type]
     else:
-        part, group = Part.whole(shape), None  # type: ignore[arg-type]
+        part, group = Shard.whole(shape), None  # type: ignore[arg-type]
     return ZeroWeight(zero3.parameter, shape, part, group, zero3.loss_scale)

@@ -20,8 +20,8 @@ _MOST = 4096
 def accumulate(coeff: float, bucket: Bucket, drifts: list[Tensor]) -> None:
     """Pull a bucket's drifts back into the gradients: added where one exists, written where it is new."""
     for term in bucket.terms:
-        if term.weight.requires_grad and not term.weight.part.numel:
-            term.weight.touch_gradient()
+        if term.weight.requires_grad and not term.weight.shard.numel:
+            term.weight.ensure_gradient()
     _each_launch(bucket, partial(_pull, bucket, drifts, coeff))
 
 
@@ -70,11 +70,11 @@ def _kinds(bucket: Bucket, into_gradients: bool, given: Set[int]) -> Iterator[tu
         dtypes = tuple((name, piece.dtype) for name, piece in anchor.pieces().items())
         gradient: tuple[object, ...] = (weight.requires_grad,)
         if into_gradients and weight.requires_grad:
-            held = _layout(weight.gradient()) if weight.has_gradient else None
+            held = _layout(weight.gradient()) if weight.must_accumulate else None
             # A weight that is listed twice has its gradient the second time.
             place = places.setdefault(weight.identity, len(places))
             gradient = (held, weight.gradient_dtype, place, weight.identity in given)
-        yield anchor.shape, anchor.rank, dtypes, weight.dtype, weight.part, _layout(weight.values()), gradient
+        yield anchor.shape, anchor.rank, dtypes, weight.dtype, weight.shard, _layout(weight.values()), gradient
 
 
 def _layout(matrix: Tensor) -> tuple[object, ...]:
@@ -85,7 +85,7 @@ def _each_launch(bucket: Bucket, pull: _Pull, given: Set[int] = frozenset()) -> 
     """Call ``pull`` with the weights of each launch, by their places, and whether their gradients exist already.
     ``given``: identities of weights that have one whatever they say themselves.
     """
-    left = [i for i, term in enumerate(bucket.terms) if term.weight.requires_grad and term.weight.part.numel]
+    left = [i for i, term in enumerate(bucket.terms) if term.weight.requires_grad and term.weight.shard.numel]
     while left:
         # A weight that is listed twice has one gradient, which no launch may write twice.
         first = {bucket.terms[i].weight.identity: i for i in reversed(left)}
@@ -95,7 +95,7 @@ def _each_launch(bucket: Bucket, pull: _Pull, given: Set[int] = frozenset()) -> 
         kinds: dict[tuple[bool, torch.dtype], list[int]] = {}
         for i in members:
             weight = bucket.terms[i].weight
-            exists = weight.has_gradient or weight.identity in given
+            exists = weight.must_accumulate or weight.identity in given
             kinds.setdefault((exists, weight.gradient_dtype), []).append(i)
         for (exists, _), alike in kinds.items():
             pull(alike, exists)
@@ -107,14 +107,14 @@ def _pull(bucket: Bucket, drifts: list[Tensor], coeff: float, members: list[int]
     grads = [term.weight.gradient() for term in terms]
     _pull_into(grads, bucket, drifts, coeff, members, exists)
     for term, grad in zip(terms, grads, strict=True):
-        term.weight.store(grad)
+        term.weight.write_back(grad)
 
 
 def _rehearse_pull(bucket: Bucket, drifts: list[Tensor], members: list[int], exists: bool) -> None:
     weights = [bucket.terms[i].weight for i in members]
     # Those that are not there yet are made like their weights.
     grads = [
-        weight.gradient() if weight.has_gradient else torch.empty_like(weight.values(), dtype=weight.gradient_dtype)
+        weight.gradient() if weight.must_accumulate else torch.empty_like(weight.values(), dtype=weight.gradient_dtype)
         for weight in weights
     ]
     _pull_into(grads, bucket, drifts, 1.0, members, exists)
@@ -123,7 +123,7 @@ def _rehearse_pull(bucket: Bucket, drifts: list[Tensor], members: list[int], exi
 def _rehearse_backward(bucket: Bucket, drifts: list[Tensor]) -> None:
     """A backward pass makes new gradients. One at a time here: during the forward pass memory is scarce."""
     for i, term in enumerate(bucket.terms):
-        if term.weight.requires_grad and term.weight.part.numel:
+        if term.weight.requires_grad and term.weight.shard.numel:
             grad = torch.empty_like(term.weight.values(), memory_format=torch.contiguous_format)
             _pull_into([grad], bucket, drifts, 1.0, [i], False)
 
@@ -143,7 +143,7 @@ def _pull_into(
         for j, tile in enumerate(term.tiles(grad)):
             targets.append(tile.values)
             chosen.append(drifts[i])
-            scales.append(2.0 * coeff * term.weight.factor)
+            scales.append(2.0 * coeff * term.weight.grad_scale)
             pieces.append(tile)
             if full:
                 weights.append(values[j])

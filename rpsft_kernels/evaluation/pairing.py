@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..anchors.anchor import Anchor
 from ..checks import check_weight
-from ..distributed import Found, LocalWeight, Part, ReplicatedWeight, find_parameters, locate_tensor, with_parts
+from ..distributed import LocalWeight, ParameterRef, ReplicatedWeight, Shard, find_parameters, locate_tensor, with_parts
 
 # Anchors whose foreign block has been reported: once per anchor, not once per step.
 _reported: weakref.WeakSet[Anchor] = weakref.WeakSet()
@@ -31,12 +31,12 @@ class Term:
     @property
     def summed(self) -> bool:
         """Whether C is a sum over the ranks of the weight's group."""
-        return self.weight.group is not None and self.anchor.form != "full" and not self.weight.part.alone
+        return self.weight.group is not None and self.anchor.form != "full" and not self.weight.shard.unsharded
 
     def tiles(self, values: Tensor) -> list[TileOfTerm]:
-        """The matrices that make up ``values`` (of ``weight.part.local_shape``), with their rows of the bases."""
-        anchor, part, held = self.anchor, self.weight.part, self.anchor.held
-        bases: list[Tensor | None] = [None] * len(part.tiles)
+        """The matrices that make up ``values`` (of ``weight.shard.local_shape``), with their rows of the bases."""
+        anchor, part, held = self.anchor, self.weight.shard, self.anchor.held
+        bases: list[Tensor | None] = [None] * len(part.rects)
         if anchor.base is not None:
             local = anchor.base if anchor.part is not None else part.of(anchor.base)
             bases = [view for _, view in part.views(local)]
@@ -63,7 +63,7 @@ class TileOfTerm:
     base: Tensor | None
 
 
-def paired(weights: object, anchors: object, parameters: Mapping[str, Found] | None = None) -> list[Term]:
+def paired(weights: object, anchors: object, parameters: Mapping[str, ParameterRef] | None = None) -> list[Term]:
     """Every accepted way to say which weights and which anchors, checked and as one list.
 
     Args:
@@ -98,7 +98,7 @@ def _term(name: str, weight: object, anchor: Anchor) -> Term:
     return term
 
 
-def _paired_by_name(anchors: object, parameters: Mapping[str, Found]) -> list[Term]:
+def _paired_by_name(anchors: object, parameters: Mapping[str, ParameterRef]) -> list[Term]:
     if not isinstance(anchors, Mapping):
         raise ValueError(
             f"anchors: got {type(anchors).__name__}, expected Anchors for a module "
@@ -165,13 +165,13 @@ def _check_term(term: Term) -> None:
             f"{term.name}: got a weight on {weight.device} and its anchor on {anchor.device}, expected one device; "
             f"move the anchor: anchors.to({str(weight.device)!r})"
         )
-    if anchor.part is not None and (anchor.part != weight.part or weight.group is None):
+    if anchor.part is not None and (anchor.part != weight.shard or weight.group is None):
         raise ValueError(
-            f"{term.name}: got an anchor of {_words(anchor.part)}, expected one of {_words(weight.part)}, which lies "
+            f"{term.name}: got an anchor of {_words(anchor.part)}, expected one of {_words(weight.shard)}, which lies "
             "here: pass the model as it was wrapped when it was anchored, or load the anchors with this one "
             "(Anchors.load(path, model))"
         )
-    if anchor.part is None and anchor.form == "block" and not weight.part.is_whole:
+    if anchor.part is None and anchor.form == "block" and not weight.shard.is_whole:
         raise ValueError(
             f"{term.name}: got the block of a whole weight, expected that of the part that lies here: only that "
             "cancels exactly; anchor the sharded model (Anchors.from_model), or load the anchors with the pretrained "
@@ -179,7 +179,7 @@ def _check_term(term: Term) -> None:
         )
 
 
-def _words(part: Part) -> str:
+def _words(part: Shard) -> str:
     if not part.numel:
         return "nothing"
     if part.flat is not None:
@@ -243,13 +243,13 @@ class Bucket:
             return [weight.values() for weight in weights], None
         joint, *shown = _Together.apply(  # type: ignore[no-untyped-call, unused-ignore]
             ops.accumulation_dtype(weights[0].dtype),
-            any(weight.unreachable for weight in replicas),
+            any(weight.gradient_error for weight in replicas),
             *[weight.parameter for weight in weights],
         )
-        return [weight.part.of(tensor) for weight, tensor in zip(weights, shown, strict=True)], joint
+        return [weight.shard.of(tensor) for weight, tensor in zip(weights, shown, strict=True)], joint
 
     def _project_values(self, values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        busy = [i for i, t in enumerate(self.terms) if t.weight.part.numel or not t.weight.part.alone]
+        busy = [i for i, t in enumerate(self.terms) if t.weight.shard.numel or not t.weight.shard.unsharded]
         if len(busy) < len(self.terms):
             return self._project_some(busy, values)
         tiles = [term.tiles(value) for term, value in zip(self.terms, values, strict=True)]

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from ..anchors.anchor import Anchor
 from ..anchors.fingerprint import content_sum
 from ..checks import dtype_name
-from ..distributed import Exchange, Found, LocalWeight, PendingSum, ReplicatedWeight, find_parameters, locate_tensor
+from ..distributed import (
+    GroupCall,
+    LocalWeight,
+    ParameterRef,
+    PendingSum,
+    ReplicatedWeight,
+    find_parameters,
+    locate_tensor,
+)
 from ..distributed.dtensor import is_dtensor
 from .accumulation import rehearse
 from .pairing import Bucket, Term, buckets_of, paired
@@ -32,7 +40,7 @@ class Prepared:
 
     terms: list[Term]
     buckets: list[Bucket]
-    exchanges: dict[str, Exchange]
+    exchanges: dict[str, GroupCall]
 
 
 def prepare(
@@ -80,9 +88,9 @@ def prepare(
     return Prepared(terms, buckets, exchanges)
 
 
-def _exchanges_of(weights: object, parameters: Mapping[str, Found] | None) -> dict[str, Exchange]:
+def _exchanges_of(weights: object, parameters: Mapping[str, ParameterRef] | None) -> dict[str, GroupCall]:
     """One for each group that holds parts of the weights, by its name; the same order on every rank."""
-    exchanges: dict[str, Exchange] = {}
+    exchanges: dict[str, GroupCall] = {}
     if not (dist.is_available() and dist.is_initialized()):
         return exchanges
     # Whatever lies on one mesh in one way has one group.
@@ -98,12 +106,12 @@ def _exchanges_of(weights: object, parameters: Mapping[str, Found] | None) -> di
             # Pairing says what is wrong with it, where it has an anchor.
             continue
         if weight.group is not None and weight.group.group_name not in exchanges:
-            exchanges[weight.group.group_name] = Exchange(weight.group, weight.device)
+            exchanges[weight.group.group_name] = GroupCall(weight.group, weight.device)
     return exchanges
 
 
 def _located(
-    weights: object, parameters: Mapping[str, Found] | None
+    weights: object, parameters: Mapping[str, ParameterRef] | None
 ) -> Iterable[tuple[str, Tensor, Callable[[str], LocalWeight]]]:
     """What may lie on several ranks: name, tensor, and how to tell."""
     if parameters is not None:
@@ -123,7 +131,7 @@ def _of_group(terms: list[Term], name: str) -> list[Term]:
 def _agree(
     members: list[Term],
     buckets: list[Bucket],
-    exchange: Exchange,
+    exchange: GroupCall,
     call: str,
     into_gradients: bool,
     failure: Exception | None,
@@ -133,7 +141,7 @@ def _agree(
         return
     sample = _gradient_sample(members) if into_gradients else 0
     # A weight may be listed under one name only: those of lists are numbered.
-    parts = {term.name: term.weight.part for term in members}
+    parts = {term.name: term.weight.shard for term in members}
     samples = exchange.agree(_digest(members, buckets, call, into_gradients), parts, sample)
     if samples[0] and len(set(samples)) == 1:
         raise ValueError(
@@ -267,7 +275,7 @@ def _of_group_projected(projected: list[_Projected], name: str) -> list[_Project
 class _Sums:
     """One group's sums on their way."""
 
-    exchange: Exchange
+    exchange: GroupCall
     members: list[_Projected]
     # R of what each rank computes whole, where there is any.
     local: Tensor | None
@@ -276,7 +284,7 @@ class _Sums:
     pending: PendingSum
 
     @classmethod
-    def of(cls, exchange: Exchange, members: list[_Projected], shared: list[_Projected]) -> _Sums:
+    def of(cls, exchange: GroupCall, members: list[_Projected], shared: list[_Projected]) -> _Sums:
         own = [one.squares.sum() for one in members if one.pending is None]
         dtype = max((one.squares.dtype for one in members), key=lambda dtype: dtype.itemsize)
         scalars = torch.zeros(1 + exchange.size, dtype=dtype, device=exchange.device)
@@ -297,7 +305,7 @@ class _Sums:
 
     def summands(self) -> list[Tensor]:
         """R of the group's weights, in summands; the drifts of ``members`` become the sums over ranks."""
-        factor = self.members[0].bucket.terms[0].weight.factor
+        factor = self.members[0].bucket.terms[0].weight.grad_scale
         found = [self.scalars[0] if self.local is None else _summed(self.local, self.scalars[0], factor)]
         for one in self.members:
             if one.pending is None or one.flat is None:

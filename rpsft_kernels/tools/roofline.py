@@ -38,7 +38,7 @@ import torch
 from ..anchors.memory import is_full
 from ..distributed.layout_plan import Layout, parts_of
 from ..distributed.partition import projection_flops
-from ..distributed.shard import Part
+from ..distributed.shard import Shard
 from ..ops.buckets import WeightSpec, plan_buckets
 from ..ops.triton.device import Profile
 from ..ops.triton.layout import Group, Problem, type_name
@@ -134,7 +134,7 @@ def total_seconds(phases: Sequence[Phase], gpu: Gpu) -> float:
     return sum(phase.seconds(gpu) for phase in phases)
 
 
-def rank_phases(job: Job, parts: Sequence[Part]) -> list[Phase]:
+def rank_phases(job: Job, parts: Sequence[Shard]) -> list[Phase]:
     """What one rank computes on its parts, without launches and traffic between ranks."""
     form, rank, w, kept = job.form, job.rank, job.dtype.itemsize, job.keep_base
     flops, moved = Counter[str](), Counter[str]()
@@ -144,7 +144,7 @@ def rank_phases(job: Job, parts: Sequence[Part]) -> list[Phase]:
             flops["full"] += 4 * part.numel
             moved["full"] += part.numel * (2 * (w + 2) + 2 * w)
             continue
-        for r, c in (tile.shape for tile in part.tiles):
+        for r, c in (tile.shape for tile in part.rects):
             short, long = 2 * rank * min(r, c), 2 * rank * max(r, c)
             large, small = 2 * r * c * rank, 2 * rank * rank * min(r, c)
             flops.update(project=large * form.weight_parts, drift=small * form.planes, pull=small, gradient=large)
@@ -152,23 +152,23 @@ def rank_phases(job: Job, parts: Sequence[Part]) -> list[Phase]:
             moved["drift"] += short * form.planes + short + block
             moved["pull"] += short + block + short
             moved["gradient"] += short + long + 2 * w * r * c
-        moved["drift"] += block * (3 * max(0, len(part.tiles) - 1) + (not kept and part.numel > 0))
+        moved["drift"] += block * (3 * max(0, len(part.rects) - 1) + (not kept and part.numel > 0))
     return [Phase(name, flops[name], moved[name]) for name in ("project", "drift", "pull", "gradient", "full")]
 
 
-def rank_launches(job: Job, parts: Sequence[Part]) -> Counter[str]:
+def rank_launches(job: Job, parts: Sequence[Shard]) -> Counter[str]:
     """One rank's launches by phase, from the launcher's plans; ``parts`` has one of every weight, empty ones too."""
     gpu, form, rank = job.gpu, job.form, job.rank
     profile = Profile(gpu.architecture, gpu.multiprocessors, DESCRIPTORS[gpu.architecture])
     # Buckets are of whole weights, so that every rank has the same.
     full = [is_full(part, rank) for part in parts]
     specs = [
-        WeightSpec(*part.shape, 0) if whole else WeightSpec(*part.shape, rank, part.alone, form.planes)
+        WeightSpec(*part.shape, 0) if whole else WeightSpec(*part.shape, rank, part.unsharded, form.planes)
         for part, whole in zip(parts, full, strict=True)
     ]
     launches = Counter[str]()
     for bucket in plan_buckets(specs):
-        held = [parts[i].tiles for i in bucket]
+        held = [parts[i].rects for i in bucket]
         if full[bucket[0]]:
             launches["full"] += 3 * any(held)
             continue
@@ -184,7 +184,7 @@ def rank_launches(job: Job, parts: Sequence[Part]) -> Counter[str]:
         if any(len(tiles) != 1 for tiles in held):
             # Tiles of a part are added and squared by PyTorch, weight by weight.
             launches["drift"] += sum(1 + max(1, len(tiles)) for tiles in held)
-        if not parts[bucket[0]].alone:
+        if not parts[bucket[0]].unsharded:
             # Packed, sent, squared, summed.
             launches["exchange"] += 4
     return launches

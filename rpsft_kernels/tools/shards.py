@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from ..anchors.memory import anchor_bytes, bases_bytes, is_full
 from ..distributed.layout_plan import Layout, parts_of
 from ..distributed.partition import projection_flops
-from ..distributed.shard import Part
+from ..distributed.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def shard_costs(
     held = [[row[i] for row in parts if row[i].numel] for i in range(ranks)]
     projected = [row for row in parts if not is_full(row[0], rank)]
     block = 4 * rank * rank
-    buffer = block * sum(not row[0].alone for row in projected)
+    buffer = block * sum(not row[0].unsharded for row in projected)
     kept = [m * n if rank >= min(m, n) else (m + n) * rank + rank * rank for m, n in shapes]
     gathered = 0 if layout == "replicated" else 2 * sum(m * n for m, n in shapes)
     return ShardCosts(
@@ -67,7 +67,7 @@ def shard_costs(
         elements=[sum(part.numel for part in mine) for mine in held],
         traffic_bytes=[sum(_traffic(part, rank, keep_base) for part in mine) for mine in held],
         anchor_bytes=[sum(anchor_bytes(part, rank, keep_base) for part in mine) for mine in held],
-        drift_bytes=[sum(block for row in projected if row[i].numel or not row[i].alone) for i in range(ranks)],
+        drift_bytes=[sum(block for row in projected if row[i].numel or not row[i].unsharded) for i in range(ranks)],
         buffer_bytes=buffer,
         sent_bytes=2 * (ranks - 1) * buffer // ranks,
         whole_flops=sum(projection_flops(shape, rank) for shape in shapes),
@@ -96,13 +96,13 @@ def shard_table(
     return "\n".join(lines)
 
 
-def _flops(part: Part, rank: int) -> int:
+def _flops(part: Shard, rank: int) -> int:
     if is_full(part, rank):
         return 4 * part.numel
-    return sum(4 * r * c * rank + 4 * rank * rank * min(r, c) for r, c in (tile.shape for tile in part.tiles))
+    return sum(4 * r * c * rank + 4 * rank * rank * min(r, c) for r, c in (tile.shape for tile in part.rects))
 
 
-def _traffic(part: Part, rank: int, keep_base: bool) -> int:
+def _traffic(part: Shard, rank: int, keep_base: bool) -> int:
     if is_full(part, rank):
         return 2 * part.numel * (2 * 2 + 2)
     return 2 * part.numel * (2 + keep_base + 1) + 2 * bases_bytes(part, rank, 2)

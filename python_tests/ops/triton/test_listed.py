@@ -20,7 +20,7 @@ import rpsft_kernels as rk
 from rpsft_kernels import ops
 from rpsft_kernels.anchors.anchor import Anchor
 from rpsft_kernels.anchors.tensors import computed_block, padded
-from rpsft_kernels.distributed.shard import Part
+from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.ops import triton as triton_backend
 from rpsft_kernels.ops.triton import full_form as whole
 from rpsft_kernels.ops.triton import project_drift as forward
@@ -228,9 +228,9 @@ def test_parts_of_weights(one_of_each: Asked, keep_base: bool) -> None:
     """Rows, columns, both, and flat ranges: their blocks when they are anchored, and each of their matrices later."""
     shape, rank = (48, 80), 16
     parts = [
-        Part.rectangle(shape, (0, 24), (0, 80)), Part.rectangle(shape, (0, 48), (40, 80)),
-        Part.rectangle(shape, (13, 14), (3, 80)), Part.range(shape, 0, 48 * 40), Part.range(shape, 7, 48 * 40 + 13),
-        Part.range(shape, 165, 170),
+        Shard.rectangle(shape, (0, 24), (0, 80)), Shard.rectangle(shape, (0, 48), (40, 80)),
+        Shard.rectangle(shape, (13, 14), (3, 80)), Shard.range(shape, 0, 48 * 40), Shard.range(shape, 7, 48 * 40 + 13),
+        Shard.range(shape, 165, 170),
     ]  # fmt: skip
     with ops.use_backend("triton"):
         for part, dtype, basis_dtype in product(parts, DTYPES, BASES):
