@@ -44,7 +44,7 @@ PREBUILT = os.environ.get("RPSFT_AOT_PREBUILT", "").strip()
 REASON = "_native_build.txt"
 COMPILE = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # NDEBUG: pybind11's assertions would put the paths of its headers here into the module.
-COMPILE += ["-fno-math-errno", "-ffp-contract=fast", "-pthread", "-DNDEBUG", "-Icsrc"]
+COMPILE += ["-fno-math-errno", "-ffp-contract=fast", "-pthread", "-DNDEBUG", "-Icsrc", "-Icsrc/include"]
 # Python's own symbols come from the interpreter that loads the module.
 LINK = ["-shared", "-pthread", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ldl"])]
 # Refuses what it does not know before anything is built.

@@ -1,7 +1,7 @@
 // The full form: W - W0 itself, its squared norm and its gradient.
 #pragma once
 
-#include "pull.hpp"
+#include "cpu/pull_back.hpp"
 
 namespace {
 

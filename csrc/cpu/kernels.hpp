@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "../engine.hpp"
-#include "../team.hpp"
+#include "cpu/engine.hpp"
+#include "cpu/threads.hpp"
 
 namespace rpsft {
 

@@ -3,8 +3,8 @@
 
 #include <cstddef>
 
-#include "../engine.hpp"
-#include "unit.hpp"
+#include "cpu/engine.hpp"
+#include "cpu/word.hpp"
 
 namespace {
 

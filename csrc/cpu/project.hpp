@@ -6,9 +6,9 @@
 // number of threads, and no thread needs a C of its own.
 #pragma once
 
-#include "../team.hpp"
-#include "ahead.hpp"
-#include "kernels.hpp"
+#include "cpu/threads.hpp"
+#include "cpu/prefetch.hpp"
+#include "cpu/kernels.hpp"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // Compiles where cuda/driver.hpp says the same as the driver's own header, which must be on the include path.
-#include "cuda/driver.hpp"
+#include "launcher/driver.hpp"
 
 #include <cuda.h>
 

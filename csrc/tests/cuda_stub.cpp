@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/driver.hpp"
+#include "launcher/driver.hpp"
 
 using namespace rpsft::cuda;
 

@@ -12,7 +12,7 @@
 
 #include "check.hpp"
 #include "cpu/number.hpp"
-#include "engine.hpp"
+#include "cpu/engine.hpp"
 
 namespace {
 

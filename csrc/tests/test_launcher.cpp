@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "cuda/launcher.hpp"
+#include "launcher/launcher.hpp"
 
 namespace {
 

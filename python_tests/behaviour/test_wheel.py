@@ -147,7 +147,7 @@ def test_a_source_distribution_is_complete_and_untagged(archive: Path) -> None:
         metadata_file = files.extractfile(f"rpsft_kernels-{version()}/PKG-INFO")
         assert metadata_file is not None
         assert f"\nVersion: {version()}\n" in metadata_file.read().decode()
-    assert {"build_tools/backend.py", "csrc/sources.json", "csrc/cuda/launcher.cpp", "CMakeLists.txt"} <= names
+    assert {"build_tools/backend.py", "csrc/sources.json", "csrc/launcher/launcher.cpp", "CMakeLists.txt"} <= names
     assert not any(name.endswith((".cubin", ".so")) for name in names)
 
 

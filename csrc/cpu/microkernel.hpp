@@ -1,7 +1,7 @@
 // The inner product of everything: a few rows by a few vectors of sums, held in registers over the whole depth.
 #pragma once
 
-#include "pack.hpp"
+#include "cpu/pack.hpp"
 
 namespace {
 

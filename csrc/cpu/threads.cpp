@@ -1,4 +1,4 @@
-#include "team.hpp"
+#include "cpu/threads.hpp"
 
 #include <thread>
 #include <vector>

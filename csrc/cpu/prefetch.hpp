@@ -1,7 +1,7 @@
 // The next part of an operand, packed while the one before it is multiplied: work for a tile to do beside its products.
 #pragma once
 
-#include "tile.hpp"
+#include "cpu/microkernel.hpp"
 
 namespace {
 

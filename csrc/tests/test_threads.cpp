@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "team.hpp"
+#include "cpu/threads.hpp"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // The 32-bit units that products are made of: one float32, or a pair of bfloat16 that are neighbours in the sum.
 #pragma once
 
-#include "number.hpp"
+#include "cpu/number.hpp"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // The entries of an instruction set without products of bfloat16 pairs: every product is one of float32 numbers.
 #pragma once
 
-#include "full.hpp"
+#include "cpu/full.hpp"
 
 namespace {
 

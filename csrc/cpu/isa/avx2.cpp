@@ -1,6 +1,6 @@
-#include "avx2_lanes.hpp"
+#include "cpu/isa/avx2_lanes.hpp"
 
-#include "entries.hpp"
+#include "cpu/float32_kernels.hpp"
 
 namespace rpsft {
 

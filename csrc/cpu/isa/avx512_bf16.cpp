@@ -1,7 +1,7 @@
 // AVX-512 with products of bfloat16 pairs (vdpbf16ps), twice as many as of float32 numbers.
-#include "avx512_lanes.hpp"
+#include "cpu/isa/avx512_lanes.hpp"
 
-#include "entries.hpp"
+#include "cpu/float32_kernels.hpp"
 
 namespace {
 

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <utility>
 
-#include "cuda/launcher.hpp"
+#include "launcher/launcher.hpp"
 
 namespace py = pybind11;
 

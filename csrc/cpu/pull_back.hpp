@@ -4,7 +4,7 @@
 // panel; the rows of the other side are read as they lie.
 #pragma once
 
-#include "project.hpp"
+#include "cpu/project.hpp"
 
 namespace {
 

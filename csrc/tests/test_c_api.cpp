@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "engine.hpp"
+#include "cpu/engine.hpp"
 #include "rotation_penalty.h"
 
 // In header.c: what a program in C sees and does; NULL, or what went wrong.

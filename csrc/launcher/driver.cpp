@@ -1,4 +1,4 @@
-#include "cuda/driver.hpp"
+#include "launcher/driver.hpp"
 
 #include <algorithm>
 #include <cstdlib>

@@ -1,4 +1,4 @@
-#include "cuda/launcher.hpp"
+#include "launcher/launcher.hpp"
 
 #include <algorithm>
 #include <cstring>

@@ -1,10 +1,10 @@
 // The engine's Python module: addresses, shapes and strides cross here, tensors do not.
-// cuda/bindings.cpp adds the submodule `cuda`.
+// python_launcher.cpp adds the submodule `cuda`.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "engine.hpp"
-#include "team.hpp"
+#include "cpu/engine.hpp"
+#include "cpu/threads.hpp"
 
 namespace py = pybind11;
 

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "number.hpp"
+#include "cpu/number.hpp"
 
 namespace {
 

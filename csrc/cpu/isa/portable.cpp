@@ -1,6 +1,6 @@
-#include "portable_lanes.hpp"
+#include "cpu/isa/portable_lanes.hpp"
 
-#include "entries.hpp"
+#include "cpu/float32_kernels.hpp"
 
 namespace rpsft {
 

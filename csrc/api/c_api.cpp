@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "engine.hpp"
+#include "cpu/engine.hpp"
 #include "rotation_penalty.h"
 
 // Exported whatever the visibility of the rest.

@@ -1,7 +1,7 @@
 // Vectors of four floats in plain C++ that compilers turn into SSE or NEON; every operation of the other lanes.
 #pragma once
 
-#include "number.hpp"
+#include "cpu/number.hpp"
 
 namespace {
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/driver.hpp"
+#include "launcher/driver.hpp"
 
 namespace rpsft::cuda {
 

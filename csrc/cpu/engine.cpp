@@ -1,11 +1,11 @@
-#include "engine.hpp"
+#include "cpu/engine.hpp"
 
 #include <algorithm>
 #include <new>
 #include <stdexcept>
 
 #include "cpu/kernels.hpp"
-#include "team.hpp"
+#include "cpu/threads.hpp"
 
 namespace rpsft {
 namespace {

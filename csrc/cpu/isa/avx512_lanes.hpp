@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "number.hpp"
+#include "cpu/number.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined lanes inside its own intrinsics for a mistake of ours (GCC bug 105593).
