@@ -5,8 +5,8 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rpsft_kernels.costs import step_flops
 from rpsft_kernels.distributed import Shard, divide
-from rpsft_kernels.distributed.partition import projection_flops
 from rpsft_kernels.tools.models import MODELS
 
 shapes = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 700)), min_size=1, max_size=12)
@@ -38,8 +38,8 @@ def test_few_weights_of_a_large_model_are_cut() -> None:
     weights = MODELS["llama-3.1-8b"].weights()
     parts = divide(weights, [768] * len(weights), 8)
     assert all(row[0].unsharded for row in parts)
-    busiest = max(sum(projection_flops(row[i].bounds.shape, 768) for row in parts if row[i].numel) for i in range(8))
-    assert busiest <= 1.1 * sum(projection_flops(shape, 768) for shape in weights) / 8
+    busiest = max(sum(step_flops(row[i].bounds.shape, 768) for row in parts if row[i].numel) for i in range(8))
+    assert busiest <= 1.1 * sum(step_flops(shape, 768) for shape in weights) / 8
 
 
 def test_a_full_anchor_is_cheap() -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rpsft_kernels.costs import step_flops
 from rpsft_kernels.distributed.layout_plan import LAYOUTS, Layout, parts_of
-from rpsft_kernels.distributed.partition import projection_flops
 from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.tools.cli import main
 from rpsft_kernels.tools.models import MODELS
@@ -45,7 +45,7 @@ def by_name(phases: list[Phase]) -> dict[str, Phase]:
 def test_flops_of_all_phases_are_those_of_the_model(model: str, rank: int) -> None:
     shapes = MODELS[model].weights()
     _, phases = our_phases(Job(shapes, rank, H100))
-    assert sum(phase.flops for phase in phases) == sum(projection_flops(shape, rank) for shape in shapes)
+    assert sum(phase.flops for phase in phases) == sum(step_flops(shape, rank) for shape in shapes)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

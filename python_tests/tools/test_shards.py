@@ -7,10 +7,9 @@ import torch
 from torch.distributed.tensor import Shard as Placement
 
 import rpsft_kernels as rk
-from rpsft_kernels.anchors.memory import anchor_bytes
+from rpsft_kernels.costs import anchor_bytes, step_flops
 from rpsft_kernels.distributed.dtensor import shard_spans
 from rpsft_kernels.distributed.layout_plan import LAYOUTS, Layout, parts_of
-from rpsft_kernels.distributed.partition import projection_flops
 from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.tools.cli import main
 from rpsft_kernels.tools.models import MODELS
@@ -42,7 +41,7 @@ def anchor_of(part: Shard, rank: int, keep_base: bool, dtype: torch.dtype = torc
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_work_is_shared_out_evenly(layout: Layout, ranks: int) -> None:
     costs = shard_costs(LLAMA, 768, ranks, layout)
-    total = sum(projection_flops(shape, 768) for shape in LLAMA)
+    total = sum(step_flops(shape, 768) for shape in LLAMA)
     assert len(costs.flops) == ranks
     # Tiles never take less than the undivided weight.
     assert sum(costs.flops) >= total

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import DTYPES, check_basis_dtype, check_finite, check_rank, check_weight, dtype_name
+from ..costs import is_full
 from ..distributed.shard import Shard
 from .subspace import top_subspaces
 from .tensors import base_copy, computed_block, padded
@@ -99,7 +100,7 @@ class Anchor:
         m, n = weight.shape
         # Inference tensors could not be saved for a backward pass later.
         with torch.inference_mode(False), torch.no_grad():
-            if rank >= min(m, n):
+            if is_full((m, n), rank):
                 return cls(
                     base=base_copy(weight),
                     shape=(m, n),

@@ -8,31 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ..checks import check_basis_dtype
+from ..costs import kept_bytes, subspace_bytes
 from ..distributed import LocalWeight, with_parts
 from ..distributed.layout_plan import Layout, parts_of
-from ..distributed.shard import Shard
-from .tensors import padded_columns
-
-
-def is_full(part: Shard, rank: int) -> bool:
-    """Whether the anchor of a weight is in full form: W0 alone."""
-    return rank >= min(part.shape)
-
-
-def bases_bytes(part: Shard, rank: int, basis_bytes: int) -> int:
-    """Of a part's rows of U and V."""
-    return sum(part.bounds.shape) * padded_columns(rank) * basis_bytes
-
-
-def anchor_bytes(part: Shard, rank: int, keep_base: bool, basis_bytes: int = 2, base_bytes: int = 2) -> int:
-    """``Anchor.nbytes`` of a part's anchor: of rank k = ``rank`` and, from min(m, n) on, in full form.
-
-    ``basis_bytes`` and ``base_bytes`` are of one element. A block is in float32, as of all but float64 weights.
-    """
-    if is_full(part, rank):
-        return part.numel * base_bytes
-    kept = part.numel * base_bytes if keep_base else 4 * rank * rank * (part.numel > 0)
-    return bases_bytes(part, rank, basis_bytes) + kept
 
 
 @dataclass(frozen=True)
@@ -80,10 +58,8 @@ def anchor_memory(
     bases, kept = [0] * len(rows[0]), [0] * len(rows[0])
     for weight, row in zip(weights.values(), rows, strict=True):
         for i, part in enumerate(row):
-            mine = 0 if is_full(part, rank) else bases_bytes(part, rank, basis_dtype.itemsize)
-            everything = anchor_bytes(part, rank, keep_base, basis_dtype.itemsize, weight.dtype.itemsize)
-            bases[i] += mine
-            kept[i] += everything - mine
+            bases[i] += subspace_bytes(part, rank, basis_dtype.itemsize)
+            kept[i] += kept_bytes(part, rank, keep_base, weight.dtype.itemsize)
     return AnchorMemory(tuple(bases), tuple(kept))
 
 

@@ -6,17 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..costs import padded_columns
 from ..distributed.shard import Shard
 
-# Rows of a basis start 16-byte aligned in every dtype: GPU loads and tensor descriptors need it.
-_ROW_MULTIPLE = 16
 # Elements compared at once when the base is tried in bfloat16.
 _TRIAL_ELEMENTS = 1 << 22
-
-
-def padded_columns(rank: int) -> int:
-    """Elements of a basis's row with its padding."""
-    return -(-rank // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 def padded(basis: Tensor) -> Tensor:

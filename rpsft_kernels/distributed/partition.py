@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..costs import step_flops
 from .shard import Shard
 from .weight import LocalWeight, ReplicatedWeight
 
@@ -12,12 +13,6 @@ from .weight import LocalWeight, ReplicatedWeight
 _SLACK = 0.03
 # Cut weights begin at multiples of this many rows or columns, whatever their dtype: kernels load 16 bytes at a time.
 _MULTIPLE = 64
-
-
-def projection_flops(shape: tuple[int, int], rank: int) -> int:
-    """Arithmetic of penalty and gradient of one (m, n) weight: 4 m n k + 4 k^2 min(m, n); 4 m n of a full anchor."""
-    m, n = shape
-    return 4 * m * n if rank >= min(m, n) else 4 * m * n * rank + 4 * rank * rank * min(m, n)
 
 
 def divide(shapes: Sequence[tuple[int, int]], ranks: Sequence[int], size: int) -> list[list[Shard]]:
@@ -31,7 +26,7 @@ def divide(shapes: Sequence[tuple[int, int]], ranks: Sequence[int], size: int) -
         ranks: k of each anchor.
         size: number of processes, at least 1.
     """
-    costs = [projection_flops(shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]
+    costs = [step_flops(shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]
     share = sum(costs) / size
     # cuts[i]: (process that ends here, fraction of weight i) in order.
     ends: list[list[tuple[int, float]]] = [[] for _ in shapes]

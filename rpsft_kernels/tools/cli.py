@@ -92,10 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _schedule(options: argparse.Namespace) -> int:
+    from ..costs import is_full
     from .schedule import schedule_report
 
     shapes = MODELS[options.model].weights()
-    projected = [shape for shape in shapes if min(shape) > options.rank]
+    projected = [shape for shape in shapes if not is_full(shape, options.rank)]
     report = schedule_report(
         projected, options.rank, options.multiprocessors, options.arch, keep_base=not options.block_form
     )

@@ -35,9 +35,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..anchors.memory import is_full
+from ..costs import (
+    drift_bytes,
+    elementwise_bytes,
+    full_flops,
+    inner_flops,
+    is_full,
+    outer_flops,
+)
 from ..distributed.layout_plan import Layout, parts_of
-from ..distributed.partition import projection_flops
 from ..distributed.shard import Shard
 from ..ops.buckets import WeightSpec, plan_buckets
 from ..ops.triton.device import Profile
@@ -138,15 +144,15 @@ def rank_phases(job: Job, parts: Sequence[Shard]) -> list[Phase]:
     """What one rank computes on its parts, without launches and traffic between ranks."""
     form, rank, w, kept = job.form, job.rank, job.dtype.itemsize, job.keep_base
     flops, moved = Counter[str](), Counter[str]()
-    block = 4 * rank * rank
+    block = drift_bytes(rank)
     for part in parts:
-        if is_full(part, rank):
-            flops["full"] += 4 * part.numel
-            moved["full"] += part.numel * (2 * (w + 2) + 2 * w)
+        if is_full(part.shape, rank):
+            flops["full"] += full_flops(part.numel)
+            moved["full"] += elementwise_bytes(part.numel, w, base_reads=2, weight_reads=2)
             continue
         for r, c in (tile.shape for tile in part.rects):
             short, long = 2 * rank * min(r, c), 2 * rank * max(r, c)
-            large, small = 2 * r * c * rank, 2 * rank * rank * min(r, c)
+            large, small = outer_flops((r, c), rank), inner_flops((r, c), rank)
             flops.update(project=large * form.weight_parts, drift=small * form.planes, pull=small, gradient=large)
             moved["project"] += r * c * (w + 2 * kept) + long + short * form.planes
             moved["drift"] += short * form.planes + short + block
@@ -161,7 +167,7 @@ def rank_launches(job: Job, parts: Sequence[Shard]) -> Counter[str]:
     gpu, form, rank = job.gpu, job.form, job.rank
     profile = Profile(gpu.architecture, gpu.multiprocessors, DESCRIPTORS[gpu.architecture])
     # Buckets are of whole weights, so that every rank has the same.
-    full = [is_full(part, rank) for part in parts]
+    full = [is_full(part.shape, rank) for part in parts]
     specs = [
         WeightSpec(*part.shape, 0) if whole else WeightSpec(*part.shape, rank, part.unsharded, form.planes)
         for part, whole in zip(parts, full, strict=True)
@@ -211,8 +217,8 @@ def published_phases(job: Job) -> list[Phase]:
     """Every rank's phases in the published way, for one micro-batch; launches are operators of PyTorch."""
     shapes, k, w = job.shapes, job.rank, job.dtype.itemsize
     sent = shard_costs(shapes, k, job.ranks, job.layout).published_sent_bytes * w // 2
-    full = [shape for shape in shapes if k >= min(shape)]
-    projected = [shape for shape in shapes if k < min(shape)]
+    full = [shape for shape in shapes if is_full(shape, k)]
+    projected = [shape for shape in shapes if not is_full(shape, k)]
     count, numel = len(projected), sum(m * n for m, n in projected)
     high, wide = 2 * k * sum(m for m, _ in projected), 2 * k * sum(n for _, n in projected)
     block, large, small = 2 * k * k * count, 2 * numel * k, k * wide
@@ -229,7 +235,7 @@ def published_phases(job: Job) -> list[Phase]:
         Phase("cast back", 0, numel * (2 + w), 0, count),
         Phase("add", 0, 3 * w * numel, 0, count),
         # Cast, -, square, sum and its cast; of the backward pass two casts, the square's three kernels, the addition.
-        Phase("full", sum(projection_flops(s, k) for s in full), elements * (5 * w + 28), 0, 11 * len(full)),
+        Phase("full", full_flops(elements), elements * (5 * w + 28), 0, 11 * len(full)),
     ]
     operators = sum(phase.launches for phase in phases)
     unhidden = max(0.0, operators * OPERATOR_SECONDS - total_seconds(phases, job.gpu))

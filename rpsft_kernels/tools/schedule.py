@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..costs import is_full
 from ..ops.buckets import BucketLimits, WeightSpec, plan_buckets
 from ..ops.triton.device import Profile
 from ..ops.triton.layout import Group, Problem, PullGroup, type_name
@@ -61,7 +62,7 @@ def schedule_report(
         ValueError: a shape whose shorter side does not exceed the rank.
     """
     for shape in shapes:
-        if min(shape) <= rank:
+        if is_full(shape, rank):
             raise ValueError(
                 f"shapes: got {shape} at rank {rank}, expected min(m, n) > rank: such weights get full anchors, "
                 "which this report leaves out"

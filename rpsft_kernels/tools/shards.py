@@ -16,10 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..anchors.memory import anchor_bytes, bases_bytes, is_full
+from ..costs import anchor_bytes, drift_bytes, is_full, shard_flops, step_bytes, step_flops
 from ..distributed.layout_plan import Layout, parts_of
-from ..distributed.partition import projection_flops
-from ..distributed.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -55,22 +53,22 @@ def shard_costs(
     """What each rank pays for weights of these shapes; arguments and errors as for :func:`parts_of`."""
     parts = parts_of(shapes, rank, ranks, layout)
     held = [[row[i] for row in parts if row[i].numel] for i in range(ranks)]
-    projected = [row for row in parts if not is_full(row[0], rank)]
-    block = 4 * rank * rank
+    projected = [row for row in parts if not is_full(row[0].shape, rank)]
+    block = drift_bytes(rank)
     buffer = block * sum(not row[0].unsharded for row in projected)
-    kept = [m * n if rank >= min(m, n) else (m + n) * rank + rank * rank for m, n in shapes]
+    kept = [m * n if is_full((m, n), rank) else (m + n) * rank + rank * rank for m, n in shapes]
     gathered = 0 if layout == "replicated" else 2 * sum(m * n for m, n in shapes)
     return ShardCosts(
         layout=layout,
         ranks=ranks,
-        flops=[sum(_flops(part, rank) for part in mine) for mine in held],
+        flops=[sum(shard_flops(part, rank) for part in mine) for mine in held],
         elements=[sum(part.numel for part in mine) for mine in held],
-        traffic_bytes=[sum(_traffic(part, rank, keep_base) for part in mine) for mine in held],
+        traffic_bytes=[sum(step_bytes(part, rank, keep_base) for part in mine) for mine in held],
         anchor_bytes=[sum(anchor_bytes(part, rank, keep_base) for part in mine) for mine in held],
         drift_bytes=[sum(block for row in projected if row[i].numel or not row[i].unsharded) for i in range(ranks)],
         buffer_bytes=buffer,
         sent_bytes=2 * (ranks - 1) * buffer // ranks,
-        whole_flops=sum(projection_flops(shape, rank) for shape in shapes),
+        whole_flops=sum(step_flops(shape, rank) for shape in shapes),
         published_sent_bytes=(ranks - 1) * gathered // ranks,
         published_anchor_bytes=2 * sum(kept),
     )
@@ -94,15 +92,3 @@ def shard_table(
             f"{'-':>8}"
         )
     return "\n".join(lines)
-
-
-def _flops(part: Shard, rank: int) -> int:
-    if is_full(part, rank):
-        return 4 * part.numel
-    return sum(4 * r * c * rank + 4 * rank * rank * min(r, c) for r, c in (tile.shape for tile in part.rects))
-
-
-def _traffic(part: Shard, rank: int, keep_base: bool) -> int:
-    if is_full(part, rank):
-        return 2 * part.numel * (2 * 2 + 2)
-    return 2 * part.numel * (2 + keep_base + 1) + 2 * bases_bytes(part, rank, 2)

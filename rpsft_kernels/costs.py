@@ -1,0 +1,136 @@
+"""What the rotation penalty costs, from shapes alone: the form of an anchor, FLOPs, and bytes of anchors and of a step.
+
+Every count of the package, its reports and its benchmarks comes from here. Sizes are (m, n) of a weight or (r, c) of a
+rectangle of it; ``rank`` is k. The k x k products are counted on the shorter side, which is where they are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+Shape = tuple[int, int]
+
+# Rows of U and V start 16-byte aligned in every dtype: GPU loads and tensor descriptors need it.
+_ROW_MULTIPLE = 16
+_BFLOAT16_BYTES = 2
+
+
+class _Rectangle(Protocol):
+    @property
+    def shape(self) -> Shape: ...
+
+
+class Extent(Protocol):
+    """The facts of a shard that its costs depend on: see :class:`rpsft_kernels.distributed.Shard`."""
+
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def numel(self) -> int: ...
+    @property
+    def bounds(self) -> _Rectangle: ...
+    @property
+    def rects(self) -> Sequence[_Rectangle]: ...
+
+
+def is_full(shape: Shape, rank: int) -> bool:
+    """Whether the anchor of a weight (m, n) has the full form, W0 alone: the rank reaches min(m, n)."""
+    return rank >= min(shape)
+
+
+def outer_flops(shape: Shape, rank: int) -> int:
+    """FLOPs of one product of an (r, c) matrix with its longer side's basis: the project or the gradient phase."""
+    return 2 * shape[0] * shape[1] * rank
+
+
+def inner_flops(shape: Shape, rank: int) -> int:
+    """FLOPs of one k x k product on the shorter side of an (r, c) matrix: the drift or the pull phase."""
+    return 2 * rank * rank * min(shape)
+
+
+def projected_flops(shape: Shape, rank: int) -> int:
+    """FLOPs of C and of the gradient of an (r, c) matrix: 4 r c k + 4 k^2 min(r, c)."""
+    return 2 * outer_flops(shape, rank) + 2 * inner_flops(shape, rank)
+
+
+def full_flops(elements: int) -> int:
+    """FLOPs of ||W - W0||_F^2 and of its gradient."""
+    return 4 * elements
+
+
+def step_flops(shape: Shape, rank: int) -> int:
+    """FLOPs of penalty and gradient of a whole weight (m, n), whichever form its anchor has."""
+    return full_flops(shape[0] * shape[1]) if is_full(shape, rank) else projected_flops(shape, rank)
+
+
+def shard_flops(shard: Extent, rank: int) -> int:
+    """FLOPs of penalty and gradient of a shard, rectangle by rectangle."""
+    if is_full(shard.shape, rank):
+        return full_flops(shard.numel)
+    return sum(projected_flops(rect.shape, rank) for rect in shard.rects)
+
+
+def drift_bytes(rank: int) -> int:
+    """Bytes of one C or B (k, k) in float32, as of all but float64 weights."""
+    return 4 * rank * rank
+
+
+def padded_columns(rank: int) -> int:
+    """Elements from one row of U or V to the next: k rounded up to a multiple of 16."""
+    return -(-rank // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def subspace_bytes(shard: Extent, rank: int, element_bytes: int = _BFLOAT16_BYTES) -> int:
+    """Bytes of the shard's rows of U and V, their padding included; 0 in the full form."""
+    if is_full(shard.shape, rank):
+        return 0
+    return sum(shard.bounds.shape) * padded_columns(rank) * element_bytes
+
+
+def kept_bytes(shard: Extent, rank: int, keep_base: bool, base_bytes: int = _BFLOAT16_BYTES) -> int:
+    """Bytes of W0 (``base_bytes`` an element) or of the float32 block that a shard's anchor keeps."""
+    if keep_base or is_full(shard.shape, rank):
+        return shard.numel * base_bytes
+    return drift_bytes(rank) if shard.numel else 0
+
+
+def anchor_bytes(
+    shard: Extent,
+    rank: int,
+    keep_base: bool,
+    basis_bytes: int = _BFLOAT16_BYTES,
+    base_bytes: int = _BFLOAT16_BYTES,
+) -> int:
+    """``Anchor.nbytes`` of a shard's anchor.
+
+    Args:
+        shard: elements of the weight that the anchor belongs to.
+        rank: k; from min(m, n) on the anchor has the full form.
+        keep_base: base form (True) or block form.
+        basis_bytes: bytes of an element of U and V.
+        base_bytes: bytes of an element of W0.
+    """
+    return subspace_bytes(shard, rank, basis_bytes) + kept_bytes(shard, rank, keep_base, base_bytes)
+
+
+def step_bytes(shard: Extent, rank: int, keep_base: bool) -> int:
+    """Bytes that a step moves of a bfloat16 shard: its elements, and U and V read twice. C and B are left out.
+
+    A full anchor's W and W0 are read for R and again for the gradient, those of the other forms once.
+    """
+    if is_full(shard.shape, rank):
+        return elementwise_bytes(shard.numel, _BFLOAT16_BYTES, base_reads=2, weight_reads=2)
+    return elementwise_bytes(shard.numel, _BFLOAT16_BYTES, base_reads=int(keep_base)) + 2 * subspace_bytes(shard, rank)
+
+
+def elementwise_bytes(elements: int, weight_bytes: int, base_reads: int, weight_reads: int = 1) -> int:
+    """Bytes that a step moves of W, W0 and the gradient.
+
+    Args:
+        elements: how many of the weight's elements are worked on.
+        weight_bytes: bytes of an element of the weight and of its gradient, which is read and written.
+        base_reads: how often W0, in bfloat16, is read.
+        weight_reads: how often W is read.
+    """
+    return elements * ((weight_reads + 2) * weight_bytes + base_reads * _BFLOAT16_BYTES)
