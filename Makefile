@@ -80,10 +80,10 @@ lint: $(VENV)/ready
 bench: BENCH_DEVICE = auto
 bench-gpu: BENCH_DEVICE = cuda
 bench bench-gpu: $(VENV)/ready
-	file=$$($(BIN)/python benchmarks/machine.py --device $(BENCH_DEVICE)) || exit 2; \
+	file=$$($(BIN)/python -m benchmarks.suites.machine --device $(BENCH_DEVICE)) || exit 2; \
 	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -vv --benchmark-quiet \
 		--bench-device $(BENCH_DEVICE) --bench-output $$file $(ARGS); status=$$?; \
-	test ! -f $$file || $(BIN)/python benchmarks/report.py $$file || exit 1; exit $$status
+	test ! -f $$file || $(BIN)/python -m benchmarks.reporting.report $$file || exit 1; exit $$status
 
 # TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" make wheel, or RPSFT_CUDA_ARCHS with the same: with the GPU kernels compiled ahead of
 # time, every one of them; -v shows how that went. `make release-wheel` is for every generation that a table is for.

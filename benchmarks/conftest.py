@@ -16,15 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cases
-import machine
-import measure
 import pytest
 import torch
-from cases import Case
-from measure import Clock, Entrant, Rounds, Run
-from recording import Recorder
-from results import Result
+
+from benchmarks.reporting.recording import Recorder
+from benchmarks.reporting.results import SUITES, Result
+from benchmarks.suites import cases, machine, measure
+from benchmarks.suites.cases import BenchCase
+from benchmarks.suites.measure import Clock, Entrant, Rounds, RunCase
 
 _OUTPUT = pytest.StashKey[Path]()
 
@@ -62,7 +61,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # What matters most comes first: a run that is cut short has it.
-    order = [f"bench_{suite}.py" for suite in cases.SUITES]
+    order = [f"bench_{suite}.py" for suite in SUITES]
     items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))
 
 
@@ -96,14 +95,14 @@ def recorder(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Reco
 
 
 @pytest.fixture
-def run(benchmark: Any, recorder: Recorder, clock: Clock) -> Run:
+def run(benchmark: Any, recorder: Recorder, clock: Clock) -> RunCase:
     """Time a case's entrants, record them, and fail where this package is wrong."""
 
-    def run(case: Case, entrants: list[Entrant]) -> list[Result]:
+    def run(case: BenchCase, entrants: list[Entrant]) -> list[Result]:
         def around(rounds: Rounds) -> None:
             # Ours, as tables have it; without it anybody, as a benchmark must time something.
             main = next((entrant for entrant in rounds.entrants if entrant.role == "ours"), rounds.entrants[0])
-            benchmark.extra_info["provider"] = main.name
+            benchmark.extra_info["provider"] = main.provider
             benchmark.pedantic(rounds.turn, setup=lambda: rounds.prepare(main), rounds=rounds.count(main))
 
         found = measure.run(case, entrants, clock, around)

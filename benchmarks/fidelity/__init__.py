@@ -1,0 +1,1 @@
+"""The gradient against float64 on real weights and real fine-tuning drift."""

@@ -1,0 +1,1 @@
+"""Result files of the benchmarks: written, read, compared and shown."""
