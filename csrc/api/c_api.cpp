@@ -1,3 +1,4 @@
+// The C API: checks arguments, converts them for the engine, and turns exceptions into status codes.
 #include <algorithm>
 #include <new>
 #include <sstream>
@@ -8,7 +9,7 @@
 #include "cpu/engine.hpp"
 #include "rotation_penalty.h"
 
-// Exported whatever the visibility of the rest.
+// Exported even where the build hides everything else.
 #if defined(__GNUC__)
 #define RPSFT_EXPORT __attribute__((visibility("default")))
 #else
@@ -19,7 +20,7 @@ namespace {
 
 using rpsft::Matrix;
 
-// Of this thread's last refusal.
+// Message of this thread's last error.
 std::string& last_error() {
   thread_local std::string words;
   return words;
@@ -38,7 +39,7 @@ std::string shape(std::int64_t rows, std::int64_t cols) {
   return words.str();
 }
 
-// Names one argument of one shard in a message.
+// Names one argument of one item in a message. The header calls the items shards.
 struct Place {
   std::size_t index;
   const char* name;
@@ -151,7 +152,7 @@ void remember(const char* words) noexcept {
   }
 }
 
-// Nothing may be thrown into C.
+// Exceptions must not cross into C.
 template <class Call>
 int guarded(const Call& call) {
   try {

@@ -1,4 +1,4 @@
-// The engine's Python module: addresses, shapes and strides cross here, tensors do not.
+// The Python module of the engine. It takes addresses, shapes and strides instead of tensors.
 // python_launcher.cpp adds the submodule `cuda`.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -19,21 +19,26 @@ rpsft::Matrix matrix(std::uintptr_t address, rpsft::Dtype dtype, std::int64_t ro
 
 rpsft::Projection projection(const rpsft::Matrix& weight, const rpsft::Matrix& base, const rpsft::Matrix& left,
                              const rpsft::Matrix& right, std::uintptr_t block, std::uintptr_t drift,
-                             std::uintptr_t square, std::int64_t head, std::int64_t tail) {
-  return {weight, base, left, right, reinterpret_cast<const float*>(block), reinterpret_cast<float*>(drift),
-          reinterpret_cast<float*>(square), {head, tail}};
+                             std::uintptr_t square) {
+  return {weight,
+          base,
+          left,
+          right,
+          reinterpret_cast<const float*>(block),
+          reinterpret_cast<float*>(drift),
+          reinterpret_cast<float*>(square),
+          {}};
 }
 
 rpsft::Pullback pullback(const rpsft::Matrix& grad, const rpsft::Matrix& left, const rpsft::Matrix& right,
-                         const rpsft::Matrix& weight, const rpsft::Matrix& base, std::uintptr_t drift, float scale,
-                         std::int64_t head, std::int64_t tail) {
-  return {grad, left, right, weight, base, reinterpret_cast<const float*>(drift), scale, {head, tail}};
+                         const rpsft::Matrix& weight, const rpsft::Matrix& base, std::uintptr_t drift, float scale) {
+  return {grad, left, right, weight, base, reinterpret_cast<const float*>(drift), scale, {}};
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "The CPU engine of rpsft_kernels, whose caller is rpsft_kernels.ops.native, and the submodule cuda.";
+  module.doc() = "The CPU engine that rpsft_kernels.ops.native calls, and the submodule cuda.";
 
   py::enum_<rpsft::Dtype>(module, "Dtype")
       .value("bfloat16", rpsft::Dtype::bfloat16)
@@ -44,20 +49,21 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<>())
       .def(py::init(&matrix), py::arg("address"), py::arg("dtype"), py::arg("rows"), py::arg("cols"),
            py::arg("row_stride"), py::arg("col_stride"));
-  py::class_<rpsft::Projection>(module, "Projection", "One shard's arguments of project_drift.")
+  py::class_<rpsft::Projection>(module, "Projection", "One weight's arguments of project_drift.")
       .def(py::init(&projection), py::arg("weight"), py::arg("base"), py::arg("left"), py::arg("right"),
-           py::arg("block"), py::arg("drift"), py::arg("square"), py::arg("head") = 0, py::arg("tail") = 0);
-  py::class_<rpsft::Pullback>(module, "Pullback", "One shard's arguments of pull_back.")
+           py::arg("block"), py::arg("drift"), py::arg("square"));
+  py::class_<rpsft::Pullback>(module, "Pullback", "One weight's arguments of pull_back.")
       .def(py::init(&pullback), py::arg("grad"), py::arg("left"), py::arg("right"), py::arg("weight"), py::arg("base"),
-           py::arg("drift"), py::arg("scale"), py::arg("head") = 0, py::arg("tail") = 0);
+           py::arg("drift"), py::arg("scale"));
 
-  module.def("instruction_sets", &rpsft::instruction_sets, "Names that the engine can run here, best first.");
-  module.def("team_kind", &rpsft::team_kind, "Whose threads it uses: 'OpenMP' or 'threads'.");
+  module.def("instruction_sets", &rpsft::instruction_sets,
+             "Instruction sets that the engine can use here, best first.");
+  module.def("team_kind", &rpsft::team_kind, "Whose threads the engine uses: 'OpenMP' or its own 'threads'.");
   module.def("workspace_bytes", &rpsft::workspace_bytes, py::arg("rank"), py::arg("instruction_set"),
-             py::arg("threads"), "Bytes taken beside the arguments.");
-  module.def("project_drift", &rpsft::project_drift, py::arg("shards"), py::arg("instruction_set"), py::arg("threads"),
+             py::arg("threads"), "The most bytes of workspace that a calling thread allocates.");
+  module.def("project_drift", &rpsft::project_drift, py::arg("items"), py::arg("instruction_set"), py::arg("threads"),
              py::call_guard<py::gil_scoped_release>());
-  module.def("pull_back", &rpsft::pull_back, py::arg("shards"), py::arg("accumulate"), py::arg("instruction_set"),
+  module.def("pull_back", &rpsft::pull_back, py::arg("items"), py::arg("accumulate"), py::arg("instruction_set"),
              py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   bind_cuda(module.def_submodule("cuda"));

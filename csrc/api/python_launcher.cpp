@@ -1,5 +1,5 @@
-// The launcher's Python submodule. Nothing here touches the driver until one of its functions is called; those calls
-// run without the interpreter's lock.
+// The Python submodule of the launcher. It opens the driver only when one of its functions is called. Those calls
+// release the interpreter's lock.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,24 +23,24 @@ std::unique_ptr<Kernel> kernel(const py::bytes& image, std::string entry, std::s
 }
 
 std::tuple<int, int, int> resources(Kernel& kernel, int device) {
-  const rpsft::cuda::Resources found = kernel.resources(device);
-  return {found.registers, found.local_bytes, found.shared_bytes};
+  const rpsft::cuda::Resources used = kernel.resources(device);
+  return {used.registers, used.local_bytes, used.shared_bytes};
 }
 
 }  // namespace
 
 void bind_cuda(py::module_ module) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  module.doc() = "Starts CUDA kernels that were compiled ahead of time; the driver is opened at first use.";
+  module.doc() = "Launches CUDA kernels that were compiled ahead of time. The driver is opened at first use.";
 
   py::register_exception<rpsft::cuda::LoadError>(module, "LoadError", PyExc_RuntimeError).doc() =
-      "The image does not suit the device or the driver; another one of the same kernel may.";
+      "The device or the driver cannot use the image; another image of the same kernel may work.";
 
   py::class_<Kernel>(module, "Kernel", "One entry of a cubin, a fat binary or PTX; layout: (offset, size) each.")
       .def(py::init(&kernel), py::arg("image"), py::arg("entry"), py::arg("name"), py::arg("threads"),
            py::arg("shared"), py::arg("layout"))
       .def("launch", &Kernel::launch, py::arg("device"), py::arg("stream"), py::arg("grid"), py::arg("arguments"),
-           Unlocked(), "Queues it on a stream of a device. The first time on a device loads it.")
+           Unlocked(), "Queues the kernel on a stream of a device. The first launch on a device loads it.")
       .def("resources", &resources, py::arg("device"), Unlocked(),
            "(registers, local bytes, static shared bytes): of a thread, of a thread, of a block. Loads the kernel.");
 

@@ -10,7 +10,7 @@
 namespace rpsft {
 namespace {
 
-// What this binary carries and this processor runs, best first.
+// The tables of the instruction sets that this binary contains and this processor supports, best first.
 std::vector<Kernels> usable_kernels() {
   std::vector<Kernels> usable;
 #if defined(__x86_64__)
@@ -35,8 +35,8 @@ std::vector<Kernels> usable_kernels() {
 }
 
 const std::vector<Kernels>& kernels() {
-  static const std::vector<Kernels> found = usable_kernels();
-  return found;
+  static const std::vector<Kernels> usable = usable_kernels();
+  return usable;
 }
 
 const Kernels& kernels_of(const std::string& instruction_set) {
@@ -45,11 +45,11 @@ const Kernels& kernels_of(const std::string& instruction_set) {
   throw std::invalid_argument("instruction_set: got '" + instruction_set + "', which this processor or build lacks");
 }
 
-// Memory that a calling thread keeps between calls: fresh pages would cost a small weight more time than its products.
-// It is as large as the largest call so far has needed and goes with its thread.
-class Workspace {
+// Memory that a calling thread keeps between calls, because for a small weight the page faults of new memory take
+// longer than the products. It grows to the largest call's size and is released when the thread ends.
+class ThreadMemory {
  public:
-  ~Workspace() { release(); }
+  ~ThreadMemory() { release(); }
 
   void* at_least(std::size_t bytes) {
     if (bytes > size_) {
@@ -73,21 +73,22 @@ class Workspace {
   std::size_t size_ = 0;
 };
 
-struct Rooms {
-  std::uint32_t* units;
+struct Workspace {
+  std::uint32_t* words;
   double* sums;
 };
 
-Rooms rooms(std::int64_t units, std::int64_t sums) {
-  thread_local Workspace workspace;
-  const std::size_t head = sizeof(double) * static_cast<std::size_t>((sums + 7) / 8 * 8);
-  auto* memory = static_cast<unsigned char*>(
-      workspace.at_least(head + sizeof(std::uint32_t) * static_cast<std::size_t>(units)));
-  return {reinterpret_cast<std::uint32_t*>(memory + head), reinterpret_cast<double*>(memory)};
+// The sums come first, padded to whole cache lines.
+Workspace workspace_of(std::int64_t words, std::int64_t sums) {
+  thread_local ThreadMemory memory;
+  const std::size_t sums_bytes = sizeof(double) * static_cast<std::size_t>((sums + 7) / 8 * 8);
+  auto* begin = static_cast<unsigned char*>(
+      memory.at_least(sums_bytes + sizeof(std::uint32_t) * static_cast<std::size_t>(words)));
+  return {reinterpret_cast<std::uint32_t*>(begin + sums_bytes), reinterpret_cast<double*>(begin)};
 }
 
-// A side so long that no other needs more room.
-constexpr std::int64_t longest = std::int64_t{1} << 40;
+// A longer side whose workspace is the largest that any weight needs.
+constexpr std::int64_t longest_side = std::int64_t{1} << 40;
 
 }  // namespace
 
@@ -97,36 +98,37 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-void project_drift(const std::vector<Projection>& shards, const std::string& instruction_set, int threads) {
+void project_drift(const std::vector<Projection>& items, const std::string& instruction_set, int threads) {
   const Kernels& chosen = kernels_of(instruction_set);
-  std::int64_t rank = 0, units = 0;
-  for (const Projection& shard : shards) {
-    if (shard.left.cols <= 0) continue;
-    rank = std::max(rank, shard.left.cols);
-    const std::int64_t long_size = std::max(shard.weight.rows, shard.weight.cols);
-    units = std::max(units, chosen.project_units(shard.left.cols, long_size, std::max(threads, 1)));
+  std::int64_t rank = 0, words = 0;
+  for (const Projection& item : items) {
+    if (item.left.cols <= 0) continue;
+    rank = std::max(rank, item.left.cols);
+    const std::int64_t long_size = std::max(item.weight.rows, item.weight.cols);
+    words = std::max(words, chosen.project_words(item.left.cols, long_size, std::max(threads, 1)));
   }
-  const Rooms room = rooms(units, std::max(rank, full_strips));
+  const Workspace workspace = workspace_of(words, std::max(rank, full_strips));
   run_team(threads, [&](Team& team) {
-    for (const Projection& shard : shards) chosen.project(shard, room.units, room.sums, team);
+    for (const Projection& item : items) chosen.project(item, workspace.words, workspace.sums, team);
   });
 }
 
-void pull_back(const std::vector<Pullback>& shards, bool accumulate, const std::string& instruction_set, int threads) {
+void pull_back(const std::vector<Pullback>& items, bool accumulate, const std::string& instruction_set, int threads) {
   const Kernels& chosen = kernels_of(instruction_set);
-  std::int64_t units = 0;
-  for (const Pullback& shard : shards)
-    if (shard.left.cols > 0) units = std::max(units, chosen.pull_units(shard.left.cols, std::max(threads, 1)));
-  const Rooms room = rooms(units, 0);
+  std::int64_t words = 0;
+  for (const Pullback& item : items)
+    if (item.left.cols > 0) words = std::max(words, chosen.pull_back_words(item.left.cols, std::max(threads, 1)));
+  const Workspace workspace = workspace_of(words, 0);
   run_team(threads, [&](Team& team) {
-    for (const Pullback& shard : shards) chosen.pull(shard, accumulate, room.units, team);
+    for (const Pullback& item : items) chosen.pull_back(item, accumulate, workspace.words, team);
   });
 }
 
 std::size_t workspace_bytes(std::int64_t rank, const std::string& instruction_set, int threads) {
   const Kernels& chosen = kernels_of(instruction_set);
-  const std::int64_t units = std::max(chosen.project_units(rank, longest, threads), chosen.pull_units(rank, threads));
-  return sizeof(std::uint32_t) * static_cast<std::size_t>(units) +
+  const std::int64_t words =
+      std::max(chosen.project_words(rank, longest_side, threads), chosen.pull_back_words(rank, threads));
+  return sizeof(std::uint32_t) * static_cast<std::size_t>(words) +
          sizeof(double) * static_cast<std::size_t>(std::max(rank, full_strips));
 }
 

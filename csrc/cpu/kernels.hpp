@@ -1,4 +1,10 @@
-// One instruction set's entries. A file per instruction set fills one of these, compiled with its own flags.
+// The table of one instruction set's functions. Each file in cpu/isa fills one table and is compiled with flags of its
+// own.
+//
+// Everything that those files include from cpu/ is in anonymous namespaces on purpose. A template or inline function
+// with external linkage would exist once in the program, compiled with the flags of whichever file the linker picks,
+// and could then run AVX-512 code on a processor without it. Internal linkage gives every instruction set its own copy;
+// keep it when adding to these headers.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +16,15 @@ namespace rpsft {
 
 struct Kernels {
   const char* name;
-  // 32-bit units of workspace for a rank, the weight's longer side, and a number of threads.
-  std::int64_t (*project_units)(std::int64_t rank, std::int64_t long_size, int threads);
-  std::int64_t (*pull_units)(std::int64_t rank, int threads);
-  // Called by every member of a team, with the same arguments. `sums` has room for max(rank, full_strips) numbers.
+  // Size of the workspace in 32-bit words for a rank, the weight's longer side and a number of threads.
+  std::int64_t (*project_words)(std::int64_t rank, std::int64_t long_size, int threads);
+  std::int64_t (*pull_back_words)(std::int64_t rank, int threads);
+  // Every member of a team calls these with the same arguments. `sums` holds max(rank, full_strips) numbers.
   void (*project)(const Projection&, std::uint32_t* workspace, double* sums, Team&);
-  void (*pull)(const Pullback&, bool accumulate, std::uint32_t* workspace, Team&);
+  void (*pull_back)(const Pullback&, bool accumulate, std::uint32_t* workspace, Team&);
 };
 
-// A full anchor's squares are summed in at most so many strips of rows, and these in order.
+// The full form sums squares in at most this many strips of rows, then adds up the strips in order.
 constexpr std::int64_t full_strips = 256;
 
 Kernels portable_kernels();

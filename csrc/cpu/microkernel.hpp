@@ -1,4 +1,4 @@
-// The inner product of everything: a few rows by a few vectors of sums, held in registers over the whole depth.
+// The microkernel: a tile of a few rows by a few vectors of sums, kept in registers over the whole depth of the sum.
 #pragma once
 
 #include "cpu/pack.hpp"
@@ -11,23 +11,26 @@ namespace {
 #define RPSFT_UNROLL _Pragma("unroll")
 #endif
 
-// How the one operand that is broadcast lies: units[row][step], or units[step][row].
+// Layout of the operand whose words are broadcast: words[row][step] (along), or words[step][row] (across).
 enum class Order { along, across };
 
 template <class Lanes>
 constexpr int panel_width = Lanes::tile_vectors * Lanes::width;
 
-// What a tile does beside its products: a little, every other step, as products leave most of a processor idle.
-struct Nothing {
+// Work that a tile does between its products, a little every other step: products leave most of the processor's other
+// execution ports idle. This one has nothing to do.
+struct NoOverlap {
   static constexpr bool idle = true;
   void step() {}
 };
 
-// Never inlined: among the variables of a caller's loops, compilers spill the sums.
-template <class Unit, Order order, int rows, class Sink, class Beside>
-__attribute__((noinline)) void tile(const std::uint32_t* one, Index one_stride, const std::uint32_t* many,
-                                    Index many_stride, Index steps, const Sink& sink, Beside& beside) {
-  using Lanes = typename Unit::Lanes;
+// Multiplies `rows` rows of broadcast words by a panel of vectors and hands the sums to `sink`.
+// Never inlined: next to the variables of a caller's loops, compilers spill the sums.
+template <class Word, Order order, int rows, class Sink, class Overlap>
+__attribute__((noinline)) void multiply_tile(const std::uint32_t* broadcast, Index broadcast_stride,
+                                             const std::uint32_t* panel, Index panel_stride, Index steps,
+                                             const Sink& sink, Overlap& overlap) {
+  using Lanes = typename Word::Lanes;
   constexpr int vectors = Lanes::tile_vectors;
   typename Lanes::Vector sums[rows][vectors];
   RPSFT_UNROLL
@@ -35,33 +38,34 @@ __attribute__((noinline)) void tile(const std::uint32_t* one, Index one_stride, 
     RPSFT_UNROLL
     for (int v = 0; v < vectors; ++v) sums[r][v] = Lanes::zero();
   }
-  // A pointer for every third row: the two after it are a register and twice that register away, which an x86 address
-  // can say. One pointer for each row would not leave registers enough.
+  // One pointer per three rows: the other two are one and two times a register away, which x86 addressing can express.
+  // A pointer per row would use too many registers.
   constexpr int groups = (rows + 2) / 3;
   const char* group[groups];
   RPSFT_UNROLL
   for (int g = 0; g < groups; ++g)
-    group[g] = reinterpret_cast<const char*>(order == Order::along ? one + 3 * g * one_stride : one + 3 * g);
+    group[g] =
+        reinterpret_cast<const char*>(order == Order::along ? broadcast + 3 * g * broadcast_stride : broadcast + 3 * g);
   constexpr bool along = order == Order::along;
-  const Index next_row = along ? 4 * one_stride : 4, next_step = along ? 4 : 4 * one_stride;
+  const Index next_row = along ? 4 * broadcast_stride : 4, next_step = along ? 4 : 4 * broadcast_stride;
   const auto products = [&]() __attribute__((always_inline)) {
-    typename Lanes::Vector panel[vectors];
+    typename Lanes::Vector loaded[vectors];
     RPSFT_UNROLL
-    for (int v = 0; v < vectors; ++v) panel[v] = Unit::load(many + v * Lanes::width);
+    for (int v = 0; v < vectors; ++v) loaded[v] = Word::load(panel + v * Lanes::width);
     RPSFT_UNROLL
     for (int r = 0; r < rows; ++r) {
-      const auto* unit = reinterpret_cast<const std::uint32_t*>(group[r / 3] + r % 3 * next_row);
+      const auto* word = reinterpret_cast<const std::uint32_t*>(group[r / 3] + r % 3 * next_row);
       RPSFT_UNROLL
-      for (int v = 0; v < vectors; ++v) sums[r][v] = Unit::multiply_add(unit, panel[v], sums[r][v]);
+      for (int v = 0; v < vectors; ++v) sums[r][v] = Word::multiply_add(word, loaded[v], sums[r][v]);
     }
     RPSFT_UNROLL
     for (int g = 0; g < groups; ++g) group[g] += next_step;
-    many += many_stride;
+    panel += panel_stride;
   };
   Index step = 0;
-  if constexpr (!Beside::idle) {
+  if constexpr (!Overlap::idle) {
     for (; step + 2 <= steps; step += 2) {
-      beside.step();
+      overlap.step();
       products();
       products();
     }
@@ -74,27 +78,28 @@ __attribute__((noinline)) void tile(const std::uint32_t* one, Index one_stride, 
   }
 }
 
-template <class Unit, Order order, int rows, class Sink>
-void tile(const std::uint32_t* one, Index one_stride, const std::uint32_t* many, Index many_stride, Index steps,
-          const Sink& sink) {
-  Nothing nothing;
-  tile<Unit, order, rows>(one, one_stride, many, many_stride, steps, sink, nothing);
+template <class Word, Order order, int rows, class Sink>
+void multiply_tile(const std::uint32_t* broadcast, Index broadcast_stride, const std::uint32_t* panel,
+                   Index panel_stride, Index steps, const Sink& sink) {
+  NoOverlap nothing;
+  multiply_tile<Word, order, rows>(broadcast, broadcast_stride, panel, panel_stride, steps, sink, nothing);
 }
 
-// A tile of fewer rows than `rows`.
-template <class Unit, Order order, int rows, class Sink>
-void partial_tile(Index present, const std::uint32_t* one, Index one_stride, const std::uint32_t* many,
-                  Index many_stride, Index steps, const Sink& sink) {
+// Multiplies a tile of `present` rows, at most `rows`.
+template <class Word, Order order, int rows, class Sink>
+void multiply_partial_tile(Index present, const std::uint32_t* broadcast, Index broadcast_stride,
+                           const std::uint32_t* panel, Index panel_stride, Index steps, const Sink& sink) {
   if constexpr (rows > 0) {
     if (present == rows) {
-      tile<Unit, order, rows>(one, one_stride, many, many_stride, steps, sink);
+      multiply_tile<Word, order, rows>(broadcast, broadcast_stride, panel, panel_stride, steps, sink);
     } else {
-      partial_tile<Unit, order, rows - 1>(present, one, one_stride, many, many_stride, steps, sink);
+      multiply_partial_tile<Word, order, rows - 1>(present, broadcast, broadcast_stride, panel, panel_stride, steps,
+                                                   sink);
     }
   }
 }
 
-// Sums written over, or added to, float32 rows that have room for the whole panel.
+// Writes sums to float32 rows, or adds them. The rows must be long enough for the whole panel.
 template <class Lanes>
 struct FloatSink {
   float* target;

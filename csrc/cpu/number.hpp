@@ -1,7 +1,4 @@
-// bfloat16 and float16 as 16-bit patterns: exact widening, narrowing to nearest even.
-//
-// Everything below csrc/cpu has internal linkage: each instruction set's file is compiled with its own flags, and a
-// shared inline function might otherwise reach a processor that lacks them.
+// bfloat16 and float16 as 16-bit patterns: exact widening, and narrowing to nearest even.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +34,7 @@ inline float widen(Float16 value) {
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // A power of two moves the exponent; subnormal numbers come out right too.
+  // Multiplying by a power of two rebiases the exponent, and normalizes subnormal numbers.
   return from_bits(sign | to_bits(from_bits(magnitude << 13) * 0x1p112f));
 }
 
@@ -46,7 +43,7 @@ inline void narrow(float value, float& target) { target = value; }
 inline void narrow(float value, Bfloat16& target) {
   const std::uint32_t bits = to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
-    target.bits = static_cast<std::uint16_t>(bits >> 16 | 0x40u);  // a NaN stays one
+    target.bits = static_cast<std::uint16_t>(bits >> 16 | 0x40u);  // keep NaN a NaN
   } else {
     target.bits = static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
   }
@@ -58,7 +55,7 @@ inline void narrow(float value, Float16& target) {
   if (magnitude > 0x7f800000u) {
     half = 0x7e00u;
   } else if (magnitude >= 0x47800000u) {
-    half = 0x7c00u;  // 65536 and more; what rounds up to it from below is carried into the exponent
+    half = 0x7c00u;  // 65536 and above; smaller values that round up to it carry into the exponent below
   } else if (magnitude < 0x38800000u) {
     // Subnormal: adding 0.5 leaves the result, rounded, in the low bits of the sum.
     half = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
@@ -68,7 +65,7 @@ inline void narrow(float value, Float16& target) {
   target.bits = static_cast<std::uint16_t>(sign | half);
 }
 
-// The value as a model of type T holds it.
+// The value after a round trip through type T.
 template <class T>
 inline float rounded_to(float value) {
   T held;

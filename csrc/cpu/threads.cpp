@@ -17,7 +17,7 @@ void Team::wait() {
     shared_.round.store(round + 1, std::memory_order_release);
     return;
   }
-  // Blocks are about equal, so the others come soon; on a machine with other work, let that go on.
+  // The members' shares of work are about equal, so spin first. On a busy machine, then yield to other work.
   for (int spins = 0; shared_.round.load(std::memory_order_acquire) == round; ++spins) {
     if (spins < 4096) {
 #if defined(__x86_64__)
@@ -49,8 +49,8 @@ struct OpenMp {
 };
 
 const OpenMp& open_mp() {
-  static const OpenMp found;
-  return found;
+  static const OpenMp runtime;
+  return runtime;
 }
 
 struct Job {
@@ -58,7 +58,7 @@ struct Job {
   Team::Shared shared;
 };
 
-void member(void* job) {
+void run_member(void* job) {
   Job& own = *static_cast<Job*>(job);
   // Inside another parallel region the runtime may give fewer threads than asked for.
   Team team(open_mp().rank(), open_mp().size(), own.shared);
@@ -75,10 +75,10 @@ void run_team(int threads, const std::function<void(Team&)>& work) {
     Team alone(0, 1, job.shared);
     work(alone);
   } else if (open_mp()) {
-    open_mp().parallel(member, &job, static_cast<unsigned>(threads), 0);
+    open_mp().parallel(run_member, &job, static_cast<unsigned>(threads), 0);
   } else {
     std::vector<std::thread> others;
-    // Counted after the last thread has started: a system that refuses one leaves a smaller team.
+    // Set after the last thread has started: if the system refuses a thread, the team is smaller.
     std::atomic<int> size{0};
     const auto start = [&](int rank) {
       while (size.load(std::memory_order_acquire) == 0) std::this_thread::yield();

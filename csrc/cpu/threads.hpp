@@ -1,4 +1,4 @@
-// Threads that run one function together.
+// Teams of threads that run one function together.
 #pragma once
 
 #include <atomic>
@@ -6,7 +6,7 @@
 
 namespace rpsft {
 
-// One member's handle on its team.
+// One member's view of its team.
 class Team {
  public:
   struct Shared {
@@ -18,7 +18,7 @@ class Team {
   int rank() const { return rank_; }
   int size() const { return size_; }
 
-  // Returns when every member has called it; what the others wrote before is then visible.
+  // A barrier: returns when every member has called it. What the others wrote before is then visible.
   void wait();
 
  private:
@@ -26,9 +26,9 @@ class Team {
   Shared& shared_;
 };
 
-// Calls `work` on at most `threads` threads, this one among them, and returns when all are done. `work` must not
-// throw. Where the process has loaded GNU's OpenMP runtime (torch brings it on Linux), its threads are used: a second
-// pool would compete with the first, whose threads go on spinning for a while after each of torch's operations.
+// Calls `work` on at most `threads` threads, including this one, and returns when all are done. `work` must not throw.
+// Uses the threads of GNU's OpenMP runtime where the process has loaded it (torch does on Linux). A second pool would
+// compete with OpenMP's threads, which keep spinning for a while after each torch operation.
 void run_team(int threads, const std::function<void(Team&)>& work);
 
 // "OpenMP" or "threads".

@@ -66,10 +66,11 @@ typedef struct {
 /* RPSFT_API_VERSION of the library that is linked, to be compared with that of this header. */
 int rpsft_api_version(void);
 
-/* instruction_set: one of rpsft_instruction_set(), or NULL for the best. threads: at least 1. Results have the same bits
- * for every number of threads; they depend on the instruction set. */
+/* instruction_set: one of rpsft_instruction_set(), or NULL for the best. threads: at least 1. Results have the same
+ * bits for every number of threads; they depend on the instruction set. */
 int rpsft_project_drift(const rpsft_projection* shards, size_t count, const char* instruction_set, int threads);
-int rpsft_pull_back(const rpsft_pullback* shards, size_t count, int accumulate, const char* instruction_set, int threads);
+int rpsft_pull_back(const rpsft_pullback* shards, size_t count, int accumulate, const char* instruction_set,
+                    int threads);
 
 /* Bytes at most that a calling thread takes beside the arguments, and keeps; 0 for an unknown instruction set. */
 size_t rpsft_workspace_bytes(int64_t rank, const char* instruction_set, int threads);

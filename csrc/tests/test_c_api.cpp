@@ -22,7 +22,8 @@ struct Case {
       : w(size(m, n)), w0(size(m, n)), u(size(m, k)), v(size(n, k)), g(size(m, n)), c(size(k, k)), block(size(k, k)) {
     float next = 1;
     for (auto* each : {&w, &w0, &u, &v, &g, &block})
-      for (float& x : *each) x = (next = next * 1.7f - static_cast<float>(static_cast<int>(next * 1.7f)) + 0.01f) - 0.5f;
+      for (float& x : *each)
+        x = (next = next * 1.7f - static_cast<float>(static_cast<int>(next * 1.7f)) + 0.01f) - 0.5f;
     weight = {w.data(), RPSFT_FLOAT32, m, n, n, 1};
     base = {w0.data(), RPSFT_FLOAT32, m, n, n, 1};
     left = {u.data(), RPSFT_FLOAT32, m, k, k, 1};

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "check.hpp"
-#include "cpu/number.hpp"
 #include "cpu/engine.hpp"
+#include "cpu/number.hpp"
 
 namespace {
 
@@ -34,7 +34,7 @@ double round_to(double value, Dtype dtype) {
                                    : single;
 }
 
-double unit_of(Dtype dtype) {
+double rounding_unit(Dtype dtype) {
   return dtype == Dtype::bfloat16 ? 0x1p-8 : dtype == Dtype::float16 ? 0x1p-11 : 0x1p-24;
 }
 
@@ -276,7 +276,8 @@ void check(const Case& c, const std::string& isa) {
       const double wanted = pull + (c.accumulate ? grad.at(r, j) : 0), difference = read(grad, r, j) - wanted;
       wrong += difference * difference;
       total += pull * pull;
-      rounding += std::pow(unit_of(c.grad) * wanted, 2) + std::pow(unit_of(Dtype::float32) * grad.at(r, j), 2);
+      rounding += std::pow(rounding_unit(c.grad) * wanted, 2);
+      rounding += std::pow(rounding_unit(Dtype::float32) * grad.at(r, j), 2);
     }
   CHECK(std::sqrt(wrong) <= products * std::sqrt(total) + std::sqrt(rounding) + 1e-6, "%s: gradient off by %g of %g",
         at.c_str(), std::sqrt(wrong), std::sqrt(total));

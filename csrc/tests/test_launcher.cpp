@@ -112,7 +112,8 @@ void loads_once_and_launches_together(const Stub& stub) {
 
 void failures_leave_nothing(const Stub& stub) {
   for (const char* call : {"cuInit", "cuThreadExchangeStreamCaptureMode", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
-                           "cuModuleLoadDataEx", "cuModuleGetFunction", "cuFuncGetAttribute", "cuFuncSetAttribute", "cuLaunchKernel"}) {
+                           "cuModuleLoadDataEx", "cuModuleGetFunction", "cuFuncGetAttribute", "cuFuncSetAttribute",
+                           "cuLaunchKernel"}) {
     stub.reset();
     stub.fail(call, 2);
     const auto own = kernel("entry fails", 100000);

@@ -1,4 +1,4 @@
-// Vectors of eight floats: AVX2 with FMA and F16C.
+// Vectors of eight floats in AVX2 with FMA and F16C.
 #pragma once
 
 #include <immintrin.h>
@@ -57,7 +57,7 @@ struct Avx2Lanes {
   }
 
  private:
-  // bfloat16 in the upper half of each lane, to nearest even.
+  // Rounds to nearest even; the bfloat16 is in the upper half of each lane.
   static __m256i rounded_bits(Vector v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

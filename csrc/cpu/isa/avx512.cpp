@@ -1,9 +1,8 @@
-#include "cpu/isa/avx512_lanes.hpp"
-
 #include "cpu/float32_kernels.hpp"
+#include "cpu/isa/avx512_lanes.hpp"
 
 namespace rpsft {
 
-Kernels avx512_kernels() { return single_kernels<Avx512Lanes>("avx512"); }
+Kernels avx512_kernels() { return float32_kernels<Avx512Lanes>("avx512"); }
 
 }  // namespace rpsft

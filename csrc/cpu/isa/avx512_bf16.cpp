@@ -1,7 +1,6 @@
-// AVX-512 with products of bfloat16 pairs (vdpbf16ps), twice as many as of float32 numbers.
-#include "cpu/isa/avx512_lanes.hpp"
-
+// AVX-512 with products of bfloat16 pairs (vdpbf16ps), twice the throughput of float32 products.
 #include "cpu/float32_kernels.hpp"
+#include "cpu/isa/avx512_lanes.hpp"
 
 namespace {
 
@@ -12,16 +11,17 @@ struct Bf16Lanes : Avx512Lanes {
   }
 };
 
-struct Pair {
+// Two bfloat16 per word.
+struct Bfloat16Pair {
   using Lanes = Bf16Lanes;
   using Vector = Lanes::Vector;
   static constexpr int elements = 2;
 
-  static Vector multiply_add(const std::uint32_t* one, Vector many, Vector sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(*one)),
-                            (__m512bh)_mm512_castps_si512(many));
+  static Vector multiply_add(const std::uint32_t* word, Vector vector, Vector sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(*word)),
+                            (__m512bh)_mm512_castps_si512(vector));
   }
-  static Vector load(const std::uint32_t* units) { return Lanes::load(reinterpret_cast<const float*>(units)); }
+  static Vector load(const std::uint32_t* words) { return Lanes::load(reinterpret_cast<const float*>(words)); }
 
   static std::uint32_t make(float first, float second) {
     Bfloat16 low, high;
@@ -30,23 +30,23 @@ struct Pair {
     return static_cast<std::uint32_t>(high.bits) << 16 | low.bits;
   }
 
-  static void along(Vector row, std::uint32_t* units) { Lanes::store(reinterpret_cast<Bfloat16*>(units), row); }
+  static void along(Vector row, std::uint32_t* words) { Lanes::store(reinterpret_cast<Bfloat16*>(words), row); }
 
-  static void across(Vector first, Vector second, std::uint32_t* units) {
+  static void across(Vector first, Vector second, std::uint32_t* words) {
     const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
     const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
-    _mm512_storeu_si512(units, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    _mm512_storeu_si512(words, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 
-  // Two vectors' worth of two rows.
-  static void interleave(const Bfloat16* first, const Bfloat16* second, std::uint32_t* units) {
+  // Packs two vectors of lanes from two rows of bfloat16.
+  static void interleave(const Bfloat16* first, const Bfloat16* second, std::uint32_t* words) {
     const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
-    _mm512_storeu_si512(units, _mm512_permutex2var_epi16(a, interleaved(0), b));
-    _mm512_storeu_si512(units + 16, _mm512_permutex2var_epi16(a, interleaved(16), b));
+    _mm512_storeu_si512(words, _mm512_permutex2var_epi16(a, interleaved(0), b));
+    _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi16(a, interleaved(16), b));
   }
 
  private:
-  // Elements start, start + 32, start + 1, start + 33, ...: numbers from 32 on are the second row's.
+  // The permutation start, start + 32, start + 1, start + 33, ...: indices from 32 on select from the second row.
   static __m512i interleaved(int start) {
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i pair = _mm512_or_si512(lane, _mm512_slli_epi32(lane, 16));
@@ -54,21 +54,22 @@ struct Pair {
   }
 };
 
-using Float = Single<Bf16Lanes>;
+using Float32 = Float32Word<Bf16Lanes>;
 
-void project(const Projection& p, std::uint32_t* workspace, double* sums, rpsft::Team& team) {
+void project_bfloat16(const Projection& p, std::uint32_t* workspace, double* sums, rpsft::Team& team) {
   if (!p.left.present()) return project_full<Bf16Lanes>(p, sums, team);
   const bool pairs = p.left.dtype == rpsft::Dtype::bfloat16;
-  if (pairs && p.base.data) return project_one<Pair, Pair>(p, workspace, sums, team);
-  // Without a base T is as large as the weight, and rounding it would lose the drift: it stays in float32.
-  if (pairs && p.weight.dtype == rpsft::Dtype::bfloat16) return project_one<Pair, Float>(p, workspace, sums, team);
-  project_one<Float, Float>(p, workspace, sums, team);
+  if (pairs && p.base.data) return project_one<Bfloat16Pair, Bfloat16Pair>(p, workspace, sums, team);
+  // Without a base T = W V is not small, and rounding it to bfloat16 would lose the drift in it. Keep it in float32.
+  if (pairs && p.weight.dtype == rpsft::Dtype::bfloat16)
+    return project_one<Bfloat16Pair, Float32>(p, workspace, sums, team);
+  project_one<Float32, Float32>(p, workspace, sums, team);
 }
 
-void pull(const Pullback& p, bool accumulate, std::uint32_t* workspace, rpsft::Team& team) {
-  if (!p.left.present()) return pull_full<Bf16Lanes>(p, accumulate, team);
-  if (p.left.dtype == rpsft::Dtype::bfloat16) return pull_into<Pair>(p, accumulate, workspace, team);
-  pull_into<Float>(p, accumulate, workspace, team);
+void pull_back_bfloat16(const Pullback& p, bool accumulate, std::uint32_t* workspace, rpsft::Team& team) {
+  if (!p.left.present()) return pull_back_full<Bf16Lanes>(p, accumulate, team);
+  if (p.left.dtype == rpsft::Dtype::bfloat16) return pull_back_into<Bfloat16Pair>(p, accumulate, workspace, team);
+  pull_back_into<Float32>(p, accumulate, workspace, team);
 }
 
 }  // namespace
@@ -76,8 +77,8 @@ void pull(const Pullback& p, bool accumulate, std::uint32_t* workspace, rpsft::T
 namespace rpsft {
 
 Kernels avx512_bf16_kernels() {
-  // Units of float32 numbers need the more room.
-  return {"avx512_bf16", project_units<Bf16Lanes>, pull_units<Float>, project, pull};
+  // Anchors may be float32, whose words need the larger workspace.
+  return {"avx512_bf16", project_words<Bf16Lanes>, pull_back_words<Float32>, project_bfloat16, pull_back_bfloat16};
 }
 
 }  // namespace rpsft

@@ -1,4 +1,4 @@
-// Vectors of sixteen floats: AVX-512 F, BW, VL, DQ.
+// Vectors of sixteen floats in AVX-512 F, BW, VL and DQ.
 #pragma once
 
 #include <immintrin.h>
@@ -6,7 +6,7 @@
 #include "cpu/number.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes the undefined lanes inside its own intrinsics for a mistake of ours (GCC bug 105593).
+// GCC 12 warns about the undefined lanes inside its own intrinsics (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -15,7 +15,7 @@ namespace {
 
 struct Avx512Lanes {
   static constexpr int width = 16;
-  // 24 of 32 registers accumulate.
+  // A tile's sums take 24 of the 32 registers.
   static constexpr int tile_rows = 12, tile_vectors = 2;
   using Vector = __m512;
 
@@ -55,7 +55,7 @@ struct Avx512Lanes {
     }
   }
 
-  // target[j][i] = source[i][j], 16 x 16 words of 32 bits.
+  // target[j][i] = source[i][j], for 16 x 16 words.
   static void transpose(const std::uint32_t* source, std::ptrdiff_t stride, std::uint32_t* target,
                         std::ptrdiff_t target_stride) {
     __m512i row[16], pair[16];

@@ -1,4 +1,5 @@
-// Vectors of four floats in plain C++ that compilers turn into SSE or NEON; every operation of the other lanes.
+// Vectors of four floats in plain C++ that compilers translate to SSE or NEON, with the same operations as the other
+// instruction sets' lanes.
 #pragma once
 
 #include "cpu/number.hpp"
