@@ -1,4 +1,26 @@
-"""Fused kernels for the rotation penalty of RPSFT (arXiv 2605.10973)."""
+"""Fused kernels for the rotation penalty of RPSFT (arXiv 2605.10973), ``R = sum ||U^T (W - W0) V||_F^2``.
+
+The public names::
+
+    Anchors.from_model(model, rank)                      what is kept of a pretrained model, by parameter name
+    Anchor.from_weight(weight, rank)                     the same of one weight
+    accumulate_rotation_grad_(weights, anchors, coeff)   adds coeff * dR/dW to every .grad; returns R
+    rotation_penalty(weights, anchors)                   R as a differentiable scalar, for the loss
+    project(weight, left, right, base)                   one weight's drift U^T (W - W0) V
+    use_backend(name)                                    "torch", "triton" or "native", in a with block
+
+``weights`` is a module, a list of tensors or one tensor, sharded or not::
+
+    import rpsft_kernels as rk
+
+    anchors = rk.Anchors.from_model(model, rank=64)  # once, before training
+    ...
+    loss.backward()
+    penalty = rk.accumulate_rotation_grad_(model, anchors, coeff=1.0)  # once per optimizer step, before clipping
+    optimizer.step()
+
+``python -m rpsft_kernels --help`` lists the commands.
+"""
 
 from .anchors.anchor import Anchor
 from .anchors.collection import Anchors
@@ -15,3 +37,8 @@ __all__ = [
     "rotation_penalty",
     "use_backend",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone. Submodules are found by importing them; pydoc lists them under PACKAGE CONTENTS."""
+    return list(__all__)
