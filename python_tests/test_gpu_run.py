@@ -27,7 +27,7 @@ import torch
 from filling import Case, findings, make_inputs
 from parts import Counts, Outcome, Part, run_part, run_parts
 
-from rpsft_kernels.ops.triton import toolchain as compilers
+from rpsft_kernels.ops.triton import toolchain
 
 HERE = Path(run.__file__).parent
 FINDS = "import sys, time, pathlib; here = pathlib.Path(sys.argv[1])\n"
@@ -215,7 +215,7 @@ def with_triton(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
         return version
 
     monkeypatch.setattr(importlib.metadata, "version", found)
-    monkeypatch.setattr(compilers, "triton_missing", lambda: "" if version else "the package triton is not installed")
+    monkeypatch.setattr(toolchain, "triton_missing", lambda: "" if version else "the package triton is not installed")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from elf import needed_libraries
 from wheels import FullWheel
 
-from rpsft_kernels.ops.triton.aot import library as aot
+from rpsft_kernels.ops.triton.aot import library as aot_library
 from rpsft_kernels.ops.triton.aot.build import build_kernels
 from rpsft_kernels.ops.triton.aot.check import check_kernels
 from rpsft_kernels.ops.triton.tile_table import rank_classes
@@ -71,8 +71,8 @@ def test_a_second_build_gives_the_same_bytes(full_wheel: FullWheel, tmp_path: Pa
     sample = list(list_variants("sm_90", True, rank_classes()))[::10]
     again = tmp_path / "again"
     build_kernels("9.0", again, jobs=2, only=";".join(variant.label() for variant in sample))
-    entries = {entry["id"]: entry for entry in json.loads((again / aot.MANIFEST).read_text())["kernels"]}
-    assert set(entries) >= {aot.kernel_id(variant, "sm_90a") for variant in sample}
+    entries = {entry["id"]: entry for entry in json.loads((again / aot_library.MANIFEST).read_text())["kernels"]}
+    assert set(entries) >= {aot_library.kernel_id(variant, "sm_90a") for variant in sample}
     first = {entry["id"]: entry for entry in full_wheel.manifest()["kernels"]}
     for identity, entry in entries.items():
         assert first[identity] == entry

@@ -96,7 +96,7 @@ def test_a_wheel_carries_its_kernels_and_says_so(wheel: tuple[Path, str], tmp_pa
                 assert hashlib.sha256(content).hexdigest() == file["sha256"]
         archive.extractall(tmp_path / "installed")
     # The kernels belong to the sources that they lie beside.
-    program = "from rpsft_kernels import aot; print(aot.installed().summary())"
+    program = "from rpsft_kernels.ops.triton.aot import dispatch; print(dispatch.installed().summary())"
     installed = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
     )
@@ -249,7 +249,7 @@ def test_kernels_that_cannot_be_compiled_are_no_reason_not_to_install(linked: Pa
     assert held(wheel) == ["rpsft_kernels/_kernels_build.txt"]
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
-    program = "from rpsft_kernels import aot; print(aot.installed())"
+    program = "from rpsft_kernels.ops.triton.aot import dispatch; print(dispatch.installed())"
     installed = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
     )

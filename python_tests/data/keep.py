@@ -16,8 +16,9 @@ from pathlib import Path
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 
 import triton
-from rpsft_kernels.ops.triton.compile import compile_variant
-from rpsft_kernels.ops.triton.variant import list_variants
+
+from rpsft_kernels.ops.triton.compiler import compile_variant
+from rpsft_kernels.ops.triton.variants import list_variants
 
 LABELS = {
     # W - W0 in registers.

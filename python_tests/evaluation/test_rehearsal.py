@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rpsft_kernels import Anchor, accumulate_rotation_grad_, rotation_penalty, use_backend
 from rpsft_kernels.evaluation import accumulation
-from rpsft_kernels.ops.triton import launch as door
+from rpsft_kernels.ops.triton import launch
 from rpsft_kernels.ops.triton.variants import Variant
 
 pytestmark = pytest.mark.skipif(
@@ -41,7 +41,7 @@ class Launches:
         self.basis: str | None = None
         self.rehearsed: list[str] = []
         self.started: list[str] = []
-        start = door._start
+        start = launch._start
 
         def refuse(variant: Variant, log: list[str]) -> None:
             log.append(variant.kernel)
@@ -55,8 +55,8 @@ class Launches:
             refuse(variant, self.started)
             start(variant, programs, device, arguments)
 
-        monkeypatch.setattr(door, "_rehearse", rehearse)
-        monkeypatch.setattr(door, "_start", checked)
+        monkeypatch.setattr(launch, "_rehearse", rehearse)
+        monkeypatch.setattr(launch, "_start", checked)
         monkeypatch.setattr(accumulation.ops, "may_refuse", lambda _: True)
         monkeypatch.setattr(accumulation, "_rehearsed", set())
 
@@ -65,13 +65,13 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Labels of the variants that are rehearsed and started from now on."""
     labels: dict[str, list[str]] = {"_rehearse": [], "_start": []}
     for name, seen in labels.items():
-        before = getattr(door, name)
+        before = getattr(launch, name)
 
         def note(variant: Variant, *rest: Any, seen: list[str] = seen, before: Any = before) -> None:
             seen.append(variant.label())
             before(variant, *rest)
 
-        monkeypatch.setattr(door, name, note)
+        monkeypatch.setattr(launch, name, note)
     return labels
 
 

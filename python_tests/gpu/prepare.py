@@ -82,13 +82,13 @@ def stale(folder: Path, capability: int) -> str:
 
 def compiler(capability: int) -> tuple[str, str]:
     """A Python whose Triton compiles right code for a GPU, or "" and why there is none."""
-    from rpsft_kernels.ops.triton import toolchain as compilers
+    from rpsft_kernels.ops.triton import toolchain
 
-    why = compilers.triton_missing() or (compilers.products_unsafe() if capability // 10 == 9 else "")
+    why = toolchain.triton_missing() or (toolchain.products_unsafe() if capability // 10 == 9 else "")
     if not why:
         return sys.executable, ""
     python = ENVIRONMENT / "bin" / "python"
-    wanted = f"triton>={'.'.join(map(str, compilers.PRODUCTS_KEPT))}"
+    wanted = f"triton>={'.'.join(map(str, toolchain.PRODUCTS_KEPT))}"
     steps: Sequence[list[str]] = (
         [] if python.exists() else [sys.executable, "-m", "venv", str(ENVIRONMENT)],
         [str(python), "-m", "pip", "install", "-q", "--retries=1", "--no-deps", wanted],

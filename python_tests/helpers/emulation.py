@@ -17,9 +17,7 @@ from ptxrun import GlobalMemory, Stats, region_of, run
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rpsft_kernels.ops.triton import full_form as whole
-from rpsft_kernels.ops.triton import project_drift as forward
-from rpsft_kernels.ops.triton import pull_back as backward
+from rpsft_kernels.ops.triton import full_form, project_drift, pull_back
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS
 from rpsft_kernels.ops.triton.variants import ARGUMENTS, Variant
@@ -30,7 +28,7 @@ MULTIPROCESSORS = 3
 COMPILER = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("triton"))[:2])) if find_spec("triton") else ()
 NEWEST = COMPILER >= (3, 9) and not torch.cuda.is_available()
 WHY_NEWEST = "kernels of Triton 3.9 and newer are emulated, and where there is a GPU the kernels themselves run"
-_MODULES = (forward, backward, whole)
+_MODULES = (project_drift, pull_back, full_form)
 _ALLOCATIONS = {"empty", "new_empty", "empty_like"}
 Launch = Callable[[Variant, int, tuple[Tensor, ...]], None]
 

@@ -23,8 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rpsft_kernels as rk
 from rpsft_kernels.distributed import GroupCall
-from rpsft_kernels.evaluation import pairing as terms
-from rpsft_kernels.evaluation import prepare as evaluation
+from rpsft_kernels.evaluation import pairing, prepare
 from rpsft_kernels.ops import BucketLimits
 from rpsft_kernels.private_names import default_store
 
@@ -146,19 +145,19 @@ def killed_before(wrapper: str, call: str) -> Outcome:
 def killed_inside(wrapper: str, call: str, bucket: int) -> Outcome:
     """The odd rank dies when it has sent the sums of ``bucket`` buckets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(terms, "_CPU_LIMITS_OF_SHARDS", BucketLimits(drift_bytes=1, one_orientation=False))
+        patch.setattr(pairing, "_CPU_LIMITS_OF_SHARDS", BucketLimits(drift_bytes=1, one_orientation=False))
         model = ready(wrapper)
         if dist.get_rank() == ODD:
-            project = terms.Bucket.project
-            projected: list[terms.Bucket] = []
+            project = pairing.Bucket.project
+            projected: list[pairing.Bucket] = []
 
-            def until_dead(self: terms.Bucket) -> Any:
+            def until_dead(self: pairing.Bucket) -> Any:
                 if len(projected) == bucket:
                     die()
                 projected.append(self)
                 return project(self)
 
-            patch.setattr(terms.Bucket, "project", until_dead)
+            patch.setattr(pairing.Bucket, "project", until_dead)
         return attempt(CALLS[call], model, whole_anchors())
 
 
@@ -198,7 +197,7 @@ def keeper_killed(inside: bool) -> Outcome:
     if dist.get_rank() == 0:
         if not inside:
             die()
-        setattr(terms.Bucket, "project", die)  # noqa: B010
+        setattr(pairing.Bucket, "project", die)  # noqa: B010
     return attempt(accumulate, model, whole_anchors())
 
 
@@ -299,7 +298,7 @@ def _with_an_error_of_another_type(model: Any) -> Tensor:
         raise MemoryError("no memory for pairing")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "paired", broken)
+        patch.setattr(prepare, "paired", broken)
         return accumulate(model, whole_anchors())
 
 
@@ -351,7 +350,7 @@ def missed_calls() -> Outcome:
             GroupCall(dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
     rk.rotation_penalty(model, anchors)
     if dist.get_rank() == ODD:
-        setattr(terms.Bucket, "project", die)  # noqa: B010
+        setattr(pairing.Bucket, "project", die)  # noqa: B010
     return attempt(accumulate, model, anchors)
 
 

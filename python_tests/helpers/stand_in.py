@@ -20,22 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rpsft_kernels import ops
-from rpsft_kernels.ops import products
-from rpsft_kernels.ops import torch_ops as registry
-from rpsft_kernels.ops import triton as triton_backend
+from rpsft_kernels.ops import products, torch_ops
 from rpsft_kernels.ops.selftest import gate
-from rpsft_kernels.ops.triton import device as profile
-from rpsft_kernels.ops.triton import full_form as whole
-from rpsft_kernels.ops.triton import jit
-from rpsft_kernels.ops.triton import project_drift as forward
-from rpsft_kernels.ops.triton import pull_back as backward
-from rpsft_kernels.ops.triton import upload as table
+from rpsft_kernels.ops.triton import backend as triton_backend
+from rpsft_kernels.ops.triton import device as triton_device
+from rpsft_kernels.ops.triton import full_form, jit, project_drift, pull_back, upload
 
 DEVICE = torch.device("cuda", 0)
 _BODIES: dict[Any, Callable[..., Any]] = {
-    torch.ops.rpsft_kernels.project_drift.default: registry._run_project_drift,
-    torch.ops.rpsft_kernels.pull_back.default: registry._run_pull_back,
-    torch.ops.rpsft_kernels.pull_back_.default: registry._run_pull_back_,
+    torch.ops.rpsft_kernels.project_drift.default: torch_ops._run_project_drift,
+    torch.ops.rpsft_kernels.pull_back.default: torch_ops._run_pull_back,
+    torch.ops.rpsft_kernels.pull_back_.default: torch_ops._run_pull_back_,
 }
 _MM_DTYPE = getattr(torch.ops.aten.mm, "dtype", None)
 
@@ -232,12 +227,12 @@ def _again(func: Any, args: Any, kwargs: Any, result: Any) -> None:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """The device with everything that the package asks of one. Kernels run in Triton's interpreter."""
     device = StandIn()
-    for name, value in (("_uploads", type(table._uploads)()), ("_replayed", {}), ("_cached_bytes", 0)):
-        monkeypatch.setattr(table, name, value)
-    monkeypatch.setattr(table, "_room", table._Room())
-    interpreter = profile.Profile("interpreter", 3, False)
-    monkeypatch.setattr(profile, "device_profile", lambda _: interpreter)
-    for module in (forward, backward, whole):
+    for name, value in (("_uploads", type(upload._uploads)()), ("_replayed", {}), ("_cached_bytes", 0)):
+        monkeypatch.setattr(upload, name, value)
+    monkeypatch.setattr(upload, "_room", upload._Room())
+    interpreter = triton_device.Profile("interpreter", 3, False)
+    monkeypatch.setattr(triton_device, "device_profile", lambda _: interpreter)
+    for module in (project_drift, pull_back, full_form):
         monkeypatch.setattr(module, "device_profile", lambda _: interpreter)
         monkeypatch.setattr(module, "launch", _launcher(device))
     monkeypatch.setattr(triton_backend, "unavailable", lambda device, dtype: None)

@@ -33,10 +33,11 @@ def copy_sources(folder: Path, *, objects: bool = False) -> Path:
     folder.mkdir(parents=True)
     for name in _FILES:
         shutil.copy(REPOSITORY / name, folder / name)
-    # Not of the package: what a build or a run has left in the tree.
-    ignored = shutil.ignore_patterns("__pycache__", "*.so", "kernels", "_native_build.txt")
+    # A build or a run has left these in the tree; of folders "kernels", only the package's own one.
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_native_build.txt")
     for name in _FOLDERS:
         shutil.copytree(REPOSITORY / name, folder / name, ignore=ignored)
+    shutil.rmtree(folder / "rpsft_kernels" / "kernels", ignore_errors=True)
     if objects:
         for built in (REPOSITORY / "build").glob("native-*"):
             shutil.copytree(built, folder / "build" / built.name)

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpsft_kernels.ops.triton import full_form as whole
-from rpsft_kernels.ops.triton import project_drift as forward
-from rpsft_kernels.ops.triton import pull_back as backward
+from rpsft_kernels.ops.triton import full_form, project_drift, pull_back
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS
 from rpsft_kernels.ops.triton.variants import Variant
@@ -49,7 +47,7 @@ class Workload:
     def run(self, table: str, launch: Launch) -> None:
         profile = Profile(table, MULTIPROCESSORS, DESCRIPTORS[table])
         replaced: list[tuple[Any, str, Any]] = []
-        for module in (forward, backward, whole):
+        for module in (project_drift, pull_back, full_form):
             for name, new in (
                 ("device_profile", lambda _: profile),
                 ("launch", lambda variant, programs, _, *arguments: launch(variant, programs, arguments)),
@@ -57,10 +55,10 @@ class Workload:
                 replaced.append((module, name, getattr(module, name)))
                 setattr(module, name, new)
         try:
-            drifts, _ = forward.run_forward(self.weights, self.lefts, self.rights, self.bases, [])
-            backward.run_backward(self.grads, self.lefts, self.rights, drifts, self.scales, True)
-            whole.run_whole_forward([self.full], [self.full_base])
-            whole.run_whole_backward([self.full_grad], [self.full], [self.full_base], self.scales[:1], True)
+            drifts, _ = project_drift.run_forward(self.weights, self.lefts, self.rights, self.bases, [])
+            pull_back.run_backward(self.grads, self.lefts, self.rights, drifts, self.scales, True)
+            full_form.run_whole_forward([self.full], [self.full_base])
+            full_form.run_whole_backward([self.full_grad], [self.full], [self.full_base], self.scales[:1], True)
         finally:
             for module, name, old in replaced:
                 setattr(module, name, old)
@@ -69,7 +67,7 @@ class Workload:
 def main(folder: str, table: str, driver: str) -> None:
     import ctypes
 
-    from rpsft_kernels.ops.triton.aot import dispatch as aot
+    from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
     from rpsft_kernels.ops.triton.aot.library import Device, Library
     from rpsft_kernels.ops.triton.variants import ARGUMENTS
 
@@ -83,7 +81,7 @@ def main(folder: str, table: str, driver: str) -> None:
         scratch.append(torch.zeros(size + 1, dtype=torch.int8))
         return scratch[-1][1:]
 
-    vars(aot).update(
+    vars(aot_dispatch).update(
         installed=lambda: library,
         _scratch=allocate,
         _facts=lambda index: Device(int(table[3:]), 227 << 10, 12040),
@@ -94,7 +92,7 @@ def main(folder: str, table: str, driver: str) -> None:
         if not programs:
             return
         before = len(scratch)
-        assert aot.start(variant, programs, torch.device("cuda", DEVICE), arguments)
+        assert aot_dispatch.start(variant, programs, torch.device("cuda", DEVICE), arguments)
         launches.append(
             {
                 "label": variant.label(),

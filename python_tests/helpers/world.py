@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rpsft_kernels.ops.triton import jit
-from rpsft_kernels.ops.triton import toolchain as compilers
-from rpsft_kernels.ops.triton.aot import dispatch as aot
-from rpsft_kernels.ops.triton.aot import loader as aot_kernel
+from rpsft_kernels.ops.triton import jit, toolchain
+from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
+from rpsft_kernels.ops.triton.aot import loader as aot_loader
 from rpsft_kernels.ops.triton.aot.library import MANIFEST, SCHEMA, Device, Library, kernel_id, source_digest
 from rpsft_kernels.ops.triton.launch import launch
 from rpsft_kernels.ops.triton.variants import ARGUMENT_TYPES, ARGUMENTS, Variant, squares_variant
@@ -64,11 +63,11 @@ class World:
         self.scratch: list[int] = []
         # What a build left out: see ``aot_compile.LeftOut``.
         self.left_out: list[dict[str, str]] = []
-        for module in (aot, aot_kernel):
+        for module in (aot_dispatch, aot_loader):
             monkeypatch.setattr(module, "binding", lambda: self.native)
         for cause in ("triton_missing", "compiler_missing"):
-            monkeypatch.setattr(compilers, cause, str)
-        monkeypatch.setattr(aot, "_scratch", self._scratch)
+            monkeypatch.setattr(toolchain, cause, str)
+        monkeypatch.setattr(aot_dispatch, "_scratch", self._scratch)
         monkeypatch.setattr(jit, "launch_jit", lambda variant, *_: self.compiled.append(variant))
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
@@ -79,7 +78,7 @@ class World:
         return torch.empty(size, dtype=torch.int8)
 
     def device(self, capability: int, shared: int = 227 << 10, driver: int = 0) -> None:
-        self.monkeypatch.setattr(aot, "_facts", lambda _: Device(capability, shared, driver))
+        self.monkeypatch.setattr(aot_dispatch, "_facts", lambda _: Device(capability, shared, driver))
 
     def install(self, *kernels: tuple[Variant, str] | dict[str, Any], **manifest: Any) -> None:
         entries = [kernel if isinstance(kernel, dict) else self.entry(*kernel) for kernel in kernels]
@@ -92,7 +91,7 @@ class World:
         found |= {"versions": {"triton": "3.9.0"}, "left_out": self.left_out} | manifest
         (self.folder / MANIFEST).write_text(json.dumps(found))
         library = Library.open(self.folder)
-        self.monkeypatch.setattr(aot, "installed", lambda: library)
+        self.monkeypatch.setattr(aot_dispatch, "installed", lambda: library)
 
     @staticmethod
     def entry(variant: Variant, arch: str, ptx: bool = False, shared: int = 1024, scratch: int = 0) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import torch
 from world import SQUARES, World
 
 from rpsft_kernels.ops import native
-from rpsft_kernels.ops.triton import device as profile
-from rpsft_kernels.ops.triton import toolchain as compilers
-from rpsft_kernels.ops.triton.aot import dispatch as aot
-from rpsft_kernels.ops.triton.aot import loader as aot_kernel
+from rpsft_kernels.ops.triton import device as triton_device
+from rpsft_kernels.ops.triton import toolchain
+from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
+from rpsft_kernels.ops.triton.aot import loader as aot_loader
 from rpsft_kernels.ops.triton.aot.library import Device
 from rpsft_kernels.tools import environment
 
@@ -36,21 +36,21 @@ def two(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
         major, minor, _ = capabilities[index]
         return Device(10 * major + minor, 99 << 10, 12040)
 
-    profile.own_profile.cache_clear()
+    triton_device.own_profile.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index][:2])
-    monkeypatch.setattr(aot, "_facts", facts)
+    monkeypatch.setattr(aot_dispatch, "_facts", facts)
     monkeypatch.setattr(world.native, "driver_version", lambda: 12040, raising=False)
-    monkeypatch.setattr("rpsft_kernels.ops.triton._interpreted", lambda: False)
+    monkeypatch.setattr("rpsft_kernels.ops.triton.backend._interpreted", lambda: False)
     return world
 
 
 @pytest.fixture(autouse=True)
 def _no_profile_stays() -> object:
     yield
-    profile.own_profile.cache_clear()
+    triton_device.own_profile.cache_clear()
 
 
 def report() -> dict[str, str]:
@@ -83,7 +83,7 @@ def test_what_compilation_wants_is_named(cause: str, why: str, two: World, monke
     two.install((SQUARES, "sm_90a"))
     held = "this installation's kernels (sm_90a) do not run on compute capability 8.9"
     assert report()["cuda:1 kernels"] == f"JIT, table sm_86: {held}"
-    monkeypatch.setattr(compilers, cause, lambda: why)
+    monkeypatch.setattr(toolchain, cause, lambda: why)
     lines = report()
     assert lines["JIT on a GPU"] == why
     assert lines["cuda:0 triton"] == "available"
@@ -137,7 +137,7 @@ def test_an_installation_without_engine_and_launcher(monkeypatch: pytest.MonkeyP
     why = "this installation carries no compiled CPU engine: no C++ compiler: c++ was not found"
     monkeypatch.setattr(native, "_load", lambda: (None, why))
     monkeypatch.setattr(native, "instruction_sets", lambda: ())
-    monkeypatch.setattr(aot_kernel, "binding", lambda: "this installation carries no native module to launch them")
+    monkeypatch.setattr(aot_loader, "binding", lambda: "this installation carries no native module to launch them")
     lines = report()
     assert lines["instruction sets"] == lines["cpu native"] == why
     assert lines["CUDA driver"] == "this installation carries no native module to launch them"
@@ -145,20 +145,20 @@ def test_an_installation_without_engine_and_launcher(monkeypatch: pytest.MonkeyP
 
 
 def test_what_becomes_of_code_for_hopper_is_told(two: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilers, "triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(toolchain, "triton_version", lambda: "3.6.0")
     assert report()["JIT on 9.x"] == (
         "Triton 3.6.0 compiles kernels wrongly (project and, with float32 bases, drift and gradient): those are not "
         "launched"
     )
-    monkeypatch.setattr(compilers, "triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(toolchain, "triton_version", lambda: "3.9.0")
     assert report()["JIT on 9.x"] == "code is looked at before its first launch"
     monkeypatch.setenv("TRITON_NVDISASM_PATH", "/nowhere/nvdisasm")
-    for name in compilers._ASSEMBLER:
+    for name in toolchain._ASSEMBLER:
         monkeypatch.delenv(name, raising=False)
     assert report()["JIT on 9.x"].startswith(
         "nothing speaks against this Triton; code cannot be looked at: environment variable TRITON_NVDISASM_PATH: "
     )
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/opt/ptxas")
     assert report()["JIT on 9.x"].startswith("TRITON_PTXAS_PATH may change how Triton assembles it; code cannot")
-    monkeypatch.setattr(compilers, "triton_missing", lambda: NO_TRITON)
+    monkeypatch.setattr(toolchain, "triton_missing", lambda: NO_TRITON)
     assert report()["JIT on 9.x"] == NO_TRITON

@@ -12,10 +12,7 @@ from rpsft_kernels.ops.selftest.cases import REPEATED, all_cases
 from rpsft_kernels.ops.selftest.checks import Subject, call_once
 from rpsft_kernels.ops.selftest.inputs import Source
 from rpsft_kernels.ops.selftest.suite import Launches
-from rpsft_kernels.ops.triton import full_form as whole
-from rpsft_kernels.ops.triton import launch
-from rpsft_kernels.ops.triton import project_drift as forward
-from rpsft_kernels.ops.triton import pull_back as backward
+from rpsft_kernels.ops.triton import full_form, launch, project_drift, pull_back
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
 from rpsft_kernels.ops.triton.variants import list_variants
@@ -24,7 +21,7 @@ from rpsft_kernels.ops.triton.variants import list_variants
 @pytest.mark.parametrize("architecture", [*DESCRIPTORS, "interpreter"])
 def test_every_listed_kernel_is_launched(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = Profile(architecture, 132, DESCRIPTORS.get(architecture, False))
-    for module in (forward, backward, whole):
+    for module in (project_drift, pull_back, full_form):
         monkeypatch.setattr(module, "device_profile", lambda _: profile)
     monkeypatch.setattr(launch, "_start", lambda *_: None)
     # Nothing reads the numbers; and smaller weights than on a GPU have the same variants.

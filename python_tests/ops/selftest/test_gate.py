@@ -16,8 +16,8 @@ from rpsft_kernels import ops
 from rpsft_kernels.ops.selftest import gate, record, subjects
 from rpsft_kernels.ops.selftest.checks import Subject
 from rpsft_kernels.ops.selftest.suite import Result
-from rpsft_kernels.ops.triton import toolchain as compilers
-from rpsft_kernels.ops.triton.aot import dispatch as aot
+from rpsft_kernels.ops.triton import toolchain
+from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.tools.environment import environment_report
 
 GPU = torch.device("cuda", 0)
@@ -106,7 +106,7 @@ def test_what_a_pass_depends_on_brings_it_back(
 ) -> None:
     if changed == "launcher":
         (tmp_path / "manifest.json").write_text("{}")
-        monkeypatch.setattr(aot, "installed", lambda: SimpleNamespace(folder=tmp_path))
+        monkeypatch.setattr(aot_dispatch, "installed", lambda: SimpleNamespace(folder=tmp_path))
     gate.ensure(GPU)
     machine.restart()
     if changed == "driver":
@@ -123,19 +123,19 @@ def test_what_a_pass_depends_on_brings_it_back(
         monkeypatch.setattr("rpsft_kernels.__version__", "9.9")
     elif changed == "kernels":
         (tmp_path / "manifest.json").write_text("{}")
-        monkeypatch.setattr(aot, "installed", lambda: SimpleNamespace(folder=tmp_path))
+        monkeypatch.setattr(aot_dispatch, "installed", lambda: SimpleNamespace(folder=tmp_path))
     elif changed == "compiler":
         monkeypatch.setenv("TRITON_PTXAS_PATH", "/opt/ptxas")
     elif changed == "options":
         monkeypatch.setenv("PTXAS_OPTIONS", "-O1")
     elif changed == "C compiler":
-        missing = compilers.jit_missing()
-        monkeypatch.setattr(compilers, "jit_missing", lambda: "" if missing else "there is none")
+        missing = toolchain.jit_missing()
+        monkeypatch.setattr(toolchain, "jit_missing", lambda: "" if missing else "there is none")
     elif changed == "launcher":
         # Without one Triton compiles; with one, kernels that were there already are launched.
-        before, version = record.aot_kernel.binding(), record._driver_version()
+        before, version = record.loader.binding(), record._driver_version()
         monkeypatch.setattr(
-            record.aot_kernel, "binding", lambda: SimpleNamespace() if isinstance(before, str) else "it is not there"
+            record.loader, "binding", lambda: SimpleNamespace() if isinstance(before, str) else "it is not there"
         )
         monkeypatch.setattr(record, "_driver_version", lambda: version)
     else:
@@ -157,7 +157,7 @@ def test_where_triton_keeps_its_code_is_no_other_code(machine: Machine, monkeypa
 def test_another_manifest_or_tile_table_is_another_digest(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(aot, "installed", lambda: SimpleNamespace(folder=tmp_path))
+    monkeypatch.setattr(aot_dispatch, "installed", lambda: SimpleNamespace(folder=tmp_path))
     monkeypatch.setenv("RPSFT_TILES", str(tmp_path / "tiles.json"))
     digests = set()
     for manifest, tiles in (("a", "b"), ("ab", ""), ("a", "c"), ("d", "b")):

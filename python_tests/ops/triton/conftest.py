@@ -10,8 +10,7 @@ import torch
 from compiling import Compiler
 from emulated import split_by_shape
 
-from rpsft_kernels.ops.triton import project_drift as forward
-from rpsft_kernels.ops.triton import toolchain as compilers
+from rpsft_kernels.ops.triton import project_drift, toolchain
 
 # On a GPU deterministic algorithms ask this of cuBLAS, which tests compare with.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -28,17 +27,17 @@ def _poisoned_workspaces() -> Iterator[None]:
 @pytest.fixture
 def any_tiles(device: torch.device) -> None:
     """For tests of tile shapes that no kernel was compiled ahead of time for: Triton compiles them, where it may."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and compilers.touches_products():
-        pytest.skip(f"Triton {compilers.triton_version()} may compile code for compute capability 9.0 that is refused")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and toolchain.touches_products():
+        pytest.skip(f"Triton {toolchain.triton_version()} may compile code for compute capability 9.0 that is refused")
 
 
 @pytest.fixture
 def split_sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sums that are split and such that are not, at shapes small enough for the emulator."""
-    monkeypatch.setattr(forward, "splits_of", split_by_shape)
-    forward.plan_forward.cache_clear()
+    monkeypatch.setattr(project_drift, "splits_of", split_by_shape)
+    project_drift.plan_forward.cache_clear()
     yield
-    forward.plan_forward.cache_clear()
+    project_drift.plan_forward.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpsft_kernels.ops.triton import device as profile
+from rpsft_kernels.ops.triton import device as triton_device
 from rpsft_kernels.ops.triton.aot.targets import cuda_architecture
 from rpsft_kernels.ops.triton.compiler import TARGETS
 from rpsft_kernels.ops.triton.tile_table import PHASES, rank_class, tile_config, tile_table
@@ -62,7 +62,7 @@ def test_tuning_takes_the_fastest_shape_and_passes_over_what_fails(
     capsys: pytest.CaptureFixture[str], device: torch.device
 ) -> None:
     tried: list[str] = []
-    shipped = tile_table(profile.device_profile(device).architecture)["pull"]["one part"]
+    shipped = tile_table(triton_device.device_profile(device).architecture)["pull"]["one part"]
 
     def timer(_run: object) -> float:
         # The second shape of each phase is the fastest; the third cannot run.
@@ -79,5 +79,5 @@ def test_tuning_takes_the_fastest_shape_and_passes_over_what_fails(
     assert "out of shared memory" not in capsys.readouterr().err
     for phase in ("project", "drift", "pull", "gradient"):
         assert table[phase]["one part"][0]["block_m"] == 32
-    assert tile_table(profile.device_profile(device).architecture)["pull"]["one part"] == shipped
+    assert tile_table(triton_device.device_profile(device).architecture)["pull"]["one part"] == shipped
     assert len(tried) == 12

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rpsft_kernels.ops.triton import toolchain as compilers
+from rpsft_kernels.ops.triton import toolchain
 
 
 @pytest.fixture(autouse=True)
@@ -14,9 +14,9 @@ def _asked_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    compilers.compiler_missing.cache_clear()
+    toolchain.compiler_missing.cache_clear()
     yield
-    compilers.compiler_missing.cache_clear()
+    toolchain.compiler_missing.cache_clear()
 
 
 def executable(path: Path) -> None:
@@ -25,34 +25,34 @@ def executable(path: Path) -> None:
 
 
 def test_without_a_compiler() -> None:
-    assert compilers.compiler_missing() == (
+    assert toolchain.compiler_missing() == (
         "Triton needs a C compiler at its first launch, and neither gcc nor clang is found (install gcc, or set CC)"
     )
-    assert compilers.triton_missing() == ""
-    assert compilers.jit_missing() == compilers.compiler_missing()
+    assert toolchain.triton_missing() == ""
+    assert toolchain.jit_missing() == toolchain.compiler_missing()
 
 
 @pytest.mark.parametrize("name", ["gcc", "clang"])
 def test_with_one(name: str, tmp_path: Path) -> None:
     executable(tmp_path / name)
-    assert compilers.jit_missing() == ""
+    assert toolchain.jit_missing() == ""
 
 
 def test_cc_outranks_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executable(tmp_path / "gcc")
     monkeypatch.setenv("CC", "/nowhere/cc")
-    assert "CC names '/nowhere/cc', which is not found" in compilers.compiler_missing()
-    compilers.compiler_missing.cache_clear()
+    assert "CC names '/nowhere/cc', which is not found" in toolchain.compiler_missing()
+    toolchain.compiler_missing.cache_clear()
     executable(tmp_path / "other")
     monkeypatch.setenv("CC", "other")
-    assert compilers.compiler_missing() == ""
+    assert toolchain.compiler_missing() == ""
 
 
 def test_a_helper_that_was_built_before_does(tmp_path: Path) -> None:
     built = tmp_path / "cache" / "ABC"
     built.mkdir(parents=True)
     (built / "cuda_utils.cpython-311-x86_64-linux-gnu.so").write_text("")
-    assert compilers.compiler_missing() == ""
+    assert toolchain.compiler_missing() == ""
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,14 @@ def test_a_helper_that_was_built_before_does(tmp_path: Path) -> None:
 def test_which_versions_touch_registers_of_pending_products(
     version: str, touches: bool, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in compilers._ASSEMBLER:
+    for name in toolchain._ASSEMBLER:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(compilers, "triton_version", lambda: version)
-    assert compilers.touches_products() == touches
-    assert compilers.products_unsafe().startswith(reason)
-    assert bool(compilers.products_unsafe()) == bool(reason)
+    monkeypatch.setattr(toolchain, "triton_version", lambda: version)
+    assert toolchain.touches_products() == touches
+    assert toolchain.products_unsafe().startswith(reason)
+    assert bool(toolchain.products_unsafe()) == bool(reason)
     monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
     monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", "/opt/ptxas")
     if not reason:
         said = "TRITON_PTXAS_BLACKWELL_PATH and DISABLE_PTXAS_OPT may change how Triton assembles it"
-        assert compilers.products_unsafe() == said
+        assert toolchain.products_unsafe() == said

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rpsft_kernels.ops.triton import upload as table
+from rpsft_kernels.ops.triton import upload as uploads
 from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
 
 DEVICE = torch.device("cuda", 0)
@@ -47,12 +47,12 @@ class Gpu:
         self.pinned: list[Tensor] = []
         self.capturing = False
         self.stream = Stream("first", self)
-        for name, value in (("_uploads", type(table._uploads)()), ("_replayed", {}), ("_cached_bytes", 0)):
-            monkeypatch.setattr(table, name, value)
-        monkeypatch.setattr(table, "_SMALLEST_ROOM", ROOM)
-        monkeypatch.setattr(table, "_room", table._Room())
-        monkeypatch.setattr(table, "_pinned", self._pin)
-        monkeypatch.setattr(table, "_queued_copy", self._copy)
+        for name, value in (("_uploads", type(uploads._uploads)()), ("_replayed", {}), ("_cached_bytes", 0)):
+            monkeypatch.setattr(uploads, name, value)
+        monkeypatch.setattr(uploads, "_SMALLEST_ROOM", ROOM)
+        monkeypatch.setattr(uploads, "_room", uploads._Room())
+        monkeypatch.setattr(uploads, "_pinned", self._pin)
+        monkeypatch.setattr(uploads, "_queued_copy", self._copy)
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self.stream)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
@@ -73,7 +73,7 @@ class Gpu:
 
     def upload(self, *values: int) -> Tensor:
         array = np.array(values)
-        return table.upload(array.tobytes(), (array,), DEVICE)[0]
+        return uploads.upload(array.tobytes(), (array,), DEVICE)[0]
 
     def copies(self) -> list[tuple[str, list[int]]]:
         return [(stream, [v for v in values if v]) for stream, kind, values in self.queued if kind == "copy"]
@@ -96,22 +96,22 @@ def test_the_same_content_is_uploaded_once(gpu: Gpu) -> None:
 
 def test_arrays_of_one_key_travel_in_one_copy(gpu: Gpu) -> None:
     arrays = (np.arange(40, dtype=np.int32).reshape(8, 5), np.zeros(0, np.int32), np.array([0.5], np.float32))
-    found = table.upload("key", (*arrays, np.array([7, 9])), DEVICE)
+    found = uploads.upload("key", (*arrays, np.array([7, 9])), DEVICE)
     assert contents(found) == [list(range(40)), [], [0.5], [7, 9]]
     assert [tensor.dtype for tensor in found] == [torch.int32, torch.int32, torch.float32, torch.int64]
     assert len(gpu.copies()) == 1
-    begins = [(tensor.data_ptr() - found[0].data_ptr()) % table._ALIGNMENT for tensor in found if tensor.numel()]
+    begins = [(tensor.data_ptr() - found[0].data_ptr()) % uploads._ALIGNMENT for tensor in found if tensor.numel()]
     assert begins == [0, 0, 0], "kernels read vectors"
 
 
 def test_scales_of_the_cpu_travel_with_the_table(gpu: Gpu) -> None:
     columns = {"NUMBER": [1, 0]}
     scales = torch.tensor([[0.5, 9.0], [-2.0, 9.0]])[:, 0].requires_grad_()
-    fields, numbers = table.upload_fields_and_scales(columns, 2, scales, DEVICE)
+    fields, numbers = uploads.upload_fields_and_scales(columns, 2, scales, DEVICE)
     assert fields[INDEX["NUMBER"] :: WIDTH].tolist() == [1, 0] and numbers.tolist() == [0.5, -2.0]
     assert len(gpu.copies()) == 1 and numbers.dtype == torch.float32
-    assert table.upload_fields_and_scales(columns, 2, scales, DEVICE)[1] is numbers
-    other = table.upload_fields_and_scales(columns, 2, scales.detach().double() + 1, DEVICE)
+    assert uploads.upload_fields_and_scales(columns, 2, scales, DEVICE)[1] is numbers
+    other = uploads.upload_fields_and_scales(columns, 2, scales.detach().double() + 1, DEVICE)
     assert other[1].tolist() == [1.5, -1.0] and len(gpu.copies()) == 2
 
 
@@ -121,7 +121,7 @@ def test_another_stream_waits_for_the_upload(gpu: Gpu) -> None:
     gpu.stream = Stream("second", gpu)
     assert gpu.upload(1) is first
     assert gpu.queued == [("second", "wait", "event of first")]
-    ((_, upload),) = table._uploads.items()
+    ((_, upload),) = uploads._uploads.items()
     assert upload.memory.readers == ["second"], "its memory is not given away before"  # type: ignore[attr-defined]
 
 
@@ -140,7 +140,7 @@ def test_a_captured_graph_has_copies_of_its_own(gpu: Gpu) -> None:
     assert again is not captured[1], "what only a replay fills serves no call outside of it"
     for value in range(10, 60):
         gpu.upload(value)
-    held = [host.view(torch.int64)[0].item() for host in table._replayed.values()]
+    held = [host.view(torch.int64)[0].item() for host in uploads._replayed.values()]
     assert held == [1, 2], "a replay reads them again"
 
 
@@ -152,7 +152,7 @@ def test_a_step_that_has_run_leaves_room_for_its_capture(gpu: Gpu) -> None:
         gpu.capturing = True
         for content in contents_of_a_step:
             # Other pointers: a capture has memory of its own.
-            assert gpu.upload(*content, len(table._replayed)).numel() == 98
+            assert gpu.upload(*content, len(uploads._replayed)).numel() == 98
         gpu.capturing = False
 
 
@@ -165,16 +165,16 @@ def test_a_capture_without_a_step_before_is_refused(gpu: Gpu) -> None:
 
 
 def test_the_cache_and_the_room_are_bounded(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "_CACHE_ENTRIES", 3)
+    monkeypatch.setattr(uploads, "_CACHE_ENTRIES", 3)
     first = gpu.upload(0)
     for value in range(1, 200):
         gpu.upload(value)
-    assert len(table._uploads) == 3 and table._cached_bytes == 3 * table._ALIGNMENT
+    assert len(uploads._uploads) == 3 and uploads._cached_bytes == 3 * uploads._ALIGNMENT
     assert gpu.upload(0) is not first
     assert [memory.numel() for memory in gpu.pinned].count(ROOM) == 1
 
 
 def test_on_the_cpu_there_is_nothing_to_wait_for() -> None:
     array = np.arange(5)
-    (copied,) = table.upload("key", (array,), torch.device("cpu"))
+    (copied,) = uploads.upload("key", (array,), torch.device("cpu"))
     assert copied.tolist() == [0, 1, 2, 3, 4]

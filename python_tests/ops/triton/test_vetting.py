@@ -21,9 +21,8 @@ from sass_text import BROKEN, TRITONS, cubin
 from triton.runtime.cache import FileCacheManager
 from world import DEVICE, World
 
-from rpsft_kernels.ops.triton import jit, vetting
-from rpsft_kernels.ops.triton import launch as door
-from rpsft_kernels.ops.triton import toolchain as compilers
+from rpsft_kernels.ops.triton import jit, toolchain, vetting
+from rpsft_kernels.ops.triton import launch as launcher
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.launch import launch
 from rpsft_kernels.ops.triton.machine_code.cubin import disassembler
@@ -70,7 +69,7 @@ class Hopper(World):
     """A GPU of compute capability 9.0 whose kernels a version of Triton compiles."""
 
     def triton(self, version: str) -> None:
-        self.monkeypatch.setattr(compilers, "triton_version", lambda: version)
+        self.monkeypatch.setattr(toolchain, "triton_version", lambda: version)
         self.monkeypatch.setattr(vetting, "_assembler", lambda: "12.8")
         self.kernels = {name: Kernel(version, name) for name in ("project", "gradient", "drift", "pull")}
         self.monkeypatch.setattr(jit, "KERNELS", self.kernels)
@@ -99,9 +98,9 @@ def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hopper:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    door.is_vetted.cache_clear()
+    launcher.is_vetted.cache_clear()
     yield hopper
-    door.is_vetted.cache_clear()
+    launcher.is_vetted.cache_clear()
 
 
 def no_scan(image: bytes) -> list[str]:
@@ -163,27 +162,27 @@ def test_only_kernels_for_all_of_a_device_s_launches_make_a_rehearsal_needless(
 ) -> None:
     """What is not served ahead of time is Triton's, and may be refused."""
     hopper.triton("3.6.0")
-    monkeypatch.setattr(door, "own_profile", lambda _: Profile("sm_90", 132, True))
+    monkeypatch.setattr(launcher, "own_profile", lambda _: Profile("sm_90", 132, True))
     every = {"only": "", "ranks": list(rank_classes())}
-    assert door.may_refuse(DEVICE)
+    assert launcher.may_refuse(DEVICE)
     # For another device, for some ranks, for some names, and all of it.
     project = VARIANTS["project"]
     some = [every | {"ranks": [768]}, every | {"only": "pull*"}]
     for arch, extra in [("sm_100a", every), *(("sm_90a", each) for each in some)]:
         hopper.install((project, arch), **extra)
-        assert door.may_refuse(DEVICE)
+        assert launcher.may_refuse(DEVICE)
     hopper.left_out = [{"id": "1", "label": "pull", "arch": "sm_100a", "reason": "spills"}]
     hopper.install((project, "sm_90a"), (project, "sm_100a"), **every)
-    assert not door.may_refuse(DEVICE)
+    assert not launcher.may_refuse(DEVICE)
     hopper.left_out[0]["arch"] = "sm_90a"
     hopper.install((project, "sm_90a"), **every)
-    assert door.may_refuse(DEVICE)
+    assert launcher.may_refuse(DEVICE)
     hopper.left_out.clear()
     hopper.install((project, "sm_90a"), **every)
-    assert not door.may_refuse(DEVICE)
+    assert not launcher.may_refuse(DEVICE)
     # Other tiles than those that the kernels were compiled with.
-    monkeypatch.setattr(door, "tuned_architecture", lambda: "sm_90")
-    assert door.may_refuse(DEVICE)
+    monkeypatch.setattr(launcher, "tuned_architecture", lambda: "sm_90")
+    assert launcher.may_refuse(DEVICE)
 
 
 @pytest.mark.parametrize("obstacle", ["only", "no compiler"])
@@ -191,17 +190,17 @@ def test_other_devices_are_rehearsed_where_nothing_compiles(
     obstacle: str, hopper: Hopper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(door, "own_profile", lambda _: Profile("sm_80", 108, False))
+    monkeypatch.setattr(launcher, "own_profile", lambda _: Profile("sm_80", 108, False))
     hopper.device(80)
     hopper.install((VARIANTS["project"], "sm_80"), only="project*", ranks=list(rank_classes()))
-    assert not door.may_refuse(DEVICE)
+    assert not launcher.may_refuse(DEVICE)
     if obstacle == "only":
         monkeypatch.setenv("RPSFT_AOT", "only")
     else:
-        monkeypatch.setattr(compilers, "compiler_missing", lambda: "there is no C compiler")
-    assert door.may_refuse(DEVICE)
+        monkeypatch.setattr(toolchain, "compiler_missing", lambda: "there is no C compiler")
+    assert launcher.may_refuse(DEVICE)
     hopper.install((VARIANTS["project"], "sm_80"), only="", ranks=list(rank_classes()))
-    assert not door.may_refuse(DEVICE)
+    assert not launcher.may_refuse(DEVICE)
 
 
 @pytest.mark.parametrize(("version", "broken"), [("3.8.0", True), ("3.9.0", False)])
@@ -272,8 +271,8 @@ def test_without_a_disassembler_the_version_decides(
     version: str, variables: dict[str, str], reason: str | None, hopper: Hopper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hopper.triton("3.8.0")
-    monkeypatch.setattr(compilers, "triton_version", lambda: version)
-    for name in compilers._ASSEMBLER:
+    monkeypatch.setattr(toolchain, "triton_version", lambda: version)
+    for name in toolchain._ASSEMBLER:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -335,10 +334,10 @@ def test_the_installed_triton_through_its_own_jit(tmp_path: Path) -> None:
     results = run()
     assert [each["label"] for each in results] == sorted(labels)
     for each in results:
-        broken = compilers.touches_products() and each["label"].startswith("project")
+        broken = toolchain.touches_products() and each["label"].startswith("project")
         assert each["launches"] == (0 if broken else 2)
         assert len(each["said"]) == (2 if broken else 0)
-        assert all(f"as Triton {compilers.triton_version()} with ptxas" in said for said in each["said"])
+        assert all(f"as Triton {toolchain.triton_version()} with ptxas" in said for said in each["said"])
     # The next process needs no disassembler.
     (tmp_path / "none").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "none").chmod(0o755)

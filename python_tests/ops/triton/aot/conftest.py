@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from world import World
 
-from rpsft_kernels.ops.triton.aot import dispatch as aot
-from rpsft_kernels.ops.triton.aot import loader as aot_kernel
+from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
+from rpsft_kernels.ops.triton.aot import loader as aot_loader
 from rpsft_kernels.ops.triton.aot.build import build_kernels
 
 ARCHITECTURES = "8.0;9.0"
@@ -26,11 +26,11 @@ def _fresh(_chosen_by_the_test: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the environment asks for, and what was logged or decided before, must not decide what a test tests."""
     for name in ("RPSFT_AOT", "RPSFT_AOT_KERNELS", "RPSFT_CUDA_ARCHS", "RPSFT_STRICT", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(aot, "_said", set())
-    monkeypatch.setattr(aot, "_refused", {})
-    monkeypatch.setattr(aot, "_reasons", {})
-    monkeypatch.setattr(aot_kernel, "_kernels", {})
-    for cached in (aot._chosen, aot._services, aot._service):
+    monkeypatch.setattr(aot_dispatch, "_said", set())
+    monkeypatch.setattr(aot_dispatch, "_refused", {})
+    monkeypatch.setattr(aot_dispatch, "_reasons", {})
+    monkeypatch.setattr(aot_loader, "_kernels", {})
+    for cached in (aot_dispatch._chosen, aot_dispatch._services, aot_dispatch._service):
         cached.cache_clear()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rpsft_kernels.ops.triton.aot import library as aot
+from rpsft_kernels.ops.triton.aot import library as aot_library
 from rpsft_kernels.ops.triton.aot.build import build_kernels, main
 from rpsft_kernels.ops.triton.aot.check import check_kernels
 from rpsft_kernels.ops.triton.machine_code.cubin import read_hsaco
@@ -26,7 +26,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_kind_is_compiled_and_checked(kernels: Path) -> None:
-    entries = json.loads((kernels / aot.MANIFEST).read_text())["kernels"]
+    entries = json.loads((kernels / aot_library.MANIFEST).read_text())["kernels"]
     assert {entry["kernel"] for entry in entries} == set(ARGUMENTS)
     assert check_kernels(kernels).findings == []
     for entry in entries:
@@ -35,7 +35,7 @@ def test_each_kind_is_compiled_and_checked(kernels: Path) -> None:
 
 
 def test_other_code_is_told_apart(kernels: Path) -> None:
-    manifest = json.loads((kernels / aot.MANIFEST).read_text())
+    manifest = json.loads((kernels / aot_library.MANIFEST).read_text())
     image = bytearray((kernels / manifest["kernels"][0]["file"]).read_bytes())
     # gfx90a's machine in the flags of the header.
     image[48] = 0x3F
@@ -49,5 +49,5 @@ def test_a_build_says_that_nothing_launches_them(tmp_path: Path, capsys: pytest.
     command = ["--arch", "gfx942", "--output", str(tmp_path / "kernels"), "--rank", "32", "--only", "squares*"]
     assert main([*command, "--jobs", "1"]) == 0
     assert "gfx942: packed, but nothing launches these yet: on AMD Triton compiles" in capsys.readouterr().out
-    library = aot.Library.open(tmp_path / "kernels")
+    library = aot_library.Library.open(tmp_path / "kernels")
     assert library.arches() == []

@@ -14,7 +14,7 @@ import pytest
 from wheels import without
 
 from rpsft_kernels.ops.triton.aot import build as aot_build
-from rpsft_kernels.ops.triton.aot import library as aot
+from rpsft_kernels.ops.triton.aot import library as aot_library
 from rpsft_kernels.ops.triton.aot.build import build_kernels, wanted_variants
 from rpsft_kernels.ops.triton.aot.compile import Kernel, LeftOut, parameter_table
 from rpsft_kernels.ops.triton.variants import Variant, list_variants
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[4]
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((folder / aot.MANIFEST).read_text())
+    loaded: dict[str, Any] = json.loads((folder / aot_library.MANIFEST).read_text())
     return loaded
 
 
@@ -92,18 +92,20 @@ def test_the_largest_shapes_for_8_6_spill_nothing(tmp_path: Path) -> None:
 
 def test_ids_tell_variants_and_architectures_apart() -> None:
     variants = list(list_variants("sm_90", True, (32, 768)))
-    ids = {aot.kernel_id(variant, arch) for variant in variants for arch in ("sm_90a", "sm_80")}
+    ids = {aot_library.kernel_id(variant, arch) for variant in variants for arch in ("sm_90a", "sm_80")}
     assert len(ids) == 2 * len(variants)
 
 
 def test_a_library_opens_what_was_built(kernels: Path) -> None:
-    library = aot.Library.open(kernels)
+    library = aot_library.Library.open(kernels)
     assert [name for name, _ in library.arches()] == ["sm_90a", "sm_80"]
     for table, descriptors, arch in (("sm_90", True, "sm_90a"), ("sm_80", False, "sm_80")):
         wanted = wanted_variants(table, (32,), library.manifest["only"])
         assert len(wanted) >= 6
         assert set(wanted) <= set(list_variants(table, descriptors, (32,)))
-        assert {aot.kernel_id(variant, arch) for variant in wanted} <= library.by_id.keys() | library.left_out.keys()
+        assert {
+            aot_library.kernel_id(variant, arch) for variant in wanted
+        } <= library.by_id.keys() | library.left_out.keys()
     # Triton before 3.9 overwrites registers that Hopper's asynchronous products still read.
     wrong = tuple(map(int, library.manifest["versions"]["triton"].split(".")[:2])) < (3, 9)
     assert {each["arch"] for each in library.left_out.values()} == ({"sm_90a"} if wrong else set())
@@ -120,9 +122,9 @@ def test_kernels_of_other_sources_are_refused(kernels: Path, tmp_path: Path) -> 
         ({"sources": "0" * 64}, "were compiled from other sources"),
         ({"schema": 99}, "got schema 99, expected 3"),
     ):
-        (tmp_path / aot.MANIFEST).write_text(json.dumps(found | change))
+        (tmp_path / aot_library.MANIFEST).write_text(json.dumps(found | change))
         with pytest.raises(ValueError, match=message):
-            aot.Library.open(tmp_path)
+            aot_library.Library.open(tmp_path)
     for content, message in (
         ([], r"manifest\.json: got list, expected a JSON object; install the package again, or build them"),
         ({k: v for k, v in found.items() if k != "kernels"}, r"kernels: got nothing, expected list"),
@@ -131,26 +133,26 @@ def test_kernels_of_other_sources_are_refused(kernels: Path, tmp_path: Path) -> 
         (found | {"left_out": [{"id": "x"}]}, r"left_out\[0\]: got \{'id': 'x'\}, expected id, label, arch and reason"),
         (found | {"kernels": [7]}, r"kernels\[0\]: has no id, arch, "),
     ):
-        (tmp_path / aot.MANIFEST).write_text(json.dumps(content))
+        (tmp_path / aot_library.MANIFEST).write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
-            aot.Library.open(tmp_path)
-    (tmp_path / aot.MANIFEST).write_text("{")
+            aot_library.Library.open(tmp_path)
+    (tmp_path / aot_library.MANIFEST).write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json: "):
-        aot.Library.open(tmp_path)
+        aot_library.Library.open(tmp_path)
     with pytest.raises(ValueError, match="carries no kernels compiled ahead of time$"):
-        aot.Library.open(tmp_path / "absent")
-    (tmp_path / aot.REASON).write_text("they could not be compiled: no Triton\n")
+        aot_library.Library.open(tmp_path / "absent")
+    (tmp_path / aot_library.REASON).write_text("they could not be compiled: no Triton\n")
     with pytest.raises(ValueError, match="kernels compiled ahead of time: they could not be compiled: no Triton$"):
-        aot.Library.open(tmp_path / "absent")
+        aot_library.Library.open(tmp_path / "absent")
 
 
 def test_other_options_of_the_compiler_are_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that were built here before must not pass for what the package asks for now."""
     (variant, *_) = list_variants("sm_80", False, (32,))
-    before = aot.kernel_id(variant, "sm_80")
+    before = aot_library.kernel_id(variant, "sm_80")
     monkeypatch.setattr(Variant, "options", lambda self: {"num_warps": self.warps, "enable_fp_fusion": True})
-    assert aot.kernel_id(variant, "sm_80") != before
-    assert {"variant", "compile", "kernels"} <= set(aot._KERNEL_SOURCES)
+    assert aot_library.kernel_id(variant, "sm_80") != before
+    assert {"variant", "compile", "kernels"} <= set(aot_library._KERNEL_SOURCES)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_other_options_of_the_compiler_are_another_kernel(monkeypatch: pytest.Mo
     ],
 )  # fmt: skip
 def test_which_machine_code_runs_where(made_for: str, capability: int, how: str | None) -> None:
-    arch = aot.Arch.parse(made_for)
+    arch = aot_library.Arch.parse(made_for)
     assert arch is not None
     assert arch.how_cubin_runs(capability) == how
     assert arch.how_ptx_runs(capability) == ("ptx" if arch.number <= capability and not arch.specific else None)

@@ -16,7 +16,7 @@ import pytest
 from sass_text import cubin
 
 from rpsft_kernels.ops.triton.aot import compile as aot_compile
-from rpsft_kernels.ops.triton.aot import library as aot
+from rpsft_kernels.ops.triton.aot import library as aot_library
 from rpsft_kernels.ops.triton.aot.build import main as build
 from rpsft_kernels.ops.triton.aot.build import wanted_variants
 from rpsft_kernels.ops.triton.aot.check import check_kernels
@@ -166,9 +166,9 @@ def say(name: str, value: Any, kernel: str = "gradient") -> Change:
 def test_what_is_wrong_is_named(change: Change, finding: str, kernels: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     shutil.copytree(kernels, folder)
-    manifest = json.loads((folder / aot.MANIFEST).read_text())
+    manifest = json.loads((folder / aot_library.MANIFEST).read_text())
     change(folder, manifest["kernels"])
-    (folder / aot.MANIFEST).write_text(json.dumps(manifest))
+    (folder / aot_library.MANIFEST).write_text(json.dumps(manifest))
     findings = check_kernels(folder).findings
     assert any(re.search(finding, found) for found in findings), findings
     assert main(["kernels", "--check", str(folder)]) == 1
@@ -204,7 +204,7 @@ def test_what_a_gpu_has_not_is_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A tile table whose residents do not fit: Hopper's shapes where a block has 99 KiB."""
-    table = json.loads(Path(aot.__file__).parents[1].joinpath("tiles", "sm_90.json").read_text())
+    table = json.loads(Path(aot_library.__file__).parents[1].joinpath("tiles", "sm_90.json").read_text())
     path = tmp_path / "table.json"
     path.write_text(json.dumps(table | {"architecture": "sm_86"}))
     monkeypatch.setenv("RPSFT_TILES", str(path))
@@ -222,17 +222,17 @@ def test_what_a_gpu_has_not_is_left_out(
     printed = capsys.readouterr().out
     assert re.search(rf"^left out: {said}", printed, re.M)
     assert re.search(r"1 kernels in 3 files, 1 left out, ", printed)
-    manifest = json.loads((tmp_path / "kernels" / aot.MANIFEST).read_text())
+    manifest = json.loads((tmp_path / "kernels" / aot_library.MANIFEST).read_text())
     (left_out,) = manifest["left_out"]
     (variant,) = [v for v in wanted_variants("sm_86", (768,), only) if v.kernel == "project"]
-    assert (left_out["id"], left_out["label"]) == (aot.kernel_id(variant, "sm_86"), variant.label())
+    assert (left_out["id"], left_out["label"]) == (aot_library.kernel_id(variant, "sm_86"), variant.label())
     assert [entry["kernel"] for entry in manifest["kernels"]] == ["squares"]
     checked = check_kernels(tmp_path / "kernels")
     assert (checked.findings, checked.left_out) == ([], 1)
     assert "a selection of the variants, 1 left out as the manifest says" in str(checked)
-    library = aot.Library.open(tmp_path / "kernels")
+    library = aot_library.Library.open(tmp_path / "kernels")
     assert re.search(r"sm_86 +1 kernels in 2 files, 1 left out", library.summary())
-    reason = library.find(variant, aot.Device(86, 99 << 10))
+    reason = library.find(variant, aot_library.Device(86, 99 << 10))
     assert isinstance(reason, str)
     assert reason.startswith(f"left out of the sm_86 kernels: {left_out['reason']}")
     with pytest.raises(SystemExit, match="RPSFT_AOT_PREBUILT: .* leaves 1 kernels out, expected none"):
@@ -240,7 +240,7 @@ def test_what_a_gpu_has_not_is_left_out(
     # As long as something asks for it.
     manifest["left_out"].append(left_out | {"id": "0" * 20})
     manifest["kernels"].append(manifest["kernels"][0] | {"id": left_out["id"]})
-    (tmp_path / "kernels" / aot.MANIFEST).write_text(json.dumps(manifest))
+    (tmp_path / "kernels" / aot_library.MANIFEST).write_text(json.dumps(manifest))
     findings = check_kernels(tmp_path / "kernels").findings
     assert any("1 entries with the id" in found and "1 that leave it out, expected one" in found for found in findings)
     assert any(re.search(r"^0{20} \(project.*is left out, but nothing asks for it", found) for found in findings)
@@ -286,4 +286,4 @@ def test_a_place_that_is_not_there_is_told_without_triton(tmp_path: Path, monkey
 
 def test_what_is_no_machine_code_is_refused(kernels: Path) -> None:
     with pytest.raises(ValueError, match=r"path: cuobjdump cannot read manifest\.json"):
-        read_cubin(kernels / aot.MANIFEST)
+        read_cubin(kernels / aot_library.MANIFEST)

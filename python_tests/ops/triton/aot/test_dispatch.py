@@ -8,9 +8,8 @@ import pytest
 import torch
 from world import DEVICE, PULL, SQUARES, World
 
-from rpsft_kernels.ops import triton as backend
-from rpsft_kernels.ops.triton import toolchain as compilers
-from rpsft_kernels.ops.triton.aot import dispatch as aot
+from rpsft_kernels.ops.triton import backend, toolchain
+from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.ops.triton.aot.library import kernel_id
 from rpsft_kernels.ops.triton.launch import launch
 
@@ -82,7 +81,7 @@ def test_a_driver_translates_no_ptx_of_products_that_run_on(world: World) -> Non
     world.install(world.entry(SQUARES, "sm_90a", ptx=True))
     world.native.refused["sm_90a.cubin"] = "no kernel image"
     assert world.launch() == "jit"
-    assert "what the driver makes of PTX for sm_90a" in str(aot.unavailable(DEVICE))
+    assert "what the driver makes of PTX for sm_90a" in str(aot_dispatch.unavailable(DEVICE))
     # Older PTX knows no such products.
     world.install(world.entry(SQUARES, "sm_90a", ptx=True), world.entry(SQUARES, "sm_80", ptx=True))
     assert world.launch() == "squares-sm_80.ptx"
@@ -100,7 +99,7 @@ def test_an_unknown_variant_is_left_to_triton(world: World, monkeypatch: pytest.
     world.install((SQUARES, "sm_90a"))
     assert world.launch(PULL) == "jit"
     monkeypatch.setenv("RPSFT_AOT", "only")
-    aot._chosen.cache_clear()
+    aot_dispatch._chosen.cache_clear()
     monkeypatch.setenv("RPSFT_TILES", "table.json")
     message = (
         r"no kernel compiled ahead of time for pull\(basis_type=bf16, block_m=64, warps=4, stages=2\) on cuda:0: "
@@ -139,13 +138,13 @@ def test_modes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_installations_that_lack_something(lacking: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.install((SQUARES, "sm_90a"))
     if lacking == "kernels":
-        monkeypatch.setattr(aot, "installed", lambda: "this installation carries no kernels")
+        monkeypatch.setattr(aot_dispatch, "installed", lambda: "this installation carries no kernels")
     elif lacking == "launcher":
-        monkeypatch.setattr(aot, "binding", lambda: "this installation's native module has no CUDA launcher")
+        monkeypatch.setattr(aot_dispatch, "binding", lambda: "this installation's native module has no CUDA launcher")
     else:
         monkeypatch.setattr(torch.version, "hip", "6.0")
     assert world.launch() == "jit"
-    assert lacking in str(aot.unavailable(DEVICE))
+    assert lacking in str(aot_dispatch.unavailable(DEVICE))
     monkeypatch.setenv("RPSFT_AOT", "only")
     with pytest.raises(RuntimeError, match=rf"no kernel compiled ahead of time for squares.*{lacking}.*RPSFT_AOT=1"):
         world.launch()
@@ -183,7 +182,7 @@ def test_failures_of_the_driver_say_where_the_code_came_from(world: World) -> No
 
 def test_without_the_package_triton(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.install((SQUARES, "sm_90a"))
-    monkeypatch.setattr(compilers, "triton_missing", lambda: "the package triton is not installed (pip install triton)")
+    monkeypatch.setattr(toolchain, "triton_missing", lambda: "the package triton is not installed (pip install triton)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(backend, "_interpreted", lambda: False)
     assert backend.unavailable(DEVICE, torch.bfloat16) is None
@@ -196,7 +195,9 @@ def test_without_the_package_triton(world: World, monkeypatch: pytest.MonkeyPatc
     assert backend.unavailable(DEVICE, torch.bfloat16) == (
         f"{missing}, and this installation's kernels (sm_90a) do not run on compute capability 12.0"
     )
-    monkeypatch.setattr(aot, "installed", lambda: "this installation carries no kernels compiled ahead of time")
+    monkeypatch.setattr(
+        aot_dispatch, "installed", lambda: "this installation carries no kernels compiled ahead of time"
+    )
     assert backend.unavailable(DEVICE, torch.bfloat16) == (
         f"{missing}, and this installation carries no kernels compiled ahead of time"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from world import SQUARES, World
 
-from rpsft_kernels.ops.triton.aot import loader as aot_kernel
+from rpsft_kernels.ops.triton.aot import loader as aot_loader
 from rpsft_kernels.ops.triton.aot.library import Choice, Library
 
 
@@ -28,7 +28,7 @@ def test_threads_that_ask_at_once_get_one_kernel(world: World) -> None:
 
     def ask() -> None:
         together.wait()
-        found.append(aot_kernel.kernel(library, choice, "squares"))
+        found.append(aot_loader.kernel(library, choice, "squares"))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from rpsft_kernels import ops
-from rpsft_kernels.ops.triton import full_form as whole
-from rpsft_kernels.ops.triton import pull_back as backward
-from rpsft_kernels.ops.triton import toolchain as compilers
+from rpsft_kernels.ops.triton import full_form, pull_back, toolchain
 from rpsft_kernels.ops.triton.device import Profile
 
 WITHOUT_TRITON = """
@@ -38,12 +36,13 @@ def run_without_triton(program: str, **environment: str) -> str:
 
 def test_planning_imports_no_triton() -> None:
     program = """
-from rpsft_kernels import aot, aot_build
 from rpsft_kernels.ops.triton import (
-    backward, fields, forward, launch, problem, profile, report, schedule, table, tile_table, tune, variant, whole
+    device, fields, full_form, launch, layout, project_drift, pull_back, schedule, tile_table, upload, variants
 )
+from rpsft_kernels.ops.triton.aot import build, dispatch
+from rpsft_kernels.tools import schedule as report, tune
 assert not any(name.split(".")[0] == "triton" for name in sys.modules)
-print(len(list(variant.list_variants("sm_90", True, tile_table.rank_classes()))) > 100)
+print(len(list(variants.list_variants("sm_90", True, tile_table.rank_classes()))) > 100)
 print(report.schedule_report([(4096, 4096)], 768).launches)
 print(tile_table.interpreted())
 """
@@ -54,25 +53,25 @@ print(tile_table.interpreted())
 def test_numbers_that_start_off_a_boundary_reach_kernels_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Views such as a slice of all scales: the kernels read vectors of 16 bytes."""
     seen: list[int] = []
-    for module in (backward, whole):
+    for module in (pull_back, full_form):
         monkeypatch.setattr(module, "device_profile", lambda _: Profile("sm_80", 8, False))
         monkeypatch.setattr(module, "launch", lambda variant, n, d, *rest: seen.append(rest[-1].data_ptr()))
     weight, basis = torch.zeros(64, 64), torch.zeros(64, 16)
     scales = torch.ones(9)[1:2]
     assert scales.data_ptr() % 16
-    backward.run_backward([weight], [basis], [basis], [torch.zeros(257)[1:].view(16, 16)], scales, True)
+    pull_back.run_backward([weight], [basis], [basis], [torch.zeros(257)[1:].view(16, 16)], scales, True)
     pulled = seen[0]
-    whole.run_whole_backward([weight], [weight], [weight], scales, True)
+    full_form.run_whole_backward([weight], [weight], [weight], scales, True)
     assert pulled % 16 == seen[-1] % 16 == 0
 
 
 @pytest.mark.parametrize(("version", "words"), [("3.2.0", "3.2.0 is too old"), ("3.6.0", ""), ("3.10.1+git", "")])
 def test_an_old_triton_is_named(version: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    compilers.triton_missing.cache_clear()
+    toolchain.triton_missing.cache_clear()
     try:
-        assert (words in compilers.triton_missing()) if words else compilers.triton_missing() == ""
+        assert (words in toolchain.triton_missing()) if words else toolchain.triton_missing() == ""
         reason = ops.available_backends(torch.device("cpu"), torch.float32)["triton"]
         assert not words or (reason is not None and words in reason)
     finally:
-        compilers.triton_missing.cache_clear()
+        toolchain.triton_missing.cache_clear()

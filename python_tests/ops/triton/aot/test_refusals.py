@@ -10,8 +10,8 @@ import torch
 from triton.backends.nvidia.compiler import ptx_get_version
 from world import DEVICE, PULL, SQUARES, World
 
-from rpsft_kernels.ops.triton import device as profile
-from rpsft_kernels.ops.triton.aot import dispatch as aot
+from rpsft_kernels.ops.triton import device as triton_device
+from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.ops.triton.aot.library import Device
 from rpsft_kernels.ops.triton.launch import launch
 
@@ -25,18 +25,18 @@ def test_ptx_that_the_driver_does_not_know_is_left_to_triton(
     world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "rpsft_kernels")
-    monkeypatch.setattr(profile, "own_profile", lambda _: profile.Profile("sm_90", 132, True))
+    monkeypatch.setattr(triton_device, "own_profile", lambda _: triton_device.Profile("sm_90", 132, True))
     world.install(world.entry(SQUARES, "sm_80", ptx=True), world.entry(PULL, "sm_80", ptx=True))
     world.native.refused = {".ptx": TOO_NEW}
-    assert profile.device_profile(DEVICE).architecture == "sm_80"
+    assert triton_device.device_profile(DEVICE).architecture == "sm_80"
     assert [world.launch() for _ in range(3)] == ["jit"] * 3
     assert world.launch(PULL) == "jit"
     assert len(world.native.kernels) == 1, "one refusal is enough"
-    assert profile.device_profile(DEVICE).architecture == "sm_90"
+    assert triton_device.device_profile(DEVICE).architecture == "sm_90"
     refused, compiled = (record.getMessage() for record in caplog.records)
     assert refused == f"cuda:0: sm_80 PTX compiled ahead of time is passed over on compute capability 9.0: {TOO_NEW}"
     assert compiled.startswith(f"cuda:0: Triton compiles {SQUARES.label()}: compute capability 9.0: none of this")
-    reason = str(aot.unavailable(DEVICE))
+    reason = str(aot_dispatch.unavailable(DEVICE))
     assert reason.startswith("this installation's kernels (sm_80) do not run on compute capability 9.0; the driver")
     assert "refused sm_80 PTX" in reason and TOO_NEW in reason
 
@@ -82,7 +82,7 @@ def test_ptx_newer_than_the_driver_is_not_even_tried(world: World) -> None:
     world.install(entry)
     world.device(90, driver=12040)
     assert (world.launch(), world.native.kernels) == ("jit", [])
-    assert str(aot.unavailable(DEVICE)) == (
+    assert str(aot_dispatch.unavailable(DEVICE)) == (
         "this installation's kernels (sm_80) do not run on compute capability 9.0; sm_80: its PTX is of version 8.5, "
         "and the driver (CUDA 12.4) reads up to 8.4"
     )

@@ -11,10 +11,8 @@ import pytest
 import torch
 from world import DEVICE, SQUARES, World
 
-from rpsft_kernels.ops.triton import device as profile
-from rpsft_kernels.ops.triton import project_drift as forward
-from rpsft_kernels.ops.triton import pull_back as backward
-from rpsft_kernels.ops.triton import tile_table
+from rpsft_kernels.ops.triton import device as triton_device
+from rpsft_kernels.ops.triton import project_drift, pull_back, tile_table
 from rpsft_kernels.ops.triton.aot import library as aot_library
 from rpsft_kernels.ops.triton.aot.library import Arch
 from rpsft_kernels.ops.triton.aot.targets import cuda_architecture
@@ -40,7 +38,7 @@ def become(world: World, capability: int, **facts: int) -> None:
     """The device, and its own profile."""
     own = cuda_architecture(capability)
     world.device(capability, LIMITS[capability], **facts)
-    world.monkeypatch.setattr(profile, "own_profile", lambda _: profile.Profile(own, 8, DESCRIPTORS[own]))
+    world.monkeypatch.setattr(triton_device, "own_profile", lambda _: triton_device.Profile(own, 8, DESCRIPTORS[own]))
 
 
 def wheel(world: World, *architectures: str, shared: int = LARGEST) -> None:
@@ -55,15 +53,15 @@ def wheel(world: World, *architectures: str, shared: int = LARGEST) -> None:
 
 def step(world: World) -> list[str]:
     """One weight's forward and backward pass at two ranks; the files that were launched."""
-    for module in (forward, backward):
-        world.monkeypatch.setattr(module, "device_profile", lambda _: profile.device_profile(DEVICE))
+    for module in (project_drift, pull_back):
+        world.monkeypatch.setattr(module, "device_profile", lambda _: triton_device.device_profile(DEVICE))
         world.monkeypatch.setattr(module, "launch", lambda variant, n, _, *rest: launch(variant, n, DEVICE, *rest))
     before = len(world.native.launches)
     for rank in (32, 144):
         weight = torch.zeros(256, 320, dtype=torch.bfloat16)
         left, right = (torch.zeros(size, rank, dtype=torch.bfloat16) for size in weight.shape)
-        drifts, _ = forward.run_forward([weight], [left], [right], [weight.clone()], [])
-        backward.run_backward([torch.zeros(256, 320)], [left], [right], drifts, torch.ones(1), True)
+        drifts, _ = project_drift.run_forward([weight], [left], [right], [weight.clone()], [])
+        pull_back.run_backward([torch.zeros(256, 320)], [left], [right], drifts, torch.ones(1), True)
     return sorted({image.decode().split("-")[1] for image, *_ in world.native.launches[before:]})
 
 
@@ -87,7 +85,7 @@ def test_kernels_that_run_on_a_device_serve_all_its_launches(
     world.monkeypatch.setattr("rpsft_kernels.ops.triton.toolchain.triton_missing", lambda: triton)
     wheel(world, *held.split())
     become(world, capability)
-    assert profile.device_profile(DEVICE) == profile.Profile(table, 8, DESCRIPTORS[table])
+    assert triton_device.device_profile(DEVICE) == triton_device.Profile(table, 8, DESCRIPTORS[table])
     assert step(world) == [file]
     assert world.compiled == []
     line = f"{said}, with the tiles of {table}" if said else "sm_90a machine code on compute capability 9.0"
@@ -99,7 +97,7 @@ def test_a_table_one_of_whose_kernels_does_not_fit_is_no_choice(world: World, ca
     caplog.set_level(logging.INFO, "rpsft_kernels")
     wheel(world, "sm_80", shared=LIMITS[86] + 1)
     become(world, 86)
-    assert profile.device_profile(DEVICE).architecture == "sm_86"
+    assert triton_device.device_profile(DEVICE).architecture == "sm_86"
     assert step(world) == []
     listed = set(list_variants("sm_86", False, rank_classes()))
     assert world.compiled and set(world.compiled) <= listed
@@ -109,9 +107,9 @@ def test_a_table_one_of_whose_kernels_does_not_fit_is_no_choice(world: World, ca
 def test_the_newest_older_table_is_taken(world: World) -> None:
     wheel(world, "sm_80", "sm_86", "sm_90a")
     become(world, 120)
-    assert (profile.device_profile(DEVICE).architecture, step(world)) == ("sm_86", ["sm_86.ptx"])
+    assert (triton_device.device_profile(DEVICE).architecture, step(world)) == ("sm_86", ["sm_86.ptx"])
     become(world, 100)
-    assert profile.device_profile(DEVICE).architecture == "sm_86"
+    assert triton_device.device_profile(DEVICE).architecture == "sm_86"
 
 
 def test_tuning_is_about_the_own_table(world: World, tmp_path: Path) -> None:
@@ -121,23 +119,23 @@ def test_tuning_is_about_the_own_table(world: World, tmp_path: Path) -> None:
     seen = set()
 
     def run() -> None:
-        seen.add(profile.device_profile(DEVICE).architecture)
+        seen.add(triton_device.device_profile(DEVICE).architecture)
 
-    world.monkeypatch.setattr(tune, "own_profile", profile.own_profile)
+    world.monkeypatch.setattr(tune, "own_profile", triton_device.own_profile)
     world.monkeypatch.setattr(tune, "_workload", lambda *_: (run, run))
     table = tune.tune([(256, 320)], 144, DEVICE, candidates=[], timer=lambda run: 1.0)
     assert (table["architecture"], seen) == ("sm_86", {"sm_86"})
-    assert profile.device_profile(DEVICE).architecture == "sm_80"
+    assert triton_device.device_profile(DEVICE).architecture == "sm_80"
     table["project"]["one part"][-1]["stages"] = 2
     tune.write_table(table, tmp_path / "table.json")
     world.monkeypatch.setenv("RPSFT_TILES", str(tmp_path / "table.json"))
-    assert profile.device_profile(DEVICE).architecture == "sm_86"
+    assert triton_device.device_profile(DEVICE).architecture == "sm_86"
     assert step(world) == ["sm_80.cubin"], "what both tables have in common"
     assert any(variant.kernel == "project" and variant.stages == 2 for variant in world.compiled)
     # Of the table that kernels were compiled of, they are no longer.
     (tmp_path / "other.json").write_text(json.dumps(table | {"architecture": "sm_80"}))
     world.monkeypatch.setenv("RPSFT_TILES", str(tmp_path / "other.json"))
-    assert profile.device_profile(DEVICE).architecture == "sm_86"
+    assert triton_device.device_profile(DEVICE).architecture == "sm_86"
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "7"])
@@ -155,12 +153,12 @@ def test_asking_again_costs_nothing(world: World, monkeypatch: pytest.MonkeyPatc
     parsed = []
     monkeypatch.setattr(Arch, "how_cubin_runs", lambda self, _: parsed.append(self) or "compatible")
     monkeypatch.setattr(aot_library, "_obstacle", lambda *_: parsed.append(None) or "")
-    profile.device_profile(DEVICE)
+    triton_device.device_profile(DEVICE)
     world.launch(SQUARES)
     assert parsed
     parsed.clear()
     monkeypatch.setattr(Arch, "parse", lambda name: parsed.append(name))
     for _ in range(100):
-        profile.device_profile(DEVICE)
+        triton_device.device_profile(DEVICE)
         world.launch(SQUARES)
     assert parsed == []

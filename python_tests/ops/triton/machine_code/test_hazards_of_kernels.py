@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sass_text import BROKEN, KERNELS, TRITONS, cubin, put, text_of
 
-from rpsft_kernels.ops.triton.machine_code import cubin as machine_code
+from rpsft_kernels.ops.triton.machine_code.cubin import nvidia_tools
 from rpsft_kernels.ops.triton.machine_code.register_hazards import find_hazards, scan_cubin
 
 pytestmark = pytest.mark.xdist_group("aot")
@@ -96,8 +96,8 @@ def test_without_a_disassembler_it_is_an_error_that_says_so(tmp_path: Path, monk
     image = cubin("3.9.0", "pull")
     with pytest.raises(ValueError, match=r"nvdisasm cannot read kernel\.cubin"):
         scan_cubin(image[:1000])
-    tool = machine_code.nvidia_tools() / "nvdisasm"
-    monkeypatch.setattr(machine_code, "nvidia_tools", lambda: tmp_path)
+    tool = nvidia_tools() / "nvdisasm"
+    monkeypatch.setattr("rpsft_kernels.ops.triton.machine_code.cubin.nvidia_tools", lambda: tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"nvdisasm, .* is not found: .*pip install triton.*TRITON_NVDISASM_PATH"):
         scan_cubin(image)
