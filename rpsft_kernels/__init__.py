@@ -26,8 +26,7 @@ from .anchors.anchor import Anchor
 from .anchors.collection import Anchors
 from .ops import use_backend
 from .penalty import accumulate_rotation_grad_, project, rotation_penalty
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "Anchor",

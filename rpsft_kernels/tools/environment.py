@@ -10,13 +10,13 @@ from functools import partial
 
 import torch
 
-from .. import __version__
 from ..ops import native
 from ..ops.dispatch import NAMES, load
 from ..ops.triton import toolchain
 from ..ops.triton.aot import dispatch as aot
 from ..ops.triton.aot import loader
 from ..ops.triton.machine_code.cubin import disassembler
+from ..version import __version__
 
 _PACKAGES = ("triton", "numpy", "safetensors", "transformers", "deepspeed")
 # Beside this package's own.

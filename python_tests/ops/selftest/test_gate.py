@@ -120,7 +120,7 @@ def test_what_a_pass_depends_on_brings_it_back(
     elif changed == "mode":
         monkeypatch.setenv("RPSFT_AOT", "0")
     elif changed == "package":
-        monkeypatch.setattr("rpsft_kernels.__version__", "9.9")
+        monkeypatch.setattr(record, "__version__", "9.9")
     elif changed == "kernels":
         (tmp_path / "manifest.json").write_text("{}")
         monkeypatch.setattr(aot_dispatch, "installed", lambda: SimpleNamespace(folder=tmp_path))

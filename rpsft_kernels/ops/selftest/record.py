@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ...version import __version__
 from ..triton import toolchain
 from ..triton.aot import dispatch as aot
 from ..triton.aot import loader
@@ -38,8 +39,6 @@ def folder() -> Path:
 
 def facts(device: torch.device) -> dict[str, str]:
     """What a pass depends on, of a GPU and what this installation would run there."""
-    from ... import __version__
-
     properties = torch.cuda.get_device_properties(device)
     return {
         "package": __version__,
