@@ -190,8 +190,9 @@ def project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None = N
     else:
         dtype = torch.bfloat16 if left.dtype == right.dtype == torch.bfloat16 else torch.float32
     backend = ops.resolve_backend(weight.device, weight.dtype)
-    bases = []
+    pretrained = []
     if base is not None:
-        bases.append(base.to(weight.dtype) if base.dtype == torch.float64 else base)
-    drifts, _ = ops.project_drift([weight], [left.to(dtype)], [right.to(dtype)], bases, [], backend)
+        pretrained.append(base.to(weight.dtype) if base.dtype == torch.float64 else base)
+    operands = ops.Operands([weight], [left.to(dtype)], [right.to(dtype)], pretrained)
+    drifts, _ = ops.project_drift(operands, backend)
     return drifts[0]

@@ -57,13 +57,17 @@ def test_block_form_cancels_to_the_last_bit(dtype: torch.dtype, rank: int, shape
     assert (anchor.block.double() - exact).norm() <= bound * exact.norm()
     assert anchor.block.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert anchor.arithmetic == ops.arithmetic_id(_backend(weight), weight.device, dtype)
-    drifts, squares = ops.project_drift([weight], [anchor.left], [anchor.right], [], [anchor.block], _backend(weight))
+    drifts, squares = ops.project_drift(
+        ops.Operands([weight], [anchor.left], [anchor.right], [], [anchor.block]), _backend(weight)
+    )
     assert not drifts[0].any() and not squares.any()
     moved = anchor.to("cpu").to(device)
     assert moved.left is not None and moved.right is not None and moved.block is not None
     # The kernels of a GPU are chosen by how the weight lies, and with them the order of their sums.
     lies = weight if _backend(weight) == "triton" else weight.T.contiguous().T
-    drifts, squares = ops.project_drift([lies], [moved.left], [moved.right], [], [moved.block], _backend(weight))
+    drifts, squares = ops.project_drift(
+        ops.Operands([lies], [moved.left], [moved.right], [], [moved.block]), _backend(weight)
+    )
     assert not drifts[0].any() and not squares.any()
 
 

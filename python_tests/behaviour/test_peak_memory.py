@@ -118,7 +118,9 @@ def test_the_projection_allocates_nothing_as_large_as_a_weight() -> None:
             left, right = (torch.ones(size, RANK, dtype=torch.bfloat16) for size in layout)
             for bases in ([], [weight.float()], [weight.bfloat16()]):
                 found = trace(
-                    lambda w=weight, u=left, v=right, b=bases: ops.project_drift([w], [u], [v], b, [], "torch")
+                    lambda w=weight, u=left, v=right, b=bases: ops.project_drift(
+                        ops.Operands([w], [u], [v], b), "torch"
+                    )
                 )
                 assert found.largest < _nbytes(SHAPE, dtype) and found.peak < _nbytes(SHAPE, torch.float32)
 

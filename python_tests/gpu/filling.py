@@ -45,6 +45,9 @@ class Inputs:
     scales: Tensor
     before: list[Tensor] = field(default_factory=list)
 
+    def operands(self) -> ops.Operands:
+        return ops.Operands(self.weights, self.lefts, self.rights, self.bases, self.blocks)
+
 
 def make_inputs(
     case: Case, shapes: Sequence[tuple[int, int]], device: torch.device, drift: float = 0.05, seed: int = 0
@@ -69,7 +72,7 @@ def make_inputs(
         if case.form == "block":
             # As anchors make it: of the weight as it lies.
             lies = [laid_out(pretrained, case.layout)]
-            (block,), _ = ops.project_drift(lies, inputs.lefts[-1:], inputs.rights[-1:], [], [], "triton")
+            (block,), _ = ops.project_drift(ops.Operands(lies, inputs.lefts[-1:], inputs.rights[-1:]), "triton")
             inputs.blocks.append(block)
         grad = normal(m, n, 0.01).to(case.grad or case.dtype)
         inputs.before.append(grad)
@@ -79,16 +82,11 @@ def make_inputs(
 
 def step(inputs: Inputs) -> tuple[list[Tensor], Tensor]:
     """C and ``||C||^2`` of every weight; ``scale * dR/dW / 2`` is added to the gradients as they were before."""
-    drifts, squares = ops.project_drift(
-        inputs.weights, inputs.lefts, inputs.rights, inputs.bases, inputs.blocks, "triton"
-    )
+    operands = inputs.operands()
+    drifts, squares = ops.project_drift(operands, "triton")
     for grad, before in zip(inputs.grads, inputs.before, strict=True):
         grad.copy_(before)
-    full = not inputs.lefts
-    ops.pull_back_(
-        inputs.grads, inputs.weights if full else [], inputs.lefts, inputs.rights, inputs.bases if full else [],
-        drifts, inputs.scales, True, "triton",
-    )  # fmt: skip
+    ops.pull_back_(inputs.grads, operands.for_pull_back(), drifts, inputs.scales, True, "triton")
     return drifts, squares
 
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from support import Form, Layout, laid_out, lists, make_problem
+from support import Form, Layout, laid_out, make_problem, operands_of
 
 from rpsft_kernels import ops
-from rpsft_kernels.ops.triton import toolchain as compilers
-from rpsft_kernels.ops.triton.aot import dispatch as aot
+from rpsft_kernels.ops.triton import toolchain
+from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Shapes = tuple[tuple[int, int, int], ...]
@@ -75,14 +75,13 @@ def run(case: Case, device: torch.device, backend: str = "triton") -> None:
         )
         for m, n, k in case.shapes
     ]  # fmt: skip
-    weights, lefts, rights, bases, blocks = lists(problems)
-    drifts, squares = ops.project_drift(weights, lefts, rights, bases, blocks, backend)
-    grads = [laid_out(torch.zeros(w.shape, dtype=case.grad or case.dtype, device=device), case.layout) for w in weights]
-    full = not lefts
-    ops.pull_back_(
-        grads, weights if full else [], lefts, rights, bases if full else [], drifts, torch.ones_like(squares),
-        case.accumulate, backend,
-    )  # fmt: skip
+    operands = operands_of(problems)
+    drifts, squares = ops.project_drift(operands, backend)
+    grads = [
+        laid_out(torch.zeros(w.shape, dtype=case.grad or case.dtype, device=device), case.layout)
+        for w in operands.weights
+    ]
+    ops.pull_back_(grads, operands.for_pull_back(), drifts, torch.ones_like(squares), case.accumulate, backend)
     # Reading what was written is part of what is watched.
     assert squares.isfinite().all() and all(bool(grad.isfinite().all()) for grad in grads), str(case)
 
@@ -97,8 +96,8 @@ def fill_scratch() -> None:
     def zeros(size: int, device: torch.device) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int8, device=device)
 
-    vars(aot)["_scratch"] = zeros
-    if not compilers.triton_missing():
+    vars(aot_dispatch)["_scratch"] = zeros
+    if not toolchain.triton_missing():
         from rpsft_kernels.ops.triton import jit
 
         vars(jit)["_scratch"] = lambda device: lambda size, alignment, stream: zeros(size, device)

@@ -50,7 +50,7 @@ def test_every_element_counts(shape: tuple[int, int], device: torch.device) -> N
     assert rows * cols > 2**31
     weight, base = filled(rows, cols, device)
     left, right = basis(rows, device), basis(cols, device)
-    (drift,), squares = ops.project_drift([weight], [left], [right], [base], [], "triton")
+    (drift,), squares = ops.project_drift(ops.Operands([weight], [left], [right], [base]), "triton")
     exact = torch.zeros(RANK, RANK, dtype=torch.float64, device=device)
     for block in blocks_of(rows):
         exact += left[block].double().T @ ((weight[block].double() - base[block].double()) @ right.double())
@@ -58,7 +58,14 @@ def test_every_element_counts(shape: tuple[int, int], device: torch.device) -> N
     torch.testing.assert_close(squares[0].double(), drift.double().square().sum(), rtol=1e-5, atol=0.0)
 
     grad = torch.zeros_like(weight)
-    ops.pull_back_([grad], [], [left], [right], [], [drift], torch.full((1,), 2.0, device=device), True, "triton")
+    ops.pull_back_(
+        [grad],
+        ops.Operands(lefts=[left], rights=[right]),
+        [drift],
+        torch.full((1,), 2.0, device=device),
+        True,
+        "triton",
+    )
     for block in blocks_of(rows):
         pulled = 2.0 * (left[block].double() @ drift.double()) @ right.double().T
         # Every block of rows on its own: an error in the last ones would be lost in the norm of the whole.
@@ -66,12 +73,12 @@ def test_every_element_counts(shape: tuple[int, int], device: torch.device) -> N
     del grad
 
     # The same weight under a full anchor, whose launches are other kernels.
-    _, squares = ops.project_drift([weight], [], [], [base], [], "triton")
+    _, squares = ops.project_drift(ops.Operands([weight], [], [], [base]), "triton")
     total = sum(float((weight[block].double() - base[block].double()).square().sum()) for block in blocks_of(rows))
     assert float(squares[0]) == pytest.approx(total, rel=1e-5)
     grad = torch.zeros_like(weight)
     scales = torch.full((1,), 0.5, device=device)
-    ops.pull_back_([grad], [weight], [], [], [base], [drift.new_empty(0, 0)], scales, True, "triton")
+    ops.pull_back_([grad], ops.Operands([weight], pretrained=[base]), [drift.new_empty(0, 0)], scales, True, "triton")
     for block in blocks_of(rows):
         moved = 0.5 * (weight[block].float() - base[block].float())
         assert torch.equal(grad[block], moved.to(torch.bfloat16)), block

@@ -77,7 +77,7 @@ def test_what_one_stream_has_uploaded_another_waits_for(device: torch.device, si
 
 
 def forward(inputs: Inputs) -> tuple[list[Tensor], Tensor]:
-    return ops.project_drift(inputs.weights, inputs.lefts, inputs.rights, inputs.bases, inputs.blocks, "triton")
+    return ops.project_drift(inputs.operands(), "triton")
 
 
 def test_a_backward_pass_follows_its_forward_pass_to_its_stream(device: torch.device, side: torch.cuda.Stream) -> None:

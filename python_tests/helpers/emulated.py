@@ -10,10 +10,11 @@ from itertools import product
 import torch
 from accuracy import check_drifts, check_pulled
 from emulation import Emulator, planned_for
-from support import Problem, exact_drift, lists, random_matrix, relative_error
+from support import Problem, exact_drift, operands_of, random_matrix, relative_error
 from torch import Tensor
 
-from rpsft_kernels.ops import triton as kernels
+from rpsft_kernels.ops import Operands
+from rpsft_kernels.ops.triton import backend as kernels
 from rpsft_kernels.ops.triton.layout import TYPE_NAMES
 from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
 from rpsft_kernels.ops.triton.variants import WEIGHT_AND_BASE, Variant
@@ -105,14 +106,14 @@ class Forward:
         return found
 
     def plan(self) -> None:
-        kernels.project_drift(*lists(self.problems()))
+        kernels.project_drift(operands_of(self.problems()))
 
     def run(self, emulator: Emulator) -> None:
         problems = self.problems()
-        pieces = lists(problems)
+        pieces = operands_of(problems)
         emulator.give(*(piece for kind in pieces for piece in kind))
         with emulator:
-            drifts, squares = kernels.project_drift(*pieces)
+            drifts, squares = kernels.project_drift(pieces)
         assert [emulator.unwritten_bytes(result) for result in (*drifts, squares)] == [0] * (len(drifts) + 1)
         check_drifts(problems, drifts, squares)
 
@@ -159,7 +160,7 @@ class Backward:
     def _call(
         self, grads: list[Tensor], lefts: list[Tensor], rights: list[Tensor], drifts: list[Tensor], scales: Tensor
     ) -> None:
-        kernels.pull_back_into(grads, [], lefts, rights, [], drifts, scales, self.accumulate)
+        kernels.pull_back_into(grads, Operands(lefts=lefts, rights=rights), drifts, scales, self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Full:
 
     def run(self, emulator: Emulator) -> None:
         problems, before, grads = self.pieces()
-        weights, _, _, bases, _ = lists(problems)
+        weights, _, _, bases, _ = operands_of(problems)
         scales = torch.linspace(-2, 3, len(grads))
         emulator.give(*weights, *bases)
         emulator.give(*grads, unwritten=not self.accumulate)
@@ -202,9 +203,9 @@ class Full:
             assert relative_error(grad, exact) <= torch.finfo(self.grad).eps
 
     def _call(self, problems: Sequence[Problem], grads: list[Tensor], scales: Tensor) -> Tensor | None:
-        weights, _, _, bases, _ = lists(problems)
-        drifts, squares = kernels.project_drift(weights, [], [], bases, []) if self.forward else ([], None)
-        kernels.pull_back_into(grads, weights, [], [], bases, drifts, scales, self.accumulate)
+        operands = operands_of(problems)
+        drifts, squares = kernels.project_drift(operands) if self.forward else ([], None)
+        kernels.pull_back_into(grads, operands, drifts, scales, self.accumulate)
         return squares
 
 

@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from rpsft_kernels.ops import Operands
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FORMS: tuple[Form, ...] = ("base", "block", "bare", "full")
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "transposed", "padded", "sliced")
@@ -130,15 +132,15 @@ def make_problem(
     return Problem(weight, left, right, base, block)
 
 
-def lists(problems: Iterable[Problem]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """``weights, lefts, rights, bases, blocks`` as the operations take them."""
+def operands_of(problems: Iterable[Problem]) -> Operands:
+    """What the operations read of the problems."""
     problems = list(problems)
 
     def present(name: str) -> list[Tensor]:
         pieces: Sequence[Tensor | None] = [getattr(problem, name) for problem in problems]
         return [piece for piece in pieces if piece is not None]
 
-    return present("weight"), present("left"), present("right"), present("base"), present("block")
+    return Operands(present("weight"), present("left"), present("right"), present("base"), present("block"))
 
 
 # -- the formulas in float64 ---------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import lists, make_problem
+from support import make_problem, operands_of
 from torch import Tensor
 
 import rpsft_kernels as rk
 from rpsft_kernels import ops
-from rpsft_kernels.ops import dispatch as backends
-from rpsft_kernels.ops import native, reference
+from rpsft_kernels.ops import dispatch, native, reference
 
 CPU = torch.device("cpu")
 
@@ -106,9 +105,9 @@ def test_unknown_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_unknown_name_for_an_operation() -> None:
-    weights, lefts, rights, bases, blocks = lists([make_problem("base", (6, 5), 2)])
+    operands = operands_of([make_problem("base", (6, 5), 2)])
     with pytest.raises(ValueError, match="backend: got 'gpu', expected one of 'torch'"):
-        ops.project_drift(weights, lefts, rights, bases, blocks, "gpu")
+        ops.project_drift(operands, "gpu")
     with pytest.raises(ValueError, match="got 'gpu', expected one of 'torch'"):
         ops.resolve_backend(CPU, torch.float32, "gpu")
     with pytest.raises(ValueError, match="got 'gpu', expected one of 'torch'"):
@@ -251,11 +250,11 @@ class _Recorder:
 def test_backward_runs_on_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr("rpsft_kernels.ops.torch_ops.load", lambda name: _Recorder(name, calls))
-    monkeypatch.setattr(backends, "resolve_backend", lambda *_: pytest.fail("the backend is chosen in the forward"))
+    monkeypatch.setattr(dispatch, "resolve_backend", lambda *_: pytest.fail("the backend is chosen in the forward"))
     for form in ("base", "full"):
-        weights, lefts, rights, bases, blocks = lists([make_problem(form, (6, 5), 2)])
-        weights[0].requires_grad_()
-        _, squares = ops.project_drift(weights, lefts, rights, bases, blocks, "triton")
+        operands = operands_of([make_problem(form, (6, 5), 2)])
+        operands.weights[0].requires_grad_()
+        _, squares = ops.project_drift(operands, "triton")
         with rk.use_backend("torch"):
             squares.sum().backward()
         assert calls == ["project_drift on triton", "pull_back_into on triton"]
@@ -265,9 +264,10 @@ def test_backward_runs_on_the_backend_of_the_forward(monkeypatch: pytest.MonkeyP
 def test_double_backward_stays_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr("rpsft_kernels.ops.torch_ops.load", lambda name: _Recorder(name, calls))
-    weights, lefts, rights, bases, blocks = lists([make_problem("base", (6, 5), 2)])
+    operands = operands_of([make_problem("base", (6, 5), 2)])
+    weights = operands.weights
     weights[0].requires_grad_()
-    _, squares = ops.project_drift(weights, lefts, rights, bases, blocks, "native")
+    _, squares = ops.project_drift(operands, "native")
     with rk.use_backend("torch"):
         (grad,) = torch.autograd.grad(squares.sum(), weights, create_graph=True)
         grad.square().sum().backward()
@@ -276,9 +276,9 @@ def test_double_backward_stays_there_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_penalty_keeps_its_backend_through_backward(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     used: list[str] = []
-    real = backends.load
+    real = dispatch.load
 
-    def recording(name: str) -> backends.Backend:
+    def recording(name: str) -> dispatch.Backend:
         used.append(name)
         return real(name)
 

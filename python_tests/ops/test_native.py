@@ -19,8 +19,8 @@ from support import (
     exact_penalty,
     exact_pull,
     laid_out,
-    lists,
     make_problem,
+    operands_of,
     orthonormal,
     random_matrix,
     relative_error,
@@ -60,7 +60,7 @@ def test_drift(form: Form, dtype: torch.dtype, layout: Layout, instruction_set: 
     for m, n, rank in SHAPES:
         for basis_dtype in (torch.bfloat16, torch.float32):
             problem = make_problem(form, (m, n), rank, dtype, basis_dtype=basis_dtype, layout=layout)
-            drifts, squares = ops.project_drift(*lists([problem]), "native")
+            drifts, squares = ops.project_drift(operands_of([problem]), "native")
             exact, allowed = exact_drift(problem.weight, problem), tolerance(instruction_set, basis_dtype, form)
             # A block cancels most of the sum: what is exact is the sum.
             size = exact if problem.block is None else exact + problem.block.double()
@@ -83,7 +83,7 @@ def test_gradient(layout: Layout, grad_dtype: torch.dtype, accumulate: bool, ins
             existing = random_matrix(m, n, grad_dtype, scale=0.01, seed=4)
             grad = laid_out(existing if accumulate else torch.full_like(existing, float("nan")), layout)
             scales = torch.tensor([-0.7])
-            ops.pull_back_([grad], [], [left], [right], [], [drift], scales, accumulate, "native")
+            ops.pull_back_([grad], ops.Operands(lefts=[left], rights=[right]), [drift], scales, accumulate, "native")
             exact = exact_pull(drift, left, right, float(scales))
             allowed = 2 * tolerance(instruction_set, basis_dtype, "base") * float(exact.norm())
             if accumulate:
@@ -96,11 +96,11 @@ def test_gradient(layout: Layout, grad_dtype: torch.dtype, accumulate: bool, ins
 def test_full_gradient(grad_dtype: torch.dtype, instruction_set: str) -> None:
     for dtype in DTYPES:
         problem = make_problem("full", (33, 70), 0, dtype)
-        weights, _, _, bases, _ = lists([problem])
+        operands = operands_of([problem])
         existing = random_matrix(33, 70, grad_dtype)
         grad = existing.clone()
         none = [torch.empty(0, 0)]
-        ops.pull_back_([grad], weights, [], [], bases, none, torch.tensor([0.5]), True, "native")
+        ops.pull_back_([grad], operands, none, torch.tensor([0.5]), True, "native")
         exact = existing.double() + exact_gradient(problem.weight, problem, 0.5)
         bound = torch.finfo(grad_dtype).eps * exact.abs() / 2 + 1e-6
         assert bool(((grad.double() - exact).abs() <= bound).all())
@@ -112,7 +112,7 @@ def test_exactly_zero_at_the_base(form: Form, dtype: torch.dtype, instruction_se
     for layout in LAYOUTS:
         for base_dtype in DTYPES:
             problem = make_problem(form, (40, 70), 9, dtype, base_dtype=base_dtype, drift=0.0, layout=layout)
-            drifts, squares = ops.project_drift(*lists([problem]), "native")
+            drifts, squares = ops.project_drift(operands_of([problem]), "native")
             assert not drifts[0].any() and not squares.any()
 
 
@@ -140,10 +140,9 @@ def _with_threads(threads: int, call: Any) -> Any:
 @pytest.mark.parametrize("form", FORMS)
 def test_same_bits_for_every_number_of_threads(form: Form, instruction_set: str) -> None:
     def run() -> list[Tensor]:
-        drifts, squares = ops.project_drift(*lists([problem]), "native")
-        weights, lefts, rights, bases, _ = lists([problem])
-        held = (weights, bases) if form == "full" else ([], [])
-        grads = ops.pull_back(held[0], lefts, rights, held[1], drifts, squares, torch.float32, "native")
+        operands = operands_of([problem])
+        drifts, squares = ops.project_drift(operands, "native")
+        grads = ops.pull_back(operands.for_pull_back(), drifts, squares, torch.float32, "native")
         return [*drifts, squares, *grads]
 
     for shape in ((300, 700), (700, 300), (64, 100)):
@@ -156,12 +155,12 @@ def test_same_bits_for_every_number_of_threads(form: Form, instruction_set: str)
 
 def test_callers_side_by_side() -> None:
     problem = make_problem("base", (300, 200), 33, torch.bfloat16)
-    expected = ops.project_drift(*lists([problem]), "native")[0][0]
+    expected = ops.project_drift(operands_of([problem]), "native")[0][0]
     wrong: list[int] = []
 
     def call() -> None:
         for i in range(20):
-            if not torch.equal(ops.project_drift(*lists([problem]), "native")[0][0], expected):
+            if not torch.equal(ops.project_drift(operands_of([problem]), "native")[0][0], expected):
                 wrong.append(i)
 
     callers = [threading.Thread(target=call) for _ in range(4)]
@@ -236,17 +235,17 @@ def test_a_whole_step(dtype: torch.dtype, instruction_set: str) -> None:
 
 def test_bases_of_any_layout_and_dtype() -> None:
     problem = make_problem("base", (60, 90), 11, torch.float32, basis_dtype=torch.float32)
-    weights, lefts, rights, bases, _ = lists([problem])
-    plain = ops.project_drift(weights, lefts, rights, bases, [], "native")[0][0]
+    weights, lefts, rights, bases, _ = operands_of([problem])
+    plain = ops.project_drift(ops.Operands(weights, lefts, rights, bases), "native")[0][0]
     strided = [laid_out(side, "transposed") for side in (lefts[0], rights[0])]
-    assert torch.equal(ops.project_drift(weights, strided[:1], strided[1:], bases, [], "native")[0][0], plain)
+    assert torch.equal(ops.project_drift(ops.Operands(weights, strided[:1], strided[1:], bases), "native")[0][0], plain)
     wide = [side.double() for side in (lefts[0], rights[0])]
-    assert torch.equal(ops.project_drift(weights, wide[:1], wide[1:], bases, [], "native")[0][0], plain)
+    assert torch.equal(ops.project_drift(ops.Operands(weights, wide[:1], wide[1:], bases), "native")[0][0], plain)
 
 
 def test_a_base_in_float64_is_read_as_the_weight_holds_it() -> None:
     problem = make_problem("base", (30, 20), 5, torch.bfloat16, base_dtype=torch.float64)
-    drift = ops.project_drift(*lists([problem]), "native")[0][0]
+    drift = ops.project_drift(operands_of([problem]), "native")[0][0]
     assert relative_error(drift, exact_drift(problem.weight, problem)) <= 2**-8
 
 
@@ -254,7 +253,14 @@ def test_a_gradient_in_float64_is_refused() -> None:
     grad = torch.zeros(4, 5, dtype=torch.float64)
     pieces = orthonormal(4, 2), orthonormal(5, 2)
     with pytest.raises(ValueError, match="backend 'native': got a gradient in float64, expected bfloat16, float16 or"):
-        ops.pull_back_([grad], [], [pieces[0]], [pieces[1]], [], [torch.ones(2, 2)], torch.ones(1), True, "native")
+        ops.pull_back_(
+            [grad],
+            ops.Operands(lefts=[pieces[0]], rights=[pieces[1]]),
+            [torch.ones(2, 2)],
+            torch.ones(1),
+            True,
+            "native",
+        )
     assert not grad.any()
 
 

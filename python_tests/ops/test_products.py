@@ -20,8 +20,8 @@ from support import (
     exact_moved,
     exact_pull,
     laid_out,
-    lists,
     make_problem,
+    operands_of,
     random_matrix,
     relative_error,
 )
@@ -70,11 +70,9 @@ def where(machine: Machine, device: torch.device, request: pytest.FixtureRequest
 
 
 def pulled(problem: Any, drift: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    weights, lefts, rights, bases, _ = lists([problem])
-    if lefts:
-        weights, bases = [], []
+    operands = operands_of([problem]).for_pull_back()
     scales = torch.tensor([scale], dtype=drift.dtype, device=drift.device)
-    (grad,) = ops.pull_back(weights, lefts, rights, bases, [drift], scales, dtype, "torch")
+    (grad,) = ops.pull_back(operands, [drift], scales, dtype, "torch")
     return grad
 
 
@@ -89,7 +87,7 @@ def test_drift(
     m: int, n: int, rank: int, form: Form, dtype: torch.dtype, basis_dtype: torch.dtype, where: torch.device
 ) -> None:
     problem = make_problem(form, (m, n), rank, dtype, basis_dtype=basis_dtype, device=where)
-    drifts, squares = ops.project_drift(*lists([problem]), "torch")
+    drifts, squares = ops.project_drift(operands_of([problem]), "torch")
     exact = exact_drift(problem.weight, problem)
     assert drifts[0].dtype == squares.dtype == accumulation(dtype)
     rounds = form == "base" and basis_dtype == torch.bfloat16 and dtype != torch.float64
@@ -115,7 +113,7 @@ def test_exactly_zero_at_the_base(
 ) -> None:
     for shape in ((33, 257), (200, 64)):
         problem = make_problem(form, shape, 3, dtype, base_dtype=base_dtype, drift=0.0, layout=layout, device=where)
-        drifts, squares = ops.project_drift(*lists([problem]), "torch")
+        drifts, squares = ops.project_drift(operands_of([problem]), "torch")
         assert not drifts[0].any() and not squares.any() and bool(problem.weight.any())
         grad = pulled(problem, drifts[0], 0.7, dtype)
         assert not grad.any()
@@ -129,9 +127,11 @@ def test_exactly_zero_with_a_block_of_the_same_arithmetic(
 ) -> None:
     for m, n, rank in ((5, 3, 3), (33, 257, 17), (200, 64, 48)):
         bare = make_problem("bare", (m, n), rank, dtype, basis_dtype=basis_dtype, device=where)
-        weights, lefts, rights, _, _ = lists([bare])
-        blocks, sizes = ops.project_drift(weights, lefts, rights, [], [], "torch")
-        drifts, squares = ops.project_drift([laid_out(weights[0], layout)], lefts, rights, [], blocks, "torch")
+        weights, lefts, rights, _, _ = operands_of([bare])
+        blocks, sizes = ops.project_drift(ops.Operands(weights, lefts, rights), "torch")
+        drifts, squares = ops.project_drift(
+            ops.Operands([laid_out(weights[0], layout)], lefts, rights, [], blocks), "torch"
+        )
         assert bool(sizes.all()) and not drifts[0].any() and not squares.any()
 
 
@@ -155,7 +155,7 @@ def test_the_first_steps_drift_of_float32_weights(
 ) -> None:
     """The numeric contract of the base form: a relative error of 0.01 from the very first step."""
     problem = make_problem("base", (m, n), rank, base_dtype=torch.bfloat16, drift=relative, device=where)
-    (drift,), _ = ops.project_drift(*lists([problem]), "torch")
+    (drift,), _ = ops.project_drift(operands_of([problem]), "torch")
     assert relative_error(pulled(problem, drift, 2.0, torch.float32), exact_gradient(problem.weight, problem)) < 0.01
 
 
@@ -200,7 +200,9 @@ def test_gradients_of_any_layout(
         frame = torch.as_strided(grad, (m * grad.stride(0),), (1,)) if layout in ("padded", "sliced") else None
         around = 0 if frame is None else int(frame.isnan().sum())
         scales = torch.tensor([0.7])
-        ops.pull_back_([grad], [], [problem.left], [problem.right], [], [drift], scales, accumulate, "torch")
+        ops.pull_back_(
+            [grad], ops.Operands(lefts=[problem.left], rights=[problem.right]), [drift], scales, accumulate, "torch"
+        )
         exact = exact_pull(drift, problem.left, problem.right, 0.7)
         total = exact + before.double() if accumulate else exact
         bound = (ROUNDED if basis_dtype == torch.bfloat16 else 2e-6) * float(exact.norm())
@@ -213,7 +215,7 @@ def test_same_inputs_same_bits(where: torch.device) -> None:
     problem = make_problem("base", (200, 300), 17, torch.bfloat16, device=where)
     runs = []
     for _ in range(3):
-        (drift,), squares = ops.project_drift(*lists([problem]), "torch")
+        (drift,), squares = ops.project_drift(operands_of([problem]), "torch")
         runs.append((drift, squares, pulled(problem, drift, 0.3, torch.bfloat16)))
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
@@ -224,13 +226,13 @@ def test_degenerate_shapes(shape: tuple[int, int], where: torch.device) -> None:
         weight = random_matrix(*shape, torch.bfloat16, device=where)
         left, right = (torch.ones(size, rank, dtype=torch.bfloat16, device=where) for size in shape)
         base = [torch.zeros_like(weight)] if bases else []
-        drifts, squares = ops.project_drift([weight], [left], [right], base, [], "torch")
+        drifts, squares = ops.project_drift(ops.Operands([weight], [left], [right], base), "torch")
         total = float(weight.double().sum()) if rank else 0.0
         assert drifts[0].shape == (rank, rank) and float(drifts[0].sum()) == pytest.approx(total, rel=0.01, abs=0.05)
         assert float(squares[0]) == pytest.approx(total**2, rel=0.02, abs=0.05)
         drift = torch.full((rank, rank), 2.0, device=where)
         for dtype in (torch.bfloat16, torch.float32):
-            (grad,) = ops.pull_back([], [left], [right], [], [drift], torch.ones(1), dtype, "torch")
+            (grad,) = ops.pull_back(ops.Operands(lefts=[left], rights=[right]), [drift], torch.ones(1), dtype, "torch")
             assert torch.equal(grad, torch.full(shape, 2.0 * rank, dtype=dtype, device=where))
 
 
@@ -305,17 +307,17 @@ def test_temporaries_are_bounded(
 
     monkeypatch.setattr(torch, "sub", sub)
     problem = make_problem(form, shape, 8, dtype, basis_dtype=basis_dtype)
-    weights, lefts, rights, bases, _ = lists([problem])
-    found = trace(lambda: ops.project_drift(weights, lefts, rights, bases, [], "torch"))
-    drift = random_matrix(8 if lefts else 0, 8 if lefts else 0)
+    operands = operands_of([problem])._replace(blocks=[])
+    found = trace(lambda: ops.project_drift(operands, "torch"))
+    drift = random_matrix(0 if operands.full else 8, 0 if operands.full else 8)
     # What the CPU's products need for themselves is not counted: none of it is a GPU's.
     slack = 160 << 10
     assert 0 < found.peak <= limit + slack
     for grad_dtype in (torch.bfloat16, torch.float32):
         for layout in ("contiguous", "sliced"):
             grad = laid_out(torch.zeros(shape, dtype=grad_dtype), layout)
-            given = ([], lefts, rights, []) if lefts else (weights, [], [], bases)
-            pull = trace(lambda g=grad, a=given: ops.pull_back_([g], *a, [drift], torch.ones(1), True, "torch"))
+            given = operands.for_pull_back()
+            pull = trace(lambda g=grad, a=given: ops.pull_back_([g], a, [drift], torch.ones(1), True, "torch"))
             assert pull.peak <= limit + slack
 
 

@@ -14,8 +14,8 @@ from support import (
     exact_moved,
     exact_pull,
     laid_out,
-    lists,
     make_problem,
+    operands_of,
     orthonormal,
     random_matrix,
 )
@@ -86,7 +86,7 @@ def test_drift(m: int, n: int, rank: int, form: Form, dtype: torch.dtype, device
             make_problem(form, (m, n), rank, dtype, basis_dtype=basis_dtype, seed=seed, device=device)
             for seed in (1, 5)
         ]
-        drifts, squares = ops.project_drift(*lists(problems), "torch")
+        drifts, squares = ops.project_drift(operands_of(problems), "torch")
         assert squares.dtype == accumulation(dtype) and squares.shape == (2,)
         for problem, drift, square in zip(problems, drifts, squares, strict=True):
             exact, bound = exact_drift(problem.weight, problem), drift_bound(problem)
@@ -106,16 +106,12 @@ def test_drift(m: int, n: int, rank: int, form: Form, dtype: torch.dtype, device
 @pytest.mark.parametrize(("m", "n", "rank"), CASES)
 def test_gradient(m: int, n: int, rank: int, form: Form, dtype: torch.dtype, device: torch.device) -> None:
     problems = [make_problem(form, (m, n), rank, dtype, seed=seed, device=device) for seed in (1, 5)]
-    weights, lefts, rights, bases, _ = lists(problems)
-    if form == "base":
-        weights, bases = [], []
-    drifts = [
-        random_matrix(len(lefts) and rank, len(lefts) and rank, accumulation(dtype), seed=seed, device=device)
-        for seed in (7, 8)
-    ]
+    operands = operands_of(problems).for_pull_back()
+    size = 0 if operands.full else rank
+    drifts = [random_matrix(size, size, accumulation(dtype), seed=seed, device=device) for seed in (7, 8)]
     scales = scales_of(SCALES, dtype, device)
     for grad_dtype in DTYPES:
-        grads = ops.pull_back(weights, lefts, rights, bases, drifts, scales, grad_dtype, "torch")
+        grads = ops.pull_back(operands, drifts, scales, grad_dtype, "torch")
         for problem, drift, scale, grad in zip(problems, drifts, scales.tolist(), grads, strict=True):
             assert grad.dtype == grad_dtype and grad.is_contiguous()
             exact, magnitude = pull_arguments(problem, drift, dtype)
@@ -130,8 +126,8 @@ def test_drift_of_strided_weights(m: int, n: int, rank: int, form: Form, layout:
         plain = make_problem(form, (m, n), rank, dtype, device=device)
         strided = make_problem(form, (m, n), rank, dtype, layout=layout, device=device)
         assert torch.equal(strided.weight, plain.weight)
-        drifts, squares = ops.project_drift(*lists([strided]), "torch")
-        expected, expected_squares = ops.project_drift(*lists([plain]), "torch")
+        drifts, squares = ops.project_drift(operands_of([strided]), "torch")
+        expected, expected_squares = ops.project_drift(operands_of([plain]), "torch")
         # A block must cancel wherever the weight lies: the very same bits.
         assert torch.equal(drifts[0], expected[0]) and torch.equal(squares, expected_squares)
         assert bool(squares.isfinite().all()) and bool(squares.all())
@@ -146,10 +142,8 @@ def test_accumulates_into_gradients_of_any_layout_and_dtype(
 ) -> None:
     for m, n, rank in ((5, 3, 3), (33, 257, 17), (200, 64, 3)):
         problem = make_problem(form, (m, n), rank, dtype, layout=layout, device=device)
-        weights, lefts, rights, bases, _ = lists([problem])
-        if form == "base":
-            weights, bases = [], []
-        size = len(lefts) and rank
+        operands = operands_of([problem]).for_pull_back()
+        size = 0 if operands.full else rank
         drift = random_matrix(size, size, accumulation(dtype), seed=7, device=device)
         scales = scales_of(SCALES[:1], dtype, device)
         exact, magnitude = pull_arguments(problem, drift, dtype)
@@ -157,36 +151,36 @@ def test_accumulates_into_gradients_of_any_layout_and_dtype(
         existing = random_matrix(m, n, grad_dtype, scale=3.0, seed=9, device=device)
 
         added = laid_out(existing, layout)
-        ops.pull_back_([added], weights, lefts, rights, bases, [drift], scales, True, "torch")
+        ops.pull_back_([added], operands, [drift], scales, True, "torch")
         total = existing.double() + exact
         check_gradient(added, total, existing.double().abs() + magnitude, accumulation(dtype))
 
         written = laid_out(torch.full_like(existing, float("nan")), layout)
-        ops.pull_back_([written], weights, lefts, rights, bases, [drift], scales, False, "torch")
+        ops.pull_back_([written], operands, [drift], scales, False, "torch")
         check_gradient(written, exact, magnitude, accumulation(dtype))
 
 
 @pytest.mark.parametrize("layout", ["padded", "sliced"])
 def test_writes_nothing_beside_a_strided_gradient(layout: Layout, device: torch.device) -> None:
     problem = make_problem("base", (33, 20), 3, device=device)
-    _, lefts, rights, _, _ = lists([problem])
+    _, lefts, rights, _, _ = operands_of([problem])
     drift, scales = random_matrix(3, 3, device=device), scales_of((1.0,), torch.float32, device)
     for accumulate in (True, False):
         grad = laid_out(torch.zeros(33, 20, device=device), layout)
         frame = torch.as_strided(grad, (33 * grad.stride(0),), (1,))
         around = int(frame.isnan().sum())
         assert around == frame.numel() - 33 * 20
-        ops.pull_back_([grad], [], lefts, rights, [], [drift], scales, accumulate, "torch")
+        ops.pull_back_([grad], ops.Operands(lefts=lefts, rights=rights), [drift], scales, accumulate, "torch")
         assert bool(grad.isfinite().all()) and int(frame.isnan().sum()) == around
 
 
 def test_every_weight_has_its_own_scale(device: torch.device) -> None:
     problems = [make_problem("bare", (20 + seed, 30), 4, seed=seed, device=device) for seed in range(3)]
-    _, lefts, rights, _, _ = lists(problems)
+    _, lefts, rights, _, _ = operands_of(problems)
     drifts = [random_matrix(4, 4, seed=seed, device=device) for seed in range(3)]
     values = (0.0, 1.0, -2.5)
     scales = torch.tensor(values, device=device)
-    grads = ops.pull_back([], lefts, rights, [], drifts, scales, torch.float32, "torch")
+    grads = ops.pull_back(ops.Operands(lefts=lefts, rights=rights), drifts, scales, torch.float32, "torch")
     assert not grads[0].any()
     for left, right, drift, value, grad in zip(lefts, rights, drifts, values, grads, strict=True):
         exact = exact_pull(drift, left, right, value)
@@ -204,7 +198,7 @@ def test_exactly_zero_at_the_base(
     for base_dtype in DTYPES:
         problem = make_problem(form, shape, 3, dtype, base_dtype=base_dtype, drift=0.0, layout=layout, device=device)
         assert bool(problem.weight.any())
-        drifts, squares = ops.project_drift(*lists([problem]), "torch")
+        drifts, squares = ops.project_drift(operands_of([problem]), "torch")
         assert not drifts[0].any() and not squares.any()
 
 
@@ -216,11 +210,11 @@ def test_exactly_zero_with_a_block_of_the_same_arithmetic(
 ) -> None:
     for basis_dtype in (torch.bfloat16, torch.float32):
         bare = make_problem("bare", (m, n), rank, dtype, basis_dtype=basis_dtype, device=device)
-        weights, lefts, rights, _, _ = lists([bare])
-        blocks, sizes = ops.project_drift(weights, lefts, rights, [], [], "torch")
+        weights, lefts, rights, _, _ = operands_of([bare])
+        blocks, sizes = ops.project_drift(ops.Operands(weights, lefts, rights), "torch")
         assert bool(sizes.all())
         moved = [laid_out(weights[0], layout)]
-        drifts, squares = ops.project_drift(moved, lefts, rights, [], blocks, "torch")
+        drifts, squares = ops.project_drift(ops.Operands(moved, lefts, rights, [], blocks), "torch")
         assert not drifts[0].any() and not squares.any()
 
 
@@ -229,7 +223,7 @@ def test_a_base_of_another_dtype_is_read_as_the_weight_holds_it(form: Form, devi
     # float32 base, bfloat16 weight, after a step: C of the step, not of the cast.
     problem = make_problem(form, (40, 24), 4, torch.bfloat16, base_dtype=torch.float32, drift=1e-2, device=device)
     assert problem.base is not None and problem.base.dtype == torch.float32
-    _, squares = ops.project_drift(*lists([problem]), "torch")
+    _, squares = ops.project_drift(operands_of([problem]), "torch")
     exact = float(exact_drift(problem.weight, problem).square().sum())
     unrounded = problem.weight.double() - problem.base.double()
     if problem.left is not None and problem.right is not None:
@@ -242,31 +236,31 @@ def test_a_base_of_another_dtype_is_read_as_the_weight_holds_it(form: Form, devi
 def test_degenerate_shapes(shape: tuple[int, int], device: torch.device) -> None:
     weight = random_matrix(*shape, device=device)
     left, right = (torch.ones(size, 1, device=device) for size in shape)
-    drifts, squares = ops.project_drift([weight], [left], [right], [], [], "torch")
+    drifts, squares = ops.project_drift(ops.Operands([weight], [left], [right]), "torch")
     total = float(weight.double().sum())
     assert abs(float(drifts[0]) - total) <= 1e-5 * float(weight.abs().sum())
     assert abs(float(squares[0]) - total**2) <= 2e-5 * max(total**2, float(weight.abs().sum()) * abs(total))
     scales = torch.ones(1, device=device)
-    grads = ops.pull_back(
-        [], [left], [right], [], [torch.full((1, 1), 2.0, device=device)], scales, torch.float32, "torch"
-    )
+    drift = torch.full((1, 1), 2.0, device=device)
+    grads = ops.pull_back(ops.Operands(lefts=[left], rights=[right]), [drift], scales, torch.float32, "torch")
     assert torch.equal(grads[0], torch.full(shape, 2.0, device=device))
 
 
 def test_no_rank_no_drift(device: torch.device) -> None:
     weight, left, right = (torch.ones(shape, device=device) for shape in ((4, 5), (4, 0), (5, 0)))
-    drifts, squares = ops.project_drift([weight], [left], [right], [], [], "torch")
+    drifts, squares = ops.project_drift(ops.Operands([weight], [left], [right]), "torch")
     assert drifts[0].shape == (0, 0) and squares.tolist() == [0.0]
-    grads = ops.pull_back([], [left], [right], [], drifts, squares, torch.float32, "torch")
+    grads = ops.pull_back(ops.Operands(lefts=[left], rights=[right]), drifts, squares, torch.float32, "torch")
     assert torch.equal(grads[0], torch.zeros(4, 5, device=device))
 
 
 def test_same_inputs_same_bits(device: torch.device) -> None:
     problem = make_problem("base", (200, 64), 17, torch.bfloat16, device=device)
-    runs = [ops.project_drift(*lists([problem]), "torch") for _ in range(3)]
+    runs = [ops.project_drift(operands_of([problem]), "torch") for _ in range(3)]
     assert all(torch.equal(run[0][0], runs[0][0][0]) and torch.equal(run[1], runs[0][1]) for run in runs)
     basis = orthonormal(200, 17, device=device)
     pulled = [
-        ops.pull_back([], [basis], [basis], [], runs[0][0], runs[0][1], torch.bfloat16, "torch") for _ in range(3)
+        ops.pull_back(ops.Operands(lefts=[basis], rights=[basis]), runs[0][0], runs[0][1], torch.bfloat16, "torch")
+        for _ in range(3)
     ]
     assert all(torch.equal(grads[0], pulled[0][0]) for grads in pulled)

@@ -15,8 +15,8 @@ from support import (
     exact_gradient,
     exact_penalty,
     exact_pull,
-    lists,
     make_problem,
+    operands_of,
     random_matrix,
     relative_error,
 )
@@ -39,7 +39,7 @@ def _problems(form: Form, dtype: torch.dtype = torch.float64, device: torch.devi
 
 
 def _arguments(form: Form, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> tuple[Any, ...]:
-    arguments = lists(_problems(form, dtype, device))
+    arguments = operands_of(_problems(form, dtype, device))
     for weight in arguments[0]:
         weight.requires_grad_()
     return arguments
@@ -49,7 +49,7 @@ def _pull_arguments(
     form: Form, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """Arguments of ``pull_back`` up to the scales, differentiable where it is."""
-    weights, lefts, rights, bases, _ = lists(_problems(form, dtype, device))
+    weights, lefts, rights, bases, _ = operands_of(_problems(form, dtype, device))
     rank = 3 if lefts else 0
     drifts = [
         random_matrix(rank, rank, accumulation(dtype), seed=seed, device=device).requires_grad_() for seed in range(3)
@@ -98,7 +98,7 @@ def _projection(form: Form) -> tuple[Callable[..., tuple[Tensor, ...]], list[Ten
     weights, *pieces = _arguments(form)
 
     def function(*weights: Tensor) -> tuple[Tensor, ...]:
-        drifts, squares = ops.project_drift(weights, *pieces, "torch")
+        drifts, squares = ops.project_drift(ops.Operands(weights, *pieces), "torch")
         # Full anchors have no drift: nothing that could be differentiated.
         return (squares,) if form == "full" else (*drifts, squares)
 
@@ -111,7 +111,7 @@ def _adjoint(form: Form) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor
 
     def function(scales: Tensor, *moving: Tensor) -> tuple[Tensor, ...]:
         one, other = ([], list(moving)) if lefts else (list(moving), drifts)
-        return tuple(ops.pull_back(one, lefts, rights, bases, other, scales, torch.float64, "torch"))
+        return tuple(ops.pull_back(ops.Operands(one, lefts, rights, bases), other, scales, torch.float64, "torch"))
 
     return function, [scales, *moving]
 
@@ -132,11 +132,11 @@ def test_gradients_of_the_adjoint(form: Form) -> None:
 
 def test_each_is_the_others_adjoint() -> None:
     # <project(W), D> = <W, pull_back(D)> for the linear (bare) form.
-    weights, lefts, rights, _, _ = lists(_problems("bare"))
+    weights, lefts, rights, _, _ = operands_of(_problems("bare"))
     given = [random_matrix(3, 3, torch.float64, seed=20 + i) for i in range(3)]
-    drifts, _ = ops.project_drift(weights, lefts, rights, [], [], "torch")
+    drifts, _ = ops.project_drift(ops.Operands(weights, lefts, rights), "torch")
     ones = torch.ones(3, dtype=torch.float64)
-    pulled = ops.pull_back([], lefts, rights, [], given, ones, torch.float64, "torch")
+    pulled = ops.pull_back(ops.Operands(lefts=lefts, rights=rights), given, ones, torch.float64, "torch")
     for weight, drift, grad, other in zip(weights, drifts, pulled, given, strict=True):
         one, two = float((drift * other).sum()), float((weight * grad).sum())
         assert one == pytest.approx(two, rel=1e-12) and one
@@ -145,10 +145,10 @@ def test_each_is_the_others_adjoint() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_only_squares(form: Form) -> None:
     problems = _problems(form)
-    weights, *pieces = lists(problems)
+    weights, *pieces = operands_of(problems)
     for weight in weights:
         weight.requires_grad_()
-    _, squares = ops.project_drift(weights, *pieces, "torch")
+    _, squares = ops.project_drift(ops.Operands(weights, *pieces), "torch")
     factors = torch.tensor([1.0, 0.0, -3.0], dtype=torch.float64)
     squares.backward(factors)
     for weight, problem, factor in zip(weights, problems, factors.tolist(), strict=True):
@@ -160,10 +160,10 @@ def test_only_squares(form: Form) -> None:
 @pytest.mark.parametrize("form", ["base", "block", "bare"])
 def test_only_some_drifts(form: Form, with_squares: bool) -> None:
     problems = _problems(form)
-    weights, *pieces = lists(problems)
+    weights, *pieces = operands_of(problems)
     for weight in weights:
         weight.requires_grad_()
-    drifts, squares = ops.project_drift(weights, *pieces, "torch")
+    drifts, squares = ops.project_drift(ops.Operands(weights, *pieces), "torch")
     given = random_matrix(3, 3, torch.float64, seed=30)
     loss = (drifts[1] * given).sum() + (squares.sum() if with_squares else 0)
     loss.backward()
@@ -181,10 +181,10 @@ def test_only_some_drifts(form: Form, with_squares: bool) -> None:
 @pytest.mark.parametrize("frozen", [(0,), (1,), (0, 2), (1, 2)])
 def test_frozen_members(form: Form, frozen: tuple[int, ...]) -> None:
     problems = _problems(form)
-    weights, *pieces = lists(problems)
+    weights, *pieces = operands_of(problems)
     for i, weight in enumerate(weights):
         weight.requires_grad_(i not in frozen)
-    drifts, squares = ops.project_drift(weights, *pieces, "torch")
+    drifts, squares = ops.project_drift(ops.Operands(weights, *pieces), "torch")
     factors = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
     ((squares * factors).sum() + sum(drift.sum() for drift in drifts)).backward()
     for i, (weight, problem) in enumerate(zip(weights, problems, strict=True)):
@@ -198,15 +198,15 @@ def test_frozen_members(form: Form, frozen: tuple[int, ...]) -> None:
 
 
 def test_nothing_to_differentiate() -> None:
-    weights, *pieces = lists(_problems("base"))
-    drifts, squares = ops.project_drift(weights, *pieces, "torch")
+    weights, *pieces = operands_of(_problems("base"))
+    drifts, squares = ops.project_drift(ops.Operands(weights, *pieces), "torch")
     assert not squares.requires_grad and not any(drift.requires_grad for drift in drifts)
 
 
 def test_anchors_get_no_gradient() -> None:
     weights, lefts, rights, bases, blocks = _arguments("base")
     lefts[0].requires_grad_()
-    _, squares = ops.project_drift(weights, lefts, rights, bases, blocks, "torch")
+    _, squares = ops.project_drift(ops.Operands(weights, lefts, rights, bases, blocks), "torch")
     squares.sum().backward()
     assert weights[0].grad is not None and lefts[0].grad is None
 
@@ -215,7 +215,7 @@ def test_anchors_get_no_gradient() -> None:
 def test_backward_keeps_no_weight_alive_that_it_does_not_read(form: Form) -> None:
     # An optimizer that steps between forward and backward is an error only where the gradient would be another's.
     weights, *pieces = _arguments(form)
-    _, squares = ops.project_drift(weights, *pieces, "torch")
+    _, squares = ops.project_drift(ops.Operands(weights, *pieces), "torch")
     with torch.no_grad():
         weights[0].add_(1.0)
     if form == "full":
@@ -229,10 +229,10 @@ def test_backward_keeps_no_weight_alive_that_it_does_not_read(form: Form) -> Non
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_have_the_dtype_of_the_weight(form: Form, dtype: torch.dtype) -> None:
     problems = _problems(form, dtype)
-    weights, *pieces = lists(problems)
+    weights, *pieces = operands_of(problems)
     for weight in weights:
         weight.requires_grad_()
-    ops.project_drift(weights, *pieces, "torch")[1].sum().backward()
+    ops.project_drift(ops.Operands(weights, *pieces), "torch")[1].sum().backward()
     for weight, problem in zip(weights, problems, strict=True):
         assert weight.grad is not None and weight.grad.dtype == dtype
         exact = exact_gradient(weight.detach(), problem)
@@ -247,25 +247,30 @@ def test_gradients_have_the_dtype_of_the_weight(form: Form, dtype: torch.dtype) 
 @pytest.mark.parametrize("backend", ["torch", "triton", "native"])
 def test_shapes_of_fake_tensors(form: Form, dtype: torch.dtype, backend: str) -> None:
     with FakeTensorMode() as mode:
-        weights, *pieces = ([mode.from_tensor(t) for t in given] for given in lists(_problems(form, dtype)))
-        drifts, squares = ops.project_drift(weights, *pieces, backend)
+        weights, *pieces = ([mode.from_tensor(t) for t in given] for given in operands_of(_problems(form, dtype)))
+        drifts, squares = ops.project_drift(ops.Operands(weights, *pieces), backend)
         rank = 0 if form == "full" else 3
         assert [tuple(drift.shape) for drift in drifts] == [(rank, rank)] * 3 and tuple(squares.shape) == (3,)
         assert {t.dtype for t in (*drifts, squares)} == {accumulation(dtype)}
         lefts, rights, bases, _ = pieces
         for grad_dtype in DTYPES:
-            grads = ops.pull_back(weights, lefts, rights, bases, drifts, squares, grad_dtype, backend)
+            grads = ops.pull_back(ops.Operands(weights, lefts, rights, bases), drifts, squares, grad_dtype, backend)
             assert [tuple(grad.shape) for grad in grads] == SHAPES
             assert {grad.dtype for grad in grads} == {grad_dtype}
-            assert ops.pull_back_(grads, weights, lefts, rights, bases, drifts, squares, True, backend) is None
+            assert (
+                ops.pull_back_(grads, ops.Operands(weights, lefts, rights, bases), drifts, squares, True, backend)
+                is None
+            )
 
 
 def test_real_and_fake_tensors_agree() -> None:
     for form, dtype in itertools.product(FORMS, (torch.bfloat16, torch.float64)):
-        arguments = lists(_problems(form, dtype))
-        real, real_squares = ops.project_drift(*arguments, "torch")
+        arguments = operands_of(_problems(form, dtype))
+        real, real_squares = ops.project_drift(arguments, "torch")
         with FakeTensorMode() as mode:
-            fake, fake_squares = ops.project_drift(*([mode.from_tensor(t) for t in a] for a in arguments), "torch")
+            fake, fake_squares = ops.project_drift(
+                ops.Operands(*([mode.from_tensor(t) for t in a] for a in arguments)), "torch"
+            )
         for one, other in zip([*real, real_squares], [*fake, fake_squares], strict=True):
             assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
@@ -372,10 +377,10 @@ def test_a_compiled_function_keeps_the_backend_of_its_trace(monkeypatch: pytest.
 
 
 def _value_and_gradients(backend: str, form: Form, device: torch.device) -> list[Tensor]:
-    weights, *pieces = lists(_problems(form, torch.float32, device))
+    weights, *pieces = operands_of(_problems(form, torch.float32, device))
     for weight in weights:
         weight.requires_grad_()
-    drifts, squares = ops.project_drift(weights, *pieces, backend)
+    drifts, squares = ops.project_drift(ops.Operands(weights, *pieces), backend)
     loss = squares.sum() + sum(drift.sum() for drift in drifts)
     gradients = torch.autograd.grad(loss, weights, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in gradients), weights)

@@ -47,6 +47,6 @@ def computed_block(weight: Tensor, left: Tensor, right: Tensor, part: Shard) -> 
     block = left.new_zeros((0, 0), dtype=ops.accumulation_dtype(weight.dtype))
     for i, (tile, view) in enumerate(part.views(weight)):
         rows, cols = tile.within(part.bounds)
-        drifts, _ = ops.project_drift([view], [left[rows]], [right[cols]], [], [], backend)
+        drifts, _ = ops.project_drift(ops.Operands([view], [left[rows]], [right[cols]]), backend)
         block = block + drifts[0] if i else drifts[0]
     return block, ops.arithmetic_id(backend, weight.device, weight.dtype)

@@ -151,5 +151,6 @@ def _pull_into(
     factors = torch.tensor(scales, dtype=chosen[0].dtype)
     lefts = [piece.left for piece in pieces if piece.left is not None]
     rights = [piece.right for piece in pieces if piece.right is not None]
-    bases = [piece.base for piece in pieces if piece.base is not None] if full else []
-    ops.pull_back_(targets, weights, lefts, rights, bases, chosen, factors, exists, bucket.backend)
+    pretrained = [piece.base for piece in pieces if piece.base is not None] if full else []
+    operands = ops.Operands(weights, lefts, rights, pretrained)
+    ops.pull_back_(targets, operands, chosen, factors, exists, bucket.backend)

@@ -258,14 +258,14 @@ class Bucket:
         return self._add_up(tiles, values)
 
     def _project(self, tiles: list[TileOfTerm], blocks: list[Tensor | None]) -> tuple[list[Tensor], Tensor]:
-        return ops.project_drift(
+        operands = ops.Operands(
             [t.values for t in tiles],
             [t.left for t in tiles if t.left is not None],
             [t.right for t in tiles if t.right is not None],
             [t.base for t in tiles if t.base is not None],
             [block for block in blocks if block is not None],
-            self.backend,
         )
+        return ops.project_drift(operands, self.backend)
 
     def _project_some(self, busy: list[int], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         first = self.terms[0].weight

@@ -1,17 +1,20 @@
 """The two operations that carry the package, and the choice of the backend that runs them.
 
 ``project_drift`` maps weights to their drifts ``C = U^T (W - W0) V`` and ``pull_back`` is its adjoint,
-``scale * U C V^T``. Both take lists, so that a backend can serve many weights in few launches.
+``scale * U C V^T``. Both take the :class:`Operands` of many weights, which a backend can serve in
+few launches.
 """
 
 from .buckets import BucketLimits, WeightSpec, plan_buckets
 from .dispatch import arithmetic_id, available_backends, requested_backend, resolve_backend, use_backend
+from .operands import Operands
 from .reference import accumulation_dtype
 from .torch_ops import make_ready, project_drift, pull_back, pull_back_
 from .triton.launch import may_refuse, rehearsed
 
 __all__ = [
     "BucketLimits",
+    "Operands",
     "WeightSpec",
     "accumulation_dtype",
     "arithmetic_id",

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from ..private_names import constant_under_dynamo
+from .operands import Operands
 
 NAMES = ("torch", "triton", "native")
-_MODULES = {"torch": "reference", "triton": "triton", "native": "native"}
+_MODULES = {"torch": "reference", "triton": "triton.backend", "native": "native"}
 _override: ContextVar[str | None] = ContextVar("rpsft_backend", default=None)
 
 
 class Backend(Protocol):
-    """What a backend module offers; the lists are those of :func:`rpsft_kernels.ops.project_drift`."""
+    """What a backend module offers."""
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the backend cannot serve weights of this dtype on this device, or None when it can."""
@@ -28,26 +29,13 @@ class Backend(Protocol):
     def arithmetic(self, device: torch.device) -> str:
         """What beyond the backend's name decides the bits of a projection on this device."""
 
-    def project_drift(
-        self,
-        weights: Sequence[Tensor],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-        bases: Sequence[Tensor],
-        blocks: Sequence[Tensor],
-    ) -> tuple[list[Tensor], Tensor]: ...
+    def project_drift(self, operands: Operands) -> tuple[list[Tensor], Tensor]:
+        """Drifts and their squared norms, as :func:`rpsft_kernels.ops.project_drift` describes them."""
 
     def pull_back_into(
-        self,
-        grads: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-        bases: Sequence[Tensor],
-        drifts: Sequence[Tensor],
-        scales: Tensor,
-        accumulate: bool,
-    ) -> None: ...
+        self, grads: Sequence[Tensor], operands: Operands, drifts: Sequence[Tensor], scales: Tensor, accumulate: bool
+    ) -> None:
+        """Write the gradients, or add to them, as :func:`rpsft_kernels.ops.pull_back_` describes it."""
 
 
 def _checked(name: str, source: str) -> str:

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .operands import Operands, cast_base
+
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+# The engine forms W - W0 of any two of its dtypes.
+_READABLE = frozenset(product(_DTYPES, _DTYPES))
 
 
 @lru_cache(maxsize=1)
@@ -79,60 +84,59 @@ def arithmetic(device: torch.device) -> str:
     return instruction_set()
 
 
-def _matrix(tensor: Tensor | None) -> Any:
+@lru_cache(maxsize=1)
+def _matrix_factory() -> tuple[Callable[..., Any], dict[torch.dtype, Any]]:
+    """The engine's ``Matrix`` and its name of each dtype, looked up once: every call describes a dozen matrices."""
     module, _ = _load()
+    return module.Matrix, {dtype: getattr(module.Dtype, name) for dtype, name in _DTYPES.items()}
+
+
+def _matrix(tensor: Tensor | None) -> Any:
+    matrix, dtypes = _matrix_factory()
     if tensor is None:
-        return module.Matrix()
-    dtype = getattr(module.Dtype, _DTYPES[tensor.dtype])
-    return module.Matrix(tensor.data_ptr(), dtype, *tensor.shape, *tensor.stride())
+        return matrix()
+    return matrix(tensor.data_ptr(), dtypes[tensor.dtype], *tensor.shape, *tensor.stride())
 
 
-def _basis(basis: Tensor, dtype: torch.dtype) -> Tensor:
-    # Rows that lie side by side are what the engine reads fast; anchors hold them so.
-    basis = basis.to(dtype)
+def _contiguous_rows(basis: Tensor) -> Tensor:
+    # The engine reads a row fast where its elements are neighbours, as they are in anchors.
     return basis if basis.stride(1) == 1 else basis.contiguous()
 
 
-def _bases(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """U and V of each weight in one dtype that the engine reads."""
-    pairs = []
-    for left, right in zip(lefts, rights, strict=True):
-        dtype = torch.bfloat16 if left.dtype == right.dtype == torch.bfloat16 else torch.float32
-        pairs.append((_basis(left, dtype), _basis(right, dtype)))
-    return pairs
+def _cast(operands: Operands) -> Operands:
+    """The operands in dtypes and layouts that the engine reads."""
+    operands = operands.cast_subspaces()
+    pretrained = operands.pretrained and [
+        cast_base(weight, base, _READABLE) for weight, base in zip(operands.weights, operands.pretrained, strict=True)
+    ]
+    return operands._replace(
+        lefts=list(map(_contiguous_rows, operands.lefts)),
+        rights=list(map(_contiguous_rows, operands.rights)),
+        pretrained=pretrained,
+    )
 
 
-def _readable(base: Tensor, weight: Tensor) -> Tensor:
-    return base if base.dtype in _DTYPES else base.to(weight.dtype)
-
-
-def project_drift(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    blocks: Sequence[Tensor],
-) -> tuple[list[Tensor], Tensor]:
+def project_drift(operands: Operands) -> tuple[list[Tensor], Tensor]:
     chosen = instruction_set()
     module, _ = _load()
+    # Casts are held until the engine returns: it sees only their addresses.
+    operands = _cast(operands)
+    weights, lefts, rights, pretrained = operands[:4]
+    blocks = [block.float().contiguous() for block in operands.blocks]
     squares = weights[0].new_empty((len(weights),), dtype=torch.float32)
-    pairs = _bases(lefts, rights)
-    # Held until the engine returns: it sees only their addresses.
-    held = [block.float().contiguous() for block in blocks]
-    bases = [_readable(base, weight) for base, weight in zip(bases, weights, strict=bool(bases))]
     drifts, shards = [], []
     for i, weight in enumerate(weights):
-        left, right = pairs[i] if pairs else (None, None)
+        left, right = (lefts[i], rights[i]) if lefts else (None, None)
         rank = 0 if left is None else left.shape[1]
         drift = weight.new_empty((rank, rank), dtype=torch.float32)
         drifts.append(drift)
         shards.append(
             module.Projection(
                 _matrix(weight),
-                _matrix(bases[i] if bases else None),
+                _matrix(pretrained[i] if pretrained else None),
                 _matrix(left),
                 _matrix(right),
-                held[i].data_ptr() if held else 0,
+                blocks[i].data_ptr() if blocks else 0,
                 drift.data_ptr(),
                 squares.data_ptr() + i * squares.element_size(),
             )
@@ -142,14 +146,7 @@ def project_drift(
 
 
 def pull_back_into(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    drifts: Sequence[Tensor],
-    scales: Tensor,
-    accumulate: bool,
+    grads: Sequence[Tensor], operands: Operands, drifts: Sequence[Tensor], scales: Tensor, accumulate: bool
 ) -> None:
     chosen = instruction_set()
     module, _ = _load()
@@ -159,14 +156,16 @@ def pull_back_into(
                 f"backend 'native': got a gradient in {str(grad.dtype).removeprefix('torch.')}, expected bfloat16, "
                 "float16 or float32; use_backend('torch') takes any"
             )
-    pairs = _bases(lefts, rights)
-    held = [drift.float().contiguous() for drift in drifts]
-    bases = [_readable(base, weight) for base, weight in zip(bases, weights, strict=True)]
+    operands = _cast(operands.for_pull_back())
+    drifts = [drift.float().contiguous() for drift in drifts]
     shards = []
     for i, (grad, scale) in enumerate(zip(grads, scales.tolist(), strict=True)):
-        left, right = pairs[i] if pairs else (None, None)
-        weight, base = (None, None) if pairs else (weights[i], bases[i])
-        drift = held[i].data_ptr() if pairs else 0
+        left = right = weight = base = None
+        drift = 0
+        if operands.full:
+            weight, base = operands.weights[i], operands.pretrained[i]
+        else:
+            left, right, drift = operands.lefts[i], operands.rights[i], drifts[i].data_ptr()
         shards.append(
             module.Pullback(_matrix(grad), _matrix(left), _matrix(right), _matrix(weight), _matrix(base), drift, scale)
         )

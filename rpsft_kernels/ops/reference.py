@@ -2,11 +2,11 @@
 
 On the CPU, and on GPUs that multiply bfloat16 no faster, arithmetic is float32; it is float64 for float64 weights, and
 for the small second product where there is no base. Other GPUs multiply bfloat16 into float32 sums
-(:mod:`rpsft_kernels.ops.products`). With bases in bfloat16 what is as small as the drift is rounded to bfloat16, as the
-Triton kernels do: W - W0 (formed in float32), T, C and P. Everything else is as exact as float32.
+(:mod:`rpsft_kernels.ops.products`). With U and V in bfloat16 what is as small as the drift is rounded to bfloat16, as
+the Triton kernels do: W - W0 (formed in float32), T, C and P. Everything else is as exact as float32.
 
 Weights are read in blocks of rows. No temporary is as large as a weight on the CPU; on a GPU all temporaries of a block
-take at most 256 MiB, with what lies beside a block (the bases in other dtypes, intermediates of (k, min(m, n))) as long
+take at most 256 MiB, with what lies beside a block (U and V in other dtypes, intermediates of (k, min(m, n))) as long
 as three quarters of that hold it.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import products
+from .operands import Operands
 from .products import Operand, Parts, Plain, Products, rows_of, transposed
 
 
@@ -139,24 +140,19 @@ def _project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None) -
 
 
 def _bytes_beside(left: Tensor, right: Tensor, *operands: Operand) -> int:
-    """Of what the operands hold beside the bases themselves."""
+    """Bytes that the operands of products hold beside U and V themselves."""
     parts = {id(part): part for operand in operands for part in operand if part is not left and part is not right}
     return sum(part.numel() * part.element_size() for part in parts.values())
 
 
-def project_drift(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    blocks: Sequence[Tensor],
-) -> tuple[list[Tensor], Tensor]:
+def project_drift(operands: Operands) -> tuple[list[Tensor], Tensor]:
     drifts: list[Tensor] = []
     squares: list[Tensor] = []
+    weights, lefts, rights, pretrained, blocks = operands
     dtype = accumulation_dtype(weights[0].dtype)
     machine = products.machine(weights[0].device)
     for i, weight in enumerate(weights):
-        base = bases[i] if bases else None
+        base = pretrained[i] if pretrained else None
         if lefts:
             drift = _project(weight, lefts[i], rights[i], base)
             if blocks:
@@ -174,24 +170,18 @@ def project_drift(
 
 
 def pull_back_into(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    drifts: Sequence[Tensor],
-    scales: Tensor,
-    accumulate: bool,
+    grads: Sequence[Tensor], operands: Operands, drifts: Sequence[Tensor], scales: Tensor, accumulate: bool
 ) -> None:
     # The scales may lie on the CPU: a number of it goes into an operator of a GPU like any other.
     for i, grad in enumerate(grads):
-        if lefts:
-            _pull(grad, lefts[i], rights[i], drifts[i], scales[i], accumulate)
+        if not operands.full:
+            _pull(grad, operands.lefts[i], operands.rights[i], drifts[i], scales[i], accumulate)
             continue
-        dtype = accumulation_dtype(weights[i].dtype)
-        row_bytes = grad.shape[1] * _drift_bytes(weights[i], bases[i], dtype)
+        weight, base = operands.weights[i], operands.pretrained[i]
+        dtype = accumulation_dtype(weight.dtype)
+        row_bytes = grad.shape[1] * _drift_bytes(weight, base, dtype)
         for block in products.machine(grad.device).row_blocks(grad.shape, row_bytes):
-            rows = _drift_rows(weights[i], bases[i], block, dtype).mul_(scales[i])
+            rows = _drift_rows(weight, base, block, dtype).mul_(scales[i])
             _store(grad[block], rows, accumulate)
 
 

@@ -1,15 +1,7 @@
 """``project_drift`` and ``pull_back`` as torch operators: fake tensors, autograd, ``torch.compile``.
 
-Lists hold one entry per weight; an empty list stands for a piece that the anchor's form has not:
-
-========== ============== ============== ============ ==================
-form       lefts, rights  bases          blocks       drift
-========== ============== ============== ============ ==================
-base       U, V           W0             --           U^T (W - W0) V
-block      U, V           --             B            U^T W V - B
-bare       U, V           --             --           U^T W V
-full       --             W0             --           (0, 0): W - W0 itself
-========== ============== ============== ============ ==================
+Operators take flat lists of tensors, one for each field of :class:`Operands`: their schemas know no records. Only this
+module knows both.
 """
 
 from __future__ import annotations
@@ -22,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Backend, load
+from .operands import Operands
 from .reference import accumulation_dtype
 from .selftest.gate import ensure
 
@@ -43,38 +36,54 @@ def make_ready(backend: str, device: torch.device) -> Backend:
     return load(backend)
 
 
-def _run_project_drift(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    blocks: Sequence[Tensor],
-    backend: str,
-) -> tuple[list[Tensor], Tensor]:
-    with _without_autocast(weights[0].device):
-        return make_ready(backend, weights[0].device).project_drift(weights, lefts, rights, bases, blocks)
+# -- what the operators run ------------------------------------------------------------------------------
 
 
-def _fake_project_drift(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    blocks: Sequence[Tensor],
-    backend: str,
-) -> tuple[list[Tensor], Tensor]:
-    ranks = [left.shape[1] for left in lefts] if lefts else [0] * len(weights)
-    dtype = accumulation_dtype(weights[0].dtype)
-    drifts = [w.new_empty((k, k), dtype=dtype) for w, k in zip(weights, ranks, strict=True)]
-    return drifts, weights[0].new_empty((len(weights),), dtype=dtype)
+def _run_project_drift(*flat: Any) -> tuple[list[Tensor], Tensor]:
+    *fields, backend = flat
+    operands = Operands(*fields)
+    device = operands.weights[0].device
+    with _without_autocast(device):
+        return make_ready(backend, device).project_drift(operands)
 
 
-def _into(
+def _fake_project_drift(*flat: Any) -> tuple[list[Tensor], Tensor]:
+    *fields, _backend = flat
+    operands = Operands(*fields)
+    first, count = operands.weights[0], len(operands.weights)
+    ranks = [0] * count if operands.full else [left.shape[1] for left in operands.lefts]
+    dtype = accumulation_dtype(first.dtype)
+    drifts = [w.new_empty((k, k), dtype=dtype) for w, k in zip(operands.weights, ranks, strict=True)]
+    return drifts, first.new_empty((count,), dtype=dtype)
+
+
+def _run_pull_back(*flat: Any) -> list[Tensor]:
+    *fields, drifts, scales, dtype, backend = flat
+    operands = Operands(*fields)
+    grads = _empty_grads(operands, dtype)
+    _pull_back_into(grads, operands, drifts, scales, False, backend)
+    return grads
+
+
+def _fake_pull_back(*flat: Any) -> list[Tensor]:
+    *fields, _drifts, _scales, dtype, _backend = flat
+    return _empty_grads(Operands(*fields), dtype)
+
+
+def _run_pull_back_(grads: list[Tensor], *flat: Any) -> None:
+    *fields, drifts, scales, accumulate, backend = flat
+    _pull_back_into(grads, Operands(*fields), drifts, scales, accumulate, backend)
+    # Autograd must see that a tensor which it has saved is another one now.
+    torch.autograd.graph.increment_version(grads)
+
+
+def _fake_pull_back_(*flat: Any) -> None:
+    return None
+
+
+def _pull_back_into(
     grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
+    operands: Operands,
     drifts: Sequence[Tensor],
     scales: Tensor,
     accumulate: bool,
@@ -82,82 +91,23 @@ def _into(
 ) -> None:
     if grads:
         # The device of the gradients: the scales may lie on the CPU.
-        with _without_autocast(grads[0].device):
-            ready = make_ready(backend, grads[0].device)
-            ready.pull_back_into(grads, weights, lefts, rights, bases, drifts, scales, accumulate=accumulate)
+        device = grads[0].device
+        with _without_autocast(device):
+            make_ready(backend, device).pull_back_into(grads, operands, drifts, scales, accumulate=accumulate)
 
 
-def _run_pull_back(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    drifts: Sequence[Tensor],
-    scales: Tensor,
-    dtype: torch.dtype,
-    backend: str,
-) -> list[Tensor]:
-    grads = _empty_grads(weights, lefts, rights, dtype)
-    _into(grads, weights, lefts, rights, bases, drifts, scales, False, backend)
-    return grads
-
-
-def _fake_pull_back(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    drifts: Sequence[Tensor],
-    scales: Tensor,
-    dtype: torch.dtype,
-    backend: str,
-) -> list[Tensor]:
-    return _empty_grads(weights, lefts, rights, dtype)
-
-
-def _empty_grads(
-    weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor], dtype: torch.dtype
-) -> list[Tensor]:
-    if lefts:
-        return [u.new_empty((u.shape[0], v.shape[0]), dtype=dtype) for u, v in zip(lefts, rights, strict=True)]
-    return [w.new_empty((w.shape[0], w.shape[1]), dtype=dtype) for w in weights]
-
-
-def _run_pull_back_(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    drifts: Sequence[Tensor],
-    scales: Tensor,
-    accumulate: bool,
-    backend: str,
-) -> None:
-    _into(grads, weights, lefts, rights, bases, drifts, scales, accumulate, backend)
-    # Autograd must see that a tensor which it has saved is another one now.
-    torch.autograd.graph.increment_version(grads)
-
-
-def _fake_pull_back_(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    drifts: Sequence[Tensor],
-    scales: Tensor,
-    accumulate: bool,
-    backend: str,
-) -> None:
-    return None
+def _empty_grads(operands: Operands, dtype: torch.dtype) -> list[Tensor]:
+    if operands.full:
+        return [w.new_empty((w.shape[0], w.shape[1]), dtype=dtype) for w in operands.weights]
+    pairs = zip(operands.lefts, operands.rights, strict=True)
+    return [u.new_empty((u.shape[0], v.shape[0]), dtype=dtype) for u, v in pairs]
 
 
 # Not torch.library.custom_op: its wrappers take longer than the products of a small layer.
 _library: Any = torch.library.Library("rpsft_kernels", "FRAGMENT")  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def _registered(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     # Written out: what older torch versions infer from annotations differs.
     _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, run, "CompositeExplicitAutograd")
@@ -166,19 +116,19 @@ def _registered(name: str, schema: str, run: Callable[..., Any], fake: Callable[
 
 
 _ANCHORS = "Tensor[] weights, Tensor[] lefts, Tensor[] rights, Tensor[] bases"
-_project_drift = _registered(
+_project_drift = _register(
     "project_drift",
     f"({_ANCHORS}, Tensor[] blocks, str backend) -> (Tensor[], Tensor)",
     _run_project_drift,
     _fake_project_drift,
 )
-_pull_back = _registered(
+_pull_back = _register(
     "pull_back",
     f"({_ANCHORS}, Tensor[] drifts, Tensor scales, ScalarType dtype, str backend) -> Tensor[]",
     _run_pull_back,
     _fake_pull_back,
 )
-_pull_back_ = _registered(
+_pull_back_ = _register(
     "pull_back_",
     f"(Tensor(a0!)[] grads, {_ANCHORS}, Tensor[] drifts, Tensor scales, bool accumulate, str backend) -> ()",
     _run_pull_back_,
@@ -186,17 +136,33 @@ _pull_back_ = _registered(
 )
 
 
+def _lists(operands: Operands) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """The lists that begin every schema: W, U, V and W0."""
+    return list(operands.weights), list(operands.lefts), list(operands.rights), list(operands.pretrained)
+
+
 # -- autograd: each operation is the other's adjoint -----------------------------------------------------
 
 
+def _save(ctx: Any, *lists: Sequence[Tensor]) -> None:
+    ctx.counts = [len(tensors) for tensors in lists]
+    ctx.save_for_backward(*(tensor for tensors in lists for tensor in tensors))
+
+
+def _saved(ctx: Any) -> list[list[Tensor]]:
+    """The lists that :func:`_save` was given."""
+    tensors = iter(ctx.saved_tensors)
+    return [[next(tensors) for _ in range(count)] for count in ctx.counts]
+
+
 def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
-    weights, lefts, rights, bases, blocks, backend = inputs
+    *fields, backend = inputs
+    operands = Operands(*fields)
     ctx.set_materialize_grads(False)
+    ctx.sizes = [len(field) for field in operands]
+    ctx.dtype, ctx.backend = operands.weights[0].dtype, backend
     # Only the full form's gradient reads the weight again; for the others it is not kept alive.
-    kept = [] if lefts else [*weights, *bases]
-    ctx.counts = (len(weights), len(lefts), len(bases), len(blocks))
-    ctx.dtype, ctx.backend = weights[0].dtype, backend
-    ctx.save_for_backward(*lefts, *rights, *output[0], *kept)
+    _save(ctx, output[0], *operands.for_pull_back())
 
 
 def _drift_gradient(
@@ -215,59 +181,52 @@ def _drift_gradient(
 def _backward_of_projection(
     ctx: Any, grad_drifts: Sequence[Tensor | None], grad_squares: Tensor | None
 ) -> tuple[Any, ...]:
-    n, n_bases, n_blocks = ctx.counts[0], ctx.counts[2], ctx.counts[3]
+    grads, *nothing = [[None] * size for size in ctx.sizes]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[0]) if needed]
-    saved = list(ctx.saved_tensors)
-    lefts, rights = (saved[:n], saved[n : 2 * n]) if ctx.counts[1] else ([], [])
-    drifts = saved[len(lefts) + len(rights) :][:n]
-    kept = saved[len(lefts) + len(rights) + n :]
-    weights, bases = kept[:n], kept[n:]
-    nothing = ([None] * len(lefts), [None] * len(rights), [None] * n_bases, [None] * n_blocks, None)
     if not wanted or (grad_squares is None and all(g is None for g in grad_drifts)):
-        return ([None] * n, *nothing)
-    scales = drifts[0].new_zeros((n,)) if grad_squares is None else 2 * grad_squares
-
-    def pick(pieces: list[Any]) -> list[Any]:
-        return [pieces[i] for i in wanted] if pieces else []
-
+        return (grads, *nothing, None)
+    drifts, *fields = _saved(ctx)
+    operands = Operands(*fields).pick(wanted)
+    scales = drifts[0].new_zeros((len(drifts),)) if grad_squares is None else 2 * grad_squares
     # Not scales[wanted]: an index by a list is sent to the GPU, which has to be waited for.
-    chosen, factors = pick(drifts), scales if len(wanted) == n else torch.stack([scales[i] for i in wanted])
-    if lefts:
-        chosen, factors = _drift_gradient(chosen, pick(list(grad_drifts)), factors)
-    pulled = _pull_back(pick(weights), pick(lefts), pick(rights), pick(bases), chosen, factors, ctx.dtype, ctx.backend)
-    grads: list[Tensor | None] = [None] * n
+    factors = scales if len(wanted) == len(drifts) else torch.stack([scales[i] for i in wanted])
+    chosen = [drifts[i] for i in wanted]
+    if not operands.full:
+        chosen, factors = _drift_gradient(chosen, [grad_drifts[i] for i in wanted], factors)
+    pulled: list[Any] = _pull_back(*_lists(operands), chosen, factors, ctx.dtype, ctx.backend)
     for i, grad in zip(wanted, pulled, strict=True):
         grads[i] = grad
-    return (grads, *nothing)
+    return (grads, *nothing, None)
 
 
 def _save_pull(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    weights, lefts, rights, bases, drifts, scales, _dtype, backend = inputs
-    ctx.counts = (len(weights), len(lefts), len(bases), len(drifts))
+    *fields, drifts, scales, _dtype, backend = inputs
     ctx.backend = backend
-    ctx.save_for_backward(*weights, *lefts, *rights, *bases, *drifts, scales)
+    _save(ctx, *fields, drifts, [scales])
 
 
 def _backward_of_pull(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-    n_weights, n_lefts, n_bases, n_drifts = ctx.counts
-    saved = iter(ctx.saved_tensors)
-    weights, lefts, rights, bases, drifts = (
-        [next(saved) for _ in range(count)] for count in (n_weights, n_lefts, n_lefts, n_bases, n_drifts)
-    )
-    scales = next(saved)
+    *fields, drifts, (scales,) = _saved(ctx)
+    operands = Operands(*fields)
     factors = scales.unbind()
-    if lefts:
-        seen, _ = _project_drift(list(grads), lefts, rights, [], [], ctx.backend)
-        to_drifts = [s.to(c.dtype) * f for s, c, f in zip(seen, drifts, factors, strict=True)]
-        to_scales = torch.stack([(s * c).sum() for s, c in zip(seen, drifts, strict=True)])
-        to_weights = [None] * n_weights
-    else:
+    to_weights, to_lefts, to_rights, to_pretrained = ([None] * len(field) for field in fields)
+    if operands.full:
         to_drifts = [torch.zeros_like(c) for c in drifts]
-        moved = [w.to(scales.dtype) - b.to(w.dtype).to(scales.dtype) for w, b in zip(weights, bases, strict=True)]
+        moved = [
+            w.to(scales.dtype) - b.to(w.dtype).to(scales.dtype)
+            for w, b in zip(operands.weights, operands.pretrained, strict=True)
+        ]
         to_scales = torch.stack([(g * d).sum() for g, d in zip(grads, moved, strict=True)])
-        to_weights = [(g * f).to(w.dtype) for g, f, w in zip(grads, factors, weights, strict=True)]
-    none = [None] * n_lefts
-    return to_weights, none, none, [None] * n_bases, to_drifts, to_scales.to(scales.device, scales.dtype), None, None
+        pulled = [(g * f).to(w.dtype) for g, f, w in zip(grads, factors, operands.weights, strict=True)]
+        return pulled, to_lefts, to_rights, to_pretrained, to_drifts, _like(to_scales, scales), None, None
+    seen, _ = _project_drift(list(grads), operands.lefts, operands.rights, [], [], ctx.backend)
+    to_drifts = [s.to(c.dtype) * f for s, c, f in zip(seen, drifts, factors, strict=True)]
+    to_scales = torch.stack([(s * c).sum() for s, c in zip(seen, drifts, strict=True)])
+    return to_weights, to_lefts, to_rights, to_pretrained, to_drifts, _like(to_scales, scales), None, None
+
+
+def _like(values: Tensor, scales: Tensor) -> Tensor:
+    return values.to(scales.device, scales.dtype)
 
 
 torch.library.register_autograd(
@@ -279,49 +238,28 @@ torch.library.register_autograd("rpsft_kernels::pull_back", _backward_of_pull, s
 # -- the typed entries ------------------------------------------------------------------------------------
 
 
-def project_drift(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    blocks: Sequence[Tensor],
-    backend: str,
-) -> tuple[list[Tensor], Tensor]:
+def project_drift(operands: Operands, backend: str) -> tuple[list[Tensor], Tensor]:
     """Drifts of many weights of one form, dtype and device: ``C = U^T (W - W0) V`` (arXiv 2605.10973).
 
     Args:
-        weights: N tensors (m, n), one dtype, any strides; differentiable.
-        lefts: N bases U (m, k), or [] for full anchors.
-        rights: N bases V (n, k), or [] for full anchors.
-        bases: N pretrained weights W0 (m, n), or [].
-        blocks: N pretrained projections B (k, k) in float32, or [].
+        operands: N weights with the tensors of their anchors (:class:`Operands`); differentiable in the weights.
         backend: the backend's name, from :func:`resolve_backend`.
 
     Returns:
         The N drifts (k, k), float32 (float64 for float64 weights), (0, 0) for full anchors; and (N,) their
         squared Frobenius norms, ``||W - W0||_F^2`` for full anchors.
     """
-    drifts, squares = _project_drift(list(weights), list(lefts), list(rights), list(bases), list(blocks), backend)
+    drifts, squares = _project_drift(*_lists(operands), list(operands.blocks), backend)
     return list(drifts), squares
 
 
 def pull_back(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    drifts: Sequence[Tensor],
-    scales: Tensor,
-    dtype: torch.dtype,
-    backend: str,
+    operands: Operands, drifts: Sequence[Tensor], scales: Tensor, dtype: torch.dtype, backend: str
 ) -> list[Tensor]:
     """The adjoint of :func:`project_drift`: ``scale * U C V^T``, or ``scale * (W - W0)`` for full anchors.
 
     Args:
-        weights: N tensors (m, n) for full anchors, else [].
-        lefts: N bases U (m, k), or [] for full anchors.
-        rights: N bases V (n, k), or [] for full anchors.
-        bases: N pretrained weights (m, n) for full anchors, else [].
+        operands: U and V of N weights, or W and W0 for full anchors (:meth:`Operands.for_pull_back`).
         drifts: N tensors (k, k), float32 (float64 for float64 weights).
         scales: (N,), the dtype of the drifts, on the weights' device or on the CPU. Those of the CPU travel with what
             the backend sends to a GPU in any case, and are not waited for.
@@ -331,15 +269,12 @@ def pull_back(
     Returns:
         N new tensors (m, n) of ``dtype``.
     """
-    return list(_pull_back(list(weights), list(lefts), list(rights), list(bases), list(drifts), scales, dtype, backend))
+    return list(_pull_back(*_lists(operands), list(drifts), scales, dtype, backend))
 
 
 def pull_back_(
     grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
+    operands: Operands,
     drifts: Sequence[Tensor],
     scales: Tensor,
     accumulate: bool,
@@ -349,6 +284,4 @@ def pull_back_(
 
     The sum is formed in float32 and rounded once to the gradient's dtype.
     """
-    _pull_back_(
-        list(grads), list(weights), list(lefts), list(rights), list(bases), list(drifts), scales, accumulate, backend
-    )
+    _pull_back_(list(grads), *_lists(operands), list(drifts), scales, accumulate, backend)

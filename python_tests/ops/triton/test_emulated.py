@@ -13,9 +13,9 @@ import torch
 from compiling import Compiler
 from emulated import Forward, asked, chosen, ways
 from emulation import NEWEST, WHY_NEWEST, Emulator
-from support import lists
+from support import operands_of
 
-from rpsft_kernels.ops import triton as kernels
+from rpsft_kernels.ops.triton import backend as kernels
 from rpsft_kernels.ops.triton.machine_code.cubin import disassemble
 from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
 from rpsft_kernels.ops.triton.variants import Variant, list_variants
@@ -59,10 +59,10 @@ def test_the_result_does_not_depend_on_the_order_of_programs(compiler: Compiler)
     results = []
     for order in ("forward", "reverse"):
         emulator = Emulator("sm_90", compiler, order)
-        pieces = lists(case.problems())
+        pieces = operands_of(case.problems())
         emulator.give(*(piece for kind in pieces for piece in kind))
         with emulator:
-            drifts, squares = kernels.project_drift(*pieces)
+            drifts, squares = kernels.project_drift(pieces)
         results.append((*drifts, squares))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 

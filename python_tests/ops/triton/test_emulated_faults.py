@@ -14,11 +14,10 @@ from compiling import Compiled, Compiler
 from emulated import Backward, Forward
 from emulation import COMPILER, NEWEST, WHY_NEWEST, Emulator
 from ptxrun import MemoryFault, Program, PtxError, RaceError, RegisterHazard, UninitialisedRead, parse
-from support import lists
+from support import operands_of
 
-from rpsft_kernels.ops import triton as kernels
-from rpsft_kernels.ops.triton import project_drift as forward
-from rpsft_kernels.ops.triton import pull_back as backward
+from rpsft_kernels.ops.triton import backend as kernels
+from rpsft_kernels.ops.triton import project_drift, pull_back
 from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import Access, Form, Variant, project_variant
 
@@ -86,15 +85,15 @@ def test_what_is_missing_in_a_kernel_is_seen(
 
 
 @newest
-@pytest.mark.parametrize("module", [forward, backward])
+@pytest.mark.parametrize("module", [project_drift, pull_back])
 def test_planes_that_are_not_padded_are_seen(module: Any, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were T and P as large as their phases' operands, the tiles of the next one would read what nobody wrote."""
     case = (
         Forward(torch.bfloat16, torch.bfloat16, False, torch.bfloat16, 32, "aligned", False)
-        if module is forward
+        if module is project_drift
         else Backward(torch.bfloat16, torch.bfloat16, True, 32, "aligned", False)
     )
-    plans = module.plan_forward if module is forward else module.plan_backward
+    plans = module.plan_forward if module is project_drift else module.plan_backward
     plans.cache_clear()
     monkeypatch.setattr(module, "up", lambda value, unit: -(-value // min(unit, 8)) * min(unit, 8))
     with pytest.raises((UninitialisedRead, MemoryFault)):
@@ -104,20 +103,22 @@ def test_planes_that_are_not_padded_are_seen(module: Any, compiler: Compiler, mo
 
 @newest
 def test_alignment_that_is_only_claimed_is_seen(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    claimed = forward.lies
+    claimed = project_drift.lies
     monkeypatch.setattr(
-        forward, "lies", lambda matrix, transposed: claimed(matrix, transposed)._replace(pointer=True, descriptor=True)
+        project_drift,
+        "lies",
+        lambda matrix, transposed: claimed(matrix, transposed)._replace(pointer=True, descriptor=True),
     )
     case = Forward(torch.bfloat16, torch.bfloat16, False, torch.bfloat16, 32, "aligned", False)
     problems = case.problems()
     frame = torch.empty(problems[0].weight.numel() + 1, dtype=torch.bfloat16)
     problems[0] = replace(problems[0], weight=frame[1:].view(problems[0].weight.shape).copy_(problems[0].weight))
-    pieces = lists(problems)
+    pieces = operands_of(problems)
     for architecture in ARCHITECTURES:
         emulator = Emulator(architecture, compiler)
         emulator.give(*(piece for kind in pieces for piece in kind))
         with emulator, pytest.raises(PtxError, match="misaligned|multiples of 16"):
-            kernels.project_drift(*pieces)
+            kernels.project_drift(pieces)
 
 
 @pytest.mark.skipif(COMPILER >= (3, 8), reason="Triton 3.8 and newer keep the rule")

@@ -15,18 +15,15 @@ from support import (
     Problem,
     exact_drift,
     laid_out,
-    lists,
     make_problem,
+    operands_of,
     random_matrix,
     relative_error,
 )
 from torch import Tensor
 
 from rpsft_kernels import ops
-from rpsft_kernels.ops.triton import full_form as whole
-from rpsft_kernels.ops.triton import project_drift as forward
-from rpsft_kernels.ops.triton import pull_back as backward
-from rpsft_kernels.ops.triton import variants as variant
+from rpsft_kernels.ops.triton import full_form, project_drift, pull_back, variants
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.tile_table import TileConfig
 
@@ -56,7 +53,7 @@ def problems_of(
 
 
 def project(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor]:
-    return ops.project_drift(*lists(problems), "triton")
+    return ops.project_drift(operands_of(problems), "triton")
 
 
 @pytest.mark.parametrize("form", ["base", "block", "bare"])
@@ -100,14 +97,16 @@ def test_exactly_zero_at_the_anchor(form: Form, dtype: torch.dtype, basis: torch
     problems = problems_of(FEW, "bare" if form == "block" else "base", dtype, device, basis=basis, drift=0.0)
     if form == "block":
         blocks, _ = project(problems)
-        weights, lefts, rights, _, _ = lists(problems)
-        drifts, squares = ops.project_drift(weights, lefts, rights, [], blocks, "triton")
+        weights, lefts, rights, _, _ = operands_of(problems)
+        drifts, squares = ops.project_drift(ops.Operands(weights, lefts, rights, [], blocks), "triton")
     else:
         drifts, squares = project(problems)
-    _, lefts, rights, _, _ = lists(problems)
+    _, lefts, rights, _, _ = operands_of(problems)
     assert not squares.any()
     assert not any(drift.any() for drift in drifts)
-    grads = ops.pull_back([], lefts, rights, [], drifts, 2 * torch.ones_like(squares), dtype, "triton")
+    grads = ops.pull_back(
+        ops.Operands(lefts=lefts, rights=rights), drifts, 2 * torch.ones_like(squares), dtype, "triton"
+    )
     assert not any(grad.any() for grad in grads)
 
 
@@ -136,12 +135,12 @@ def check_gradients(
     layout: Layout,
     device: torch.device,
 ) -> None:
-    _, lefts, rights, _, _ = lists(problems_of(shapes, "bare", torch.float32, device, basis=basis))
+    _, lefts, rights, _, _ = operands_of(problems_of(shapes, "bare", torch.float32, device, basis=basis))
     drifts = [random_matrix(k, k, seed=i, device=device) for i, (_, _, k) in enumerate(shapes)]
     before = [random_matrix(m, n, dtype, seed=7 + i, device=device) for i, (m, n, _) in enumerate(shapes)]
     grads = [laid_out(grad, layout) for grad in before]
     scales = torch.linspace(-2, 3, len(shapes), device=device)
-    ops.pull_back_(grads, [], lefts, rights, [], drifts, scales, accumulate, "triton")
+    ops.pull_back_(grads, ops.Operands(lefts=lefts, rights=rights), drifts, scales, accumulate, "triton")
     for i, grad in enumerate(grads):
         check_pulled(grad, before[i] if accumulate else None, drifts[i], lefts[i], rights[i], float(scales[i]))
 
@@ -151,12 +150,12 @@ def check_gradients(
 def test_full_anchors(dtype: torch.dtype, layout: Layout, device: torch.device) -> None:
     shapes = ((1, 1, 0), (5, 3, 0), (33, 257, 0), (64, 96, 0))
     problems = problems_of(shapes, "full", dtype, device, layout=layout)
-    weights, _, _, bases, _ = lists(problems)
+    weights, _, _, bases, _ = operands_of(problems)
     drifts, squares = project(problems)
     scales = torch.linspace(0.5, 2.0, len(shapes), device=device)
     before = [random_matrix(m, n, dtype, seed=i, device=device) for i, (m, n, _) in enumerate(shapes)]
     grads = [laid_out(grad, layout) for grad in before]
-    ops.pull_back_(grads, weights, [], [], bases, drifts, scales, True, "triton")
+    ops.pull_back_(grads, ops.Operands(weights, pretrained=bases), drifts, scales, True, "triton")
     for i, problem in enumerate(problems):
         moved = exact_drift(problem.weight, problem)
         assert drifts[i].shape == (0, 0)
@@ -168,9 +167,16 @@ def test_full_anchors(dtype: torch.dtype, layout: Layout, device: torch.device) 
 
 
 def test_gradients_of_another_dtype_than_the_drift(device: torch.device) -> None:
-    weights, _, _, bases, _ = lists(problems_of(((33, 40, 0),), "full", torch.bfloat16, device))
+    weights, _, _, bases, _ = operands_of(problems_of(((33, 40, 0),), "full", torch.bfloat16, device))
     grads = [torch.zeros(33, 40, device=device)]
-    ops.pull_back_(grads, weights, [], [], bases, [torch.empty(0, 0)], torch.ones(1, device=device), True, "triton")
+    ops.pull_back_(
+        grads,
+        ops.Operands(weights, pretrained=bases),
+        [torch.empty(0, 0)],
+        torch.ones(1, device=device),
+        True,
+        "triton",
+    )
     assert relative_error(grads[0], weights[0].double() - bases[0].double()) <= 1e-6
 
 
@@ -178,7 +184,7 @@ def test_gradients_of_another_dtype_than_the_drift(device: torch.device) -> None
 def aligned_profile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> bool:
     """On the CPU: an architecture that reads aligned operands by pointers, or by tensor descriptors."""
     if device.type == "cpu":
-        for module in (forward, backward, whole):
+        for module in (project_drift, pull_back, full_form):
             monkeypatch.setattr(module, "device_profile", lambda _: Profile("interpreter", 3, request.param))
     return bool(request.param)
 
@@ -203,14 +209,14 @@ def test_phases_with_different_tiles_leave_no_gaps(
     coarse: tuple[str, str], monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """What one phase writes of T and P covers what the next one reads, whatever the tables say."""
-    shipped = variant.tile_config
+    shipped = variants.tile_config
 
     def mixed(architecture: str, phase: str, rank: int, operands: str) -> TileConfig:
         edge = 64 if phase in coarse else 32
         return replace(shipped(architecture, phase, rank, operands), block_m=edge, block_n=edge, block_k=edge)
 
-    monkeypatch.setattr(variant, "tile_config", mixed)
-    for plan in (forward.plan_forward, backward.plan_backward):
+    monkeypatch.setattr(variants, "tile_config", mixed)
+    for plan in (project_drift.plan_forward, pull_back.plan_backward):
         plan.cache_clear()
     shapes = ((20, 70, 16), (70, 20, 5), (40, 33, 32), (33, 130, 33))
     for form in ("base", "block"):
@@ -218,7 +224,7 @@ def test_phases_with_different_tiles_leave_no_gaps(
         check_drifts(problems, *project(problems))
     check_gradients(shapes, torch.bfloat16, torch.bfloat16, True, "contiguous", device)
     check_gradients(shapes, torch.float32, torch.bfloat16, False, "transposed", device)
-    for plan in (forward.plan_forward, backward.plan_backward):
+    for plan in (project_drift.plan_forward, pull_back.plan_backward):
         plan.cache_clear()
 
 
@@ -231,17 +237,19 @@ def test_split_sums(device: torch.device) -> None:
 
 def test_empty_weights_and_groups(device: torch.device) -> None:
     problems = problems_of(((5, 3, 2), (4, 6, 3)), "base", torch.float32, device)
-    weights, lefts, rights, bases, _ = lists(problems)
+    weights, lefts, rights, bases, _ = operands_of(problems)
     for lost in ((0, 3, 2), (5, 0, 2)):
         m, n, k = lost
         empty = [torch.empty(m, n, device=device), *weights]
         us = [torch.ones(m, k, dtype=torch.bfloat16, device=device), *lefts]
         vs = [torch.ones(n, k, dtype=torch.bfloat16, device=device), *rights]
-        drifts, squares = ops.project_drift(empty, us, vs, [empty[0], *bases], [], "triton")
+        drifts, squares = ops.project_drift(ops.Operands(empty, us, vs, [empty[0], *bases]), "triton")
         assert not drifts[0].any()
         assert squares[0] == 0
         check_drifts(problems, drifts[1:], squares[1:])
-        grads = ops.pull_back([], us, vs, [], drifts, torch.ones_like(squares), torch.float32, "triton")
+        grads = ops.pull_back(
+            ops.Operands(lefts=us, rights=vs), drifts, torch.ones_like(squares), torch.float32, "triton"
+        )
         assert grads[0].shape == (m, n)
         assert all(grad.isfinite().all() for grad in grads)
 
@@ -260,7 +268,7 @@ def test_the_same_bits_again_alone_and_in_any_company(device: torch.device) -> N
 
 def test_inputs_are_not_written(device: torch.device) -> None:
     problems = problems_of(FEW, "block", torch.float32, device)
-    pieces = lists(problems)
+    pieces = operands_of(problems)
     copies = [[piece.clone() for piece in kind] for kind in pieces]
     project(problems)
     for kind, copy in zip(pieces, copies, strict=True):
@@ -275,10 +283,16 @@ def test_blocks_and_drifts_may_lie_anywhere(device: torch.device) -> None:
         assert lies.data_ptr() % 16 != 0
         return lies
 
-    weights, lefts, rights, _, blocks = lists(problems_of(((33, 257, 16), (200, 64, 48)), "block", HALF[0], device))
-    drifts, squares = ops.project_drift(weights, lefts, rights, [], blocks, "triton")
-    others, _ = ops.project_drift(weights, lefts, rights, [], [moved(block) for block in blocks], "triton")
-    grads = ops.pull_back([], lefts, rights, [], drifts, squares, HALF[0], "triton")
-    pulled = ops.pull_back([], lefts, rights, [], [moved(drift) for drift in drifts], squares, HALF[0], "triton")
+    weights, lefts, rights, _, blocks = operands_of(
+        problems_of(((33, 257, 16), (200, 64, 48)), "block", HALF[0], device)
+    )
+    drifts, squares = ops.project_drift(ops.Operands(weights, lefts, rights, [], blocks), "triton")
+    others, _ = ops.project_drift(
+        ops.Operands(weights, lefts, rights, [], [moved(block) for block in blocks]), "triton"
+    )
+    grads = ops.pull_back(ops.Operands(lefts=lefts, rights=rights), drifts, squares, HALF[0], "triton")
+    pulled = ops.pull_back(
+        ops.Operands(lefts=lefts, rights=rights), [moved(drift) for drift in drifts], squares, HALF[0], "triton"
+    )
     for one, other in zip(drifts + grads, others + pulled, strict=True):
         assert torch.equal(one, other)

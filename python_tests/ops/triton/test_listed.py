@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -21,10 +22,8 @@ from rpsft_kernels import ops
 from rpsft_kernels.anchors.anchor import Anchor
 from rpsft_kernels.anchors.tensors import computed_block, padded
 from rpsft_kernels.distributed.shard import Shard
-from rpsft_kernels.ops import triton as triton_backend
-from rpsft_kernels.ops.triton import full_form as whole
-from rpsft_kernels.ops.triton import project_drift as forward
-from rpsft_kernels.ops.triton import pull_back as backward
+from rpsft_kernels.ops.triton import backend as triton_backend
+from rpsft_kernels.ops.triton import full_form, project_drift, pull_back
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
 from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
@@ -58,7 +57,7 @@ class Asked:
         self.call: Any = None
         # Nothing is launched, so nothing has to be there: not even the interpreter.
         monkeypatch.setattr(triton_backend, "unavailable", lambda device, dtype: None)
-        for module in (forward, backward, whole):
+        for module in (project_drift, pull_back, full_form):
             monkeypatch.setattr(module, "device_profile", lambda _: Profile(architecture, 8, self.descriptors))
             monkeypatch.setattr(module, "launch", self._note)
 
@@ -127,7 +126,8 @@ def forward_calls(
         w0 = [] if base is None else [lying(shape, base, "even transposed" if kind == "otherwise" else kind)]
         blocks = [torch.empty(rank, rank)] if block else []
         call = ("drift", kind, shape, rank, bases[0].dtype, weight, base, block)
-        yield call, lambda a=([w], [bases[0]], [bases[1]], w0, blocks, "triton"): ops.project_drift(*a)  # type: ignore
+        operands = ops.Operands([w], [bases[0]], [bases[1]], w0, blocks)
+        yield call, partial(ops.project_drift, operands, "triton")
 
 
 def backward_calls(
@@ -138,8 +138,8 @@ def backward_calls(
     for dtype, accumulate in product(DTYPES, BOTH):
         grad = lying(shape, dtype, kind)
         call = ("gradient", kind, shape, rank, bases[0].dtype, dtype, accumulate)
-        arguments = ([grad], [], [bases[0]], [bases[1]], [], [drift], scales, accumulate, "triton")
-        yield call, lambda a=arguments: ops.pull_back_(*a)  # type: ignore
+        operands = ops.Operands(lefts=[bases[0]], rights=[bases[1]])
+        yield call, partial(ops.pull_back_, [grad], operands, [drift], scales, accumulate, "triton")
 
 
 def full_calls(kind: str, shape: tuple[int, int]) -> Iterator[tuple[Any, Callable[[], object]]]:
@@ -147,14 +147,14 @@ def full_calls(kind: str, shape: tuple[int, int]) -> Iterator[tuple[Any, Callabl
         w, w0 = lying(shape, weight, kind), lying(shape, base, kind)
         yield (
             ("full drift", kind, shape, weight, base),
-            lambda a=([w], [], [], [w0], [], "triton"): ops.project_drift(*a),  # type: ignore
+            partial(ops.project_drift, ops.Operands([w], pretrained=[w0]), "triton"),
         )
         for dtype, accumulate in product(DTYPES, BOTH):
             grad = lying(shape, dtype, kind)
-            arguments = ([grad], [w], [], [], [w0], [torch.empty(0, 0)], torch.ones(1), accumulate, "triton")
+            operands, drifts = ops.Operands([w], pretrained=[w0]), [torch.empty(0, 0)]
             yield (
                 ("full gradient", kind, shape, weight, base, dtype, accumulate),
-                lambda a=arguments: ops.pull_back_(*a),  # type: ignore
+                partial(ops.pull_back_, [grad], operands, drifts, torch.ones(1), accumulate, "triton"),
             )
 
 
@@ -243,8 +243,17 @@ def test_parts_of_weights(one_of_each: Asked, keep_base: bool) -> None:
                 rows, cols = tile.within(part.bounds)
                 bases = [view.clone()] if keep_base else []
                 blocks = [] if keep_base or part.flat is not None else [block]
-                drifts, squares = ops.project_drift([view], [left[rows]], [right[cols]], bases, blocks, "triton")
-                ops.pull_back_([view.clone()], [], [left[rows]], [right[cols]], [], drifts, squares, True, "triton")
+                drifts, squares = ops.project_drift(
+                    ops.Operands([view], [left[rows]], [right[cols]], bases, blocks), "triton"
+                )
+                ops.pull_back_(
+                    [view.clone()],
+                    ops.Operands(lefts=[left[rows]], rights=[right[cols]]),
+                    drifts,
+                    squares,
+                    True,
+                    "triton",
+                )
     assert one_of_each.unlisted() == {}
 
 
@@ -263,8 +272,8 @@ def test_project_takes_bases_of_any_dtype(one_of_each: Asked) -> None:
 def test_the_operations_take_bases_of_two_dtypes(one_of_each: Asked) -> None:
     """As the other backends do: both are read as float32."""
     weight, left, right = torch.zeros(20, 24), torch.zeros(20, 8).half(), torch.zeros(24, 8).bfloat16()
-    drifts, squares = ops.project_drift([weight], [left], [right], [], [], "triton")
-    ops.pull_back_([weight], [], [left], [right], [], drifts, squares, True, "triton")
+    drifts, squares = ops.project_drift(ops.Operands([weight], [left], [right]), "triton")
+    ops.pull_back_([weight], ops.Operands(lefts=[left], rights=[right]), drifts, squares, True, "triton")
     types = {dict(variant.constants).get("BASIS_TYPE", "fp32") for variant in one_of_each.by}
     assert types == {"fp32"}
     assert one_of_each.unlisted() == {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dispatch import load
 from .cases import Case, Shape
 from .exact import ROUNDED, WIDE, Expected, expected_drift, expected_pull, moved
-from .inputs import Problem, Source, given
+from .inputs import Problem, Source, given, operands_of
 
 # Scales of gradients: a power of two, so that exact numbers stay so.
 _SCALES = (2.0, -0.5, 1.0, -4.0)
@@ -28,15 +28,15 @@ class Subject:
     def project(
         self, problems: Sequence[Problem], blocks: Sequence[Tensor] | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        weights, lefts, rights, bases = (given(problems, name) for name in ("weight", "left", "right", "base"))
-        blocks = given(problems, "block") if blocks is None else list(blocks)
-        return load(self.backend).project_drift(weights, lefts, rights, bases, blocks)
+        operands = operands_of(problems)
+        if blocks is not None:
+            operands = operands._replace(blocks=blocks)
+        return load(self.backend).project_drift(operands)
 
     def pull(self, problems: Sequence[Problem], drifts: Sequence[Tensor], scales: Tensor, accumulate: bool) -> None:
         """Into the problems' gradients."""
-        grads, lefts, rights = (given(problems, name) for name in ("grad", "left", "right"))
-        weights, bases = ([], []) if lefts else (given(problems, "weight"), given(problems, "base"))
-        load(self.backend).pull_back_into(grads, weights, lefts, rights, bases, drifts, scales, accumulate)
+        operands = operands_of(problems).for_pull_back()
+        load(self.backend).pull_back_into(given(problems, "grad"), operands, drifts, scales, accumulate)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..operands import Operands
 from .cases import Case, Shape
 
 _NAN = float("nan")
@@ -36,9 +37,14 @@ class Problem:
 
 
 def given(problems: Sequence[Problem], name: str) -> list[Tensor]:
-    """The pieces of one name that the problems have, as the operations' lists want them."""
-    pieces: list[Tensor | None] = [getattr(problem, name) for problem in problems]
-    return [piece for piece in pieces if piece is not None]
+    """The tensors of one name that the problems have."""
+    tensors: list[Tensor | None] = [getattr(problem, name) for problem in problems]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def operands_of(problems: Sequence[Problem]) -> Operands:
+    """What the operations read of the problems."""
+    return Operands(*(given(problems, name) for name in ("weight", "left", "right", "base", "block")))
 
 
 class Source:

@@ -1,0 +1,68 @@
+"""The ``triton`` backend: what it can serve, and its two operations by way of the grouped kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..operands import Operands
+from . import toolchain
+from .aot import dispatch as aot
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    # The interpreter needs the package alone, a GPU without kernels a C compiler too.
+    missing = toolchain.jit_missing() if device.type == "cuda" else toolchain.triton_missing()
+    if missing:
+        if device.type != "cuda":
+            return missing
+        reason = aot.unavailable(device)
+        if reason is not None:
+            return f"{missing}, and {reason}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "its kernels take bfloat16, float16 and float32"
+    if device.type == "cuda":
+        if _interpreted():
+            return "TRITON_INTERPRET is set, and the interpreter cannot follow pointers into a GPU's memory; unset it"
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return "its kernels need compute capability 8.0 or newer"
+        return None
+    if device.type == "cpu":
+        return None if _interpreted() else "on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1)"
+    return "its kernels run on CUDA and ROCm devices"
+
+
+def _interpreted() -> bool:
+    from .tile_table import interpreted
+
+    return interpreted()
+
+
+def arithmetic(device: torch.device) -> str:
+    from .device import device_profile
+
+    return device_profile(device).architecture
+
+
+def project_drift(operands: Operands) -> tuple[list[Tensor], Tensor]:
+    from .full_form import run_whole_forward
+    from .project_drift import run_forward
+
+    if operands.full:
+        return run_whole_forward(operands.weights, operands.pretrained)
+    return run_forward(*operands.cast_subspaces())
+
+
+def pull_back_into(
+    grads: Sequence[Tensor], operands: Operands, drifts: Sequence[Tensor], scales: Tensor, accumulate: bool
+) -> None:
+    from .full_form import run_whole_backward
+    from .pull_back import run_backward
+
+    if operands.full:
+        run_whole_backward(grads, operands.weights, operands.pretrained, scales, accumulate)
+    else:
+        operands = operands.cast_subspaces()
+        run_backward(grads, operands.lefts, operands.rights, drifts, scales, accumulate)
