@@ -11,7 +11,7 @@ class WeightSpec:
     """One weight as the planner sees it: ``rows`` x ``cols`` at ``rank`` (0 for a full anchor).
 
     ``key`` names what must be equal for weights to share a launch (form, dtypes, device). ``parts`` is how many
-    bfloat16 numbers make up one of an intermediate's: 1 in the base form with bfloat16 bases, else 3.
+    bfloat16 numbers make up one of an intermediate's: 1 in the base form with U and V in bfloat16, else 3.
     """
 
     rows: int

@@ -60,7 +60,7 @@ class Source:
     def random(self, shape: Shape, still: bool = False) -> Problem:
         """Normal numbers. W is near W0, where there is one; ``still``: at W0, as a model of its dtype holds it."""
         case, (m, n, k) = self.case, shape
-        left, right = self._random_bases(m, n, k)
+        left, right = self._random_subspaces(m, n, k)
         if case.operation == "gradient" and case.form == "any":
             drift = self._normal(k, k, 0.01)
             return Problem(shape, left=left, right=right, drift=drift, grad=self._random_gradient(m, n))
@@ -78,7 +78,7 @@ class Source:
         grad = self._random_gradient(m, n) if case.operation == "gradient" else None
         return Problem(shape, self._lying(weight), base, left, right, block, grad=grad)
 
-    def _random_bases(self, m: int, n: int, k: int) -> tuple[Tensor | None, Tensor | None]:
+    def _random_subspaces(self, m: int, n: int, k: int) -> tuple[Tensor | None, Tensor | None]:
         if self.case.basis is None:
             return None, None
         # Columns of about unit length: C is then of the drift's own size.
@@ -101,7 +101,7 @@ class Source:
         """
         case, (m, n, k) = self.case, shape
         rich = number % 3
-        # A base with bases in bfloat16: what is projected is rounded to that. Without, all of float32 is kept.
+        # W0 with U and V in bfloat16: what is projected is rounded to that. Without, all of float32 is kept.
         bits = 8 if case.rounded else 24
         left, right = self._exact_basis(m, k, rich == 1), self._exact_basis(n, k, rich == 2)
         if case.operation == "gradient" and case.form == "any":
