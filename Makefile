@@ -48,7 +48,7 @@ test-torch-2.11: .venv-torch-2.11/ready
 	$(CORNER) python_tests/distributed python_tests/test_private_names.py python_tests/ops/test_dispatch.py \
 		python_tests/ops/test_torch_ops.py python_tests/ops/triton/test_kernels.py python_tests/test_penalty.py $(ARGS)
 
-# The Python that is asked for, where there is one; else PYTHON, and what the table in README.md says is not tested.
+# The Python that is asked for, where there is one; else PYTHON, and what the table in docs/environment.md says is not tested.
 $(CORNERS:%=.venv-%/requirements): .venv-%/requirements: requirements-%.txt requirements-corner.txt .ci/stand_in_cuda.py
 	for python in python$(PYTHON_$*) $(HOME)/.pyenv/versions/$(PYTHON_$*).*/bin/python$(PYTHON_$*) $(PYTHON); do \
 		$$python -c "" 2> /dev/null && break; done; $$python -m venv --clear .venv-$*

@@ -1,4 +1,4 @@
-"""The README's examples run as they are written, and its table of what is supported is true."""
+"""The README's examples run as they are written, and its figures are those of the pages that say how they were made."""
 
 from __future__ import annotations
 
@@ -33,37 +33,17 @@ def test_the_sharded_example_runs() -> None:
     assert first == second > 0
 
 
-def _pins(name: str) -> dict[str, str]:
-    """The versions that a file of requirements names."""
-    lines = (README.parent / name).read_text().splitlines()
-    return dict(reversed([match.groups() for line in lines if (match := re.match(r"(\w+)==([\w.]+)", line))]))
+def test_the_table_of_accuracy_is_the_page_s() -> None:
+    """Errors of the published formula, and the range of this package's."""
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+ / [\d.]+) \| ([\d.]+) to ([\d.]+) \|$", README.read_text(), re.M)
+    assert [steps for steps, *_ in rows] == ["1", "10", "40"]
+    page = (README.parent / "docs" / "accuracy.md").read_text()
+    for steps, published, least, most in rows:
+        (line,) = re.findall(rf"^\| {steps} \| .*$", page, re.M)
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        errors = cells[-1].split(", ")
+        assert cells[2] == published and (min(errors), max(errors)) == (least, most)
 
 
-def test_the_table_of_support_is_what_is_tested() -> None:
-    rows = re.findall(r"^\| (Python|torch|Triton|numpy) \|(.*)\|$", README.read_text(), re.M)
-    table = {name.lower(): [cell.strip() for cell in cells.split("|")] for name, cells in rows}
-    assert set(table) == {"python", "torch", "triton", "numpy"}
-    project = (README.parent / "pyproject.toml").read_text()
-    makefile = (README.parent / "Makefile").read_text()
-    heading = re.search(r"^\| \| supported \|(.*)\|$", README.read_text(), re.M)
-    assert heading is not None
-    targets = re.findall(r"`make test(?:-([\w.-]+))?`", heading[1])
-    assert targets[0] == "oldest" and targets[-1] == ""
-    for name, (supported, *versions) in table.items():
-        floor = re.search(rf'"{name}>=([\d.]+)', project) or re.search(r'requires-python = ">=([\d.]+)"', project)
-        assert floor is not None and supported.startswith(f"{floor[1]} and newer")
-        # The oldest that is supported is the oldest that is tested.
-        assert (versions[0] + ".").startswith(f"{floor[1]}.")
-        for target, version in zip(targets, versions, strict=True):
-            if name == "python":
-                assert not target or re.search(rf"^PYTHON_{re.escape(target)} := {re.escape(version)}$", makefile, re.M)
-            else:
-                pins = _pins(f"requirements-{target or 'dev'}.txt")
-                assert pins.get(name, "none" if name == "triton" else "not pinned") == version
-
-
-def test_continuous_integration_runs_the_table() -> None:
-    commands = (README.parent / ".ci" / "run").read_text().splitlines()
-    corners = re.search(r"^CORNERS := (.*)$", (README.parent / "Makefile").read_text(), re.M)
-    assert corners is not None
-    assert {"make test", *(f"make test-{name}" for name in corners[1].split())} <= set(commands)
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 130

@@ -1,4 +1,4 @@
-"""The README's figures are those of the result files, and a figure edited by hand is noticed."""
+"""The figures of docs/performance.md are those of the result files, and a figure edited by hand is noticed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from result_files import write as write_results
 
-from benchmarks.reporting import readme_figures
+from benchmarks.reporting import performance_page
 from benchmarks.reporting.results import load
 
 RESULT: dict[str, Any] = {"seconds": [0.010] * 3, "flops": 3_000_000_000, "extra_bytes": 838861}
@@ -25,7 +25,7 @@ ROWS: list[dict[str, Any]] = [
     {**PUBLISHED, "provider": "published, fp32", "seconds": [0.033] * 3, "error": 0.0012},
     {**PUBLISHED, "provider": "published, bf16, torch.compile", "seconds": [0.009] * 3, "error": 0.36},
 ]
-README = f"# Title\n\nbefore\n\n{readme_figures.BEGIN}\n{readme_figures.END}\n\nafter\n"
+PAGE = f"# Title\n\nbefore\n\n{performance_page.BEGIN}\n{performance_page.END}\n\nafter\n"
 
 
 def write(path: Path, *results: dict[str, Any], run: dict[str, Any] | None = None) -> Path:
@@ -42,7 +42,7 @@ def table(text: str) -> list[dict[str, str]]:
 
 
 def test_the_table_is_what_a_hand_computes(tmp_path: Path) -> None:
-    text = readme_figures.performance([load(write(tmp_path / "r.jsonl", *ROWS))])
+    text = performance_page.performance([load(write(tmp_path / "r.jsonl", *ROWS))])
     assert table(text) == [
         {
             "layer, rank": "toy, 4",
@@ -63,7 +63,7 @@ def test_the_table_is_what_a_hand_computes(tmp_path: Path) -> None:
 
 
 def test_the_caption_says_where_the_figures_are_from(tmp_path: Path) -> None:
-    dirty = readme_figures.performance([load(write(tmp_path / "r.jsonl", *ROWS, run={"dirty": True}))])
+    dirty = performance_page.performance([load(write(tmp_path / "r.jsonl", *ROWS, run={"dirty": True}))])
     caption = " ".join(dirty.partition("\n\n")[2].split())
     for part in (
         "3 interleaved rounds",
@@ -79,21 +79,21 @@ def test_the_caption_says_where_the_figures_are_from(tmp_path: Path) -> None:
 
 def test_the_fastest_backend_is_ours_and_a_wrong_one_has_no_time(tmp_path: Path) -> None:
     wrong = {"status": "wrong", "seconds": [], "error": 0.3}
-    (row,) = table(readme_figures.performance([load(write(tmp_path / "r.jsonl", wrong, *ROWS[3:]))]))
+    (row,) = table(performance_page.performance([load(write(tmp_path / "r.jsonl", wrong, *ROWS[3:]))]))
     assert row["ours"] == "torch, base form" and row["time and rate"].startswith("32.0 ms")
-    (row,) = table(readme_figures.performance([load(write(tmp_path / "r.jsonl", wrong, *ROWS[4:]))]))
+    (row,) = table(performance_page.performance([load(write(tmp_path / "r.jsonl", wrong, *ROWS[4:]))]))
     assert row["time and rate"] == "not timed: error 0.3, bound 0.01" and "plain torch" not in row
 
 
 def test_columns_that_no_row_fills_are_left_out(tmp_path: Path) -> None:
-    (row,) = table(readme_figures.performance([load(write(tmp_path / "r.jsonl", *ROWS[:4]))]))
+    (row,) = table(performance_page.performance([load(write(tmp_path / "r.jsonl", *ROWS[:4]))]))
     assert "block form" in row
     assert not any("published," in title or "plain" in title for title in row if title != "published bf16, fp32, fp16")
 
 
 def test_rows_of_two_dtypes_are_told_apart(tmp_path: Path) -> None:
     other = {"case": "toy layer k=4 float32", "dtype": "float32"}
-    rows = table(readme_figures.performance([load(write(tmp_path / "r.jsonl", {}, other))]))
+    rows = table(performance_page.performance([load(write(tmp_path / "r.jsonl", {}, other))]))
     assert [row["layer, rank"] for row in rows] == ["toy, 4, bfloat16", "toy, 4, float32"]
 
 
@@ -104,68 +104,68 @@ def test_the_newest_file_of_each_device_counts(tmp_path: Path) -> None:
         load(write(tmp_path / "new.jsonl", {"seconds": [0.020] * 3}, run={"started": "2026-02-01T00:00:00+00:00"})),
         load(write(tmp_path / "old.jsonl", {"seconds": [0.050] * 3})),
     ]
-    text = readme_figures.performance(files)
-    assert text == readme_figures.performance(files[::-1])
+    text = performance_page.performance(files)
+    assert text == performance_page.performance(files[::-1])
     assert text.count("| layer, rank |") == 2 and "20.0 ms" in text and "50.0 ms" not in text
     assert text.index("native, base form") < text.index("triton, base form")
 
 
 def test_writing_is_idempotent_and_leaves_the_rest_alone(tmp_path: Path) -> None:
-    results, readme = write(tmp_path / "r.jsonl", *ROWS), tmp_path / "README.md"
-    readme.write_text(README)
-    arguments = [str(results), "--readme", str(readme)]
-    assert readme_figures.main(arguments) == 0
-    first = readme.read_text()
-    assert first.startswith("# Title\n\nbefore\n\n") and first.endswith(f"{readme_figures.END}\n\nafter\n")
+    results, page = write(tmp_path / "r.jsonl", *ROWS), tmp_path / "performance.md"
+    page.write_text(PAGE)
+    arguments = [str(results), "--page", str(page)]
+    assert performance_page.main(arguments) == 0
+    first = page.read_text()
+    assert first.startswith("# Title\n\nbefore\n\n") and first.endswith(f"{performance_page.END}\n\nafter\n")
     assert "300 GFLOP/s" in first
-    assert readme_figures.main(arguments) == 0
-    assert readme.read_text() == first
+    assert performance_page.main(arguments) == 0
+    assert page.read_text() == first
 
 
 def test_check_notices_an_edited_figure_and_writes_nothing(tmp_path: Path) -> None:
-    results, readme = write(tmp_path / "r.jsonl", *ROWS), tmp_path / "README.md"
-    arguments = [str(results), "--readme", str(readme)]
-    readme.write_text(README)
-    assert readme_figures.main([*arguments, "--check"]) == 1
-    assert readme.read_text() == README
-    readme_figures.main(arguments)
-    assert readme_figures.main([*arguments, "--check"]) == 0
-    edited = readme.read_text().replace("300 GFLOP/s", "350 GFLOP/s")
-    readme.write_text(edited)
-    assert readme_figures.main([*arguments, "--check"]) == 1
-    assert readme.read_text() == edited
+    results, page = write(tmp_path / "r.jsonl", *ROWS), tmp_path / "performance.md"
+    arguments = [str(results), "--page", str(page)]
+    page.write_text(PAGE)
+    assert performance_page.main([*arguments, "--check"]) == 1
+    assert page.read_text() == PAGE
+    performance_page.main(arguments)
+    assert performance_page.main([*arguments, "--check"]) == 0
+    edited = page.read_text().replace("300 GFLOP/s", "350 GFLOP/s")
+    page.write_text(edited)
+    assert performance_page.main([*arguments, "--check"]) == 1
+    assert page.read_text() == edited
     # Text outside the markers is nobody's figure.
-    readme_figures.main(arguments)
-    readme.write_text(readme.read_text().replace("before", "earlier"))
-    assert readme_figures.main([*arguments, "--check"]) == 0
+    performance_page.main(arguments)
+    page.write_text(page.read_text().replace("before", "earlier"))
+    assert performance_page.main([*arguments, "--check"]) == 0
 
 
 def test_printing_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    assert readme_figures.main([str(write(tmp_path / "r.jsonl", *ROWS)), "--readme", str(readme), "--print"]) == 0
+    page = tmp_path / "performance.md"
+    page.write_text(PAGE)
+    assert performance_page.main([str(write(tmp_path / "r.jsonl", *ROWS)), "--page", str(page), "--print"]) == 0
     assert "10.0 ms, 300 GFLOP/s" in capsys.readouterr().out
-    assert readme.read_text() == README
+    assert page.read_text() == PAGE
 
 
 @pytest.mark.parametrize(
-    "readme",
+    "page",
     [
         "no markers",
-        readme_figures.BEGIN,
-        f"{readme_figures.END}\n{readme_figures.BEGIN}\n",
-        f"{README}{readme_figures.BEGIN}\n",
+        performance_page.BEGIN,
+        f"{performance_page.END}\n{performance_page.BEGIN}\n",
+        f"{PAGE}{performance_page.BEGIN}\n",
     ],
 )
-def test_markers_are_needed_once_each(readme: str) -> None:
+def test_markers_are_needed_once_each(page: str) -> None:
     with pytest.raises(ValueError, match="expected one of each, in this order"):
-        readme_figures.updated(readme, "figures")
+        performance_page.updated(page, "figures")
 
 
 def test_a_file_without_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"r\.jsonl: got no result of suite 'layer'"):
-        readme_figures.performance([load(write(tmp_path / "r.jsonl", {"suite": "model"}))])
+        performance_page.performance([load(write(tmp_path / "r.jsonl", {"suite": "model"}))])
 
 
-def test_the_readme_holds_what_the_committed_figures_say() -> None:
-    assert readme_figures.main(["--check"]) == 0
+def test_the_page_holds_what_the_committed_figures_say() -> None:
+    assert performance_page.main(["--check"]) == 0
