@@ -1,4 +1,4 @@
-"""The numeric contract, on a real model and real fine-tuning drift, by the code that prints the table of docs/accuracy.md."""
+"""The numeric contract, on a real model and real fine-tuning drift, by what prints the table of docs/accuracy.md."""
 
 from __future__ import annotations
 
