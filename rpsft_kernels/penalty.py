@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from . import ops
 from .anchors.anchor import Anchor
 from .checks import check_weight
-from .evaluation.accumulation import accumulate
-from .evaluation.pairing import Term
-from .evaluation.prepare import evaluate, prepare
+from .evaluation.call import open_call
+from .evaluation.pairing import AnchoredWeight
 
 
 def rotation_penalty(
@@ -55,19 +53,17 @@ def rotation_penalty(
     (of earlier micro-batches) then have a second set beside them, as large as the anchored weights.
     :func:`accumulate_rotation_grad_` needs neither.
     """
-    prepared = prepare(weights, anchors, "rotation_penalty", _check_differentiable)
-    if not prepared.terms:
-        return torch.zeros(())
-    return evaluate(prepared)
+    with open_call(weights, anchors, _check_differentiable) as call:
+        return torch.zeros(()) if call is None else call.penalty()
 
 
-def _check_differentiable(terms: list[Term]) -> None:
+def _check_differentiable(weights: Sequence[AnchoredWeight]) -> None:
     if not torch.is_grad_enabled():
         return
-    for term in terms:
-        if term.weight.requires_grad and not term.weight.differentiable:
+    for name, weight, _ in weights:
+        if not weight.differentiable and weight.requires_grad:
             raise ValueError(
-                f"{term.name}: got a flat shard (FSDP1 or DeepSpeed ZeRO-3), which autograd cannot reach, expected a "
+                f"{name}: got a flat shard (FSDP1 or DeepSpeed ZeRO-3), which autograd cannot reach, expected a "
                 "call that needs no gradient: use accumulate_rotation_grad_ after backward, or torch.no_grad() to "
                 "evaluate R alone"
             )
@@ -116,16 +112,13 @@ def accumulate_rotation_grad_(
     """
     whole_module = isinstance(weights, nn.Module)
 
-    def check(terms: list[Term]) -> None:
+    def check(found: Sequence[AnchoredWeight]) -> None:
         _check_coeff(coeff)
-        if terms:
-            _check_gradients(terms, whole_module)
+        if found:
+            _check_gradients(found, whole_module)
 
-    prepared = prepare(weights, anchors, f"accumulate {coeff!r}", check, into_gradients=True)
-    if not prepared.terms:
-        return torch.zeros(())
-    with torch.no_grad():
-        return evaluate(prepared, partial(accumulate, float(coeff)))
+    with torch.no_grad(), open_call(weights, anchors, check, coeff) as call:
+        return torch.zeros(()) if call is None else call.accumulate_()
 
 
 def _check_coeff(coeff: object) -> None:
@@ -133,16 +126,16 @@ def _check_coeff(coeff: object) -> None:
         raise ValueError(f"coeff: got {coeff!r}, expected a finite Python number (the paper's lambda)")
 
 
-def _check_gradients(terms: list[Term], whole_module: bool) -> None:
-    for term in terms:
-        parameter = term.weight.parameter
+def _check_gradients(weights: Sequence[AnchoredWeight], whole_module: bool) -> None:
+    for name, weight, _ in weights:
+        parameter = weight.parameter
         if not whole_module and not (parameter.requires_grad and parameter.is_leaf):
             raise ValueError(
-                f"{term.name}: got a tensor that is no leaf requiring grad, expected one that holds .grad; "
+                f"{name}: got a tensor that is no leaf requiring grad, expected one that holds .grad; "
                 "call weight.requires_grad_(), or use rotation_penalty"
             )
-        term.weight.check_gradient(term.name)
-    if not any(term.weight.requires_grad for term in terms):
+        weight.check_gradient(name)
+    if not any(weight.requires_grad for _, weight, _ in weights):
         raise ValueError(
             "model: every anchored parameter is frozen, expected at least one that requires grad; "
             "use rotation_penalty to evaluate the penalty alone"

@@ -2,22 +2,24 @@
 
 from .discover import ParameterRef, find_parameters, locate_tensor
 from .group_call import GroupCall, PendingSum
-from .partition import divide, with_parts
+from .partition import assign_shards, divide
 from .shard import Rect, Shard
+from .snapshot import ModuleSnapshot
 from .transfer import Transfer
 from .weight import LocalWeight, ReplicatedWeight
 
 __all__ = [
     "GroupCall",
     "LocalWeight",
+    "ModuleSnapshot",
     "ParameterRef",
     "PendingSum",
     "Rect",
     "ReplicatedWeight",
     "Shard",
     "Transfer",
+    "assign_shards",
     "divide",
     "find_parameters",
     "locate_tensor",
-    "with_parts",
 ]

@@ -35,6 +35,9 @@ class DTensorWeight(LocalWeight):
     def values(self) -> Tensor:
         return self._local(self.parameter)
 
+    def state(self) -> tuple[object, ...]:
+        return *super().state(), self._dtensor.placements, id(self._dtensor.device_mesh)
+
     def check_gradient(self, name: str) -> None:
         grad: Any = self.parameter.grad
         if grad is not None:

@@ -38,6 +38,16 @@ class FlatParameterWeight(LocalWeight):
         return False
 
     @property
+    def lasting(self) -> bool:
+        return False
+
+    def state(self) -> tuple[object, ...]:
+        return self.dtype, self.device, self.requires_grad
+
+    def drop_gradient(self) -> None:
+        self._holder.grad = None
+
+    @property
     def must_accumulate(self) -> bool:
         # What is new in a FlatParameter is zeros: its other weights have no gradient here.
         return self.place.original is None or self.place.original.grad is not None

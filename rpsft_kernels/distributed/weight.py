@@ -13,6 +13,7 @@ from .shard import Shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class LocalWeight:
         return self.parameter.requires_grad
 
     @property
+    def group_name(self) -> str:
+        """Name of the process group; empty where this process works on the whole weight."""
+        return "" if self.group is None else self.group.group_name
+
+    @property
     def identity(self) -> int:
         """Equal for tied weights."""
         return id(self.parameter)
@@ -54,6 +60,36 @@ class LocalWeight:
     def differentiable(self) -> bool:
         """Whether :meth:`values` are connected to the parameter by autograd."""
         return True
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the same parameter is the same weight at the next call, as far as :meth:`state` is equal."""
+        return True
+
+    def state(self) -> tuple[object, ...]:
+        """Everything that may change of a parameter without making it another one."""
+        parameter = self.parameter
+        return parameter.shape, parameter.dtype, parameter.device, parameter.layout, parameter.requires_grad
+
+    def detached(self) -> Self:
+        """The weight without its parameter, for who must not keep that alive."""
+        return self.attached(None)
+
+    def attached(self, parameter: Tensor | None) -> Self:
+        """The weight with its parameter again."""
+        # dataclasses.replace takes ten times as long, and this runs for every weight of every step.
+        found = object.__new__(type(self))
+        found.__dict__.update(self.__dict__)
+        found.__dict__["parameter"] = parameter
+        return found
+
+    def with_work(self, shard: Shard | None) -> LocalWeight:
+        """The weight with ``shard`` as this process's share of the work, where that is free to choose.
+
+        Only a replicated weight (:class:`ReplicatedWeight`) leaves the choice; any other weight, and None, change
+        nothing.
+        """
+        return self
 
     def values(self) -> Tensor:
         """The part, of ``part.local_shape``."""
@@ -86,6 +122,10 @@ class LocalWeight:
             self.parameter.grad = torch.empty_like(self.parameter, dtype=self.gradient_dtype)
         return self.parameter.grad
 
+    def drop_gradient(self) -> None:
+        """Take away a gradient that :meth:`gradient` has made in a call that fails."""
+        self.parameter.grad = None
+
     def ensure_gradient(self) -> None:
         """Called in place of :meth:`gradient` where the part is empty, for gradients that must exist all the same."""
 
@@ -103,8 +143,10 @@ class ReplicatedWeight(LocalWeight):
 
     gradient_error: str = ""
 
-    def divided(self, shard: Shard, size: int) -> ReplicatedWeight:
-        return dataclasses.replace(self, shard=shard, grad_scale=float(size))
+    def with_work(self, shard: Shard | None) -> LocalWeight:
+        if shard is None or self.group is None:
+            return self
+        return dataclasses.replace(self, shard=shard, grad_scale=float(self.group.size()))
 
     def values(self) -> Tensor:
         return self.shard.of(self.parameter)

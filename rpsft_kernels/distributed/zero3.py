@@ -29,6 +29,16 @@ class ZeroWeight(LocalWeight):
         return False
 
     @property
+    def lasting(self) -> bool:
+        return False
+
+    def state(self) -> tuple[object, ...]:
+        return self.dtype, self.device, self.requires_grad
+
+    def drop_gradient(self) -> None:
+        """DeepSpeed has made it."""
+
+    @property
     def must_accumulate(self) -> bool:
         return self._zero3.has_gradient
 

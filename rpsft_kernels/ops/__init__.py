@@ -8,24 +8,27 @@ few launches.
 from .buckets import BucketLimits, WeightSpec, plan_buckets
 from .dispatch import arithmetic_id, available_backends, requested_backend, resolve_backend, use_backend
 from .operands import Operands
+from .programs import Program, Run, prepare_program
 from .reference import accumulation_dtype
-from .torch_ops import make_ready, project_drift, pull_back, pull_back_
-from .triton.launch import may_refuse, rehearsed
+from .torch_ops import empty_grads, make_ready, mix_drifts, project_drift, pull_back, pull_back_
 
 __all__ = [
     "BucketLimits",
     "Operands",
+    "Program",
+    "Run",
     "WeightSpec",
     "accumulation_dtype",
     "arithmetic_id",
     "available_backends",
+    "empty_grads",
     "make_ready",
-    "may_refuse",
+    "mix_drifts",
     "plan_buckets",
+    "prepare_program",
     "project_drift",
     "pull_back",
     "pull_back_",
-    "rehearsed",
     "requested_backend",
     "resolve_backend",
     "use_backend",

@@ -19,7 +19,8 @@ from .reference import accumulation_dtype
 from .selftest.gate import ensure
 
 
-def _without_autocast(device: torch.device) -> Any:
+def without_autocast(device: torch.device) -> Any:
+    """A context in which products keep their dtypes."""
     # Autocast would reach the products inside an operator and round what must stay float32. Leaving it where it is off
     # would only take time.
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
@@ -43,7 +44,7 @@ def _run_project_drift(*flat: Any) -> tuple[list[Tensor], Tensor]:
     *fields, backend = flat
     operands = Operands(*fields)
     device = operands.weights[0].device
-    with _without_autocast(device):
+    with without_autocast(device):
         return make_ready(backend, device).project_drift(operands)
 
 
@@ -60,14 +61,14 @@ def _fake_project_drift(*flat: Any) -> tuple[list[Tensor], Tensor]:
 def _run_pull_back(*flat: Any) -> list[Tensor]:
     *fields, drifts, scales, dtype, backend = flat
     operands = Operands(*fields)
-    grads = _empty_grads(operands, dtype)
+    grads = empty_grads(operands, dtype)
     _pull_back_into(grads, operands, drifts, scales, False, backend)
     return grads
 
 
 def _fake_pull_back(*flat: Any) -> list[Tensor]:
     *fields, _drifts, _scales, dtype, _backend = flat
-    return _empty_grads(Operands(*fields), dtype)
+    return empty_grads(Operands(*fields), dtype)
 
 
 def _run_pull_back_(grads: list[Tensor], *flat: Any) -> None:
@@ -92,11 +93,12 @@ def _pull_back_into(
     if grads:
         # The device of the gradients: the scales may lie on the CPU.
         device = grads[0].device
-        with _without_autocast(device):
+        with without_autocast(device):
             make_ready(backend, device).pull_back_into(grads, operands, drifts, scales, accumulate=accumulate)
 
 
-def _empty_grads(operands: Operands, dtype: torch.dtype) -> list[Tensor]:
+def empty_grads(operands: Operands, dtype: torch.dtype) -> list[Tensor]:
+    """New gradients (m, n) for :func:`pull_back_`, unset."""
     if operands.full:
         return [w.new_empty((w.shape[0], w.shape[1]), dtype=dtype) for w in operands.weights]
     pairs = zip(operands.lefts, operands.rights, strict=True)
@@ -165,7 +167,7 @@ def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tenso
     _save(ctx, output[0], *operands.for_pull_back())
 
 
-def _drift_gradient(
+def mix_drifts(
     drifts: list[Tensor], grad_drifts: Sequence[Tensor | None], scales: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """d/dC of the two outputs together, as drifts and scales for ``pull_back``."""
@@ -192,7 +194,7 @@ def _backward_of_projection(
     factors = scales if len(wanted) == len(drifts) else torch.stack([scales[i] for i in wanted])
     chosen = [drifts[i] for i in wanted]
     if not operands.full:
-        chosen, factors = _drift_gradient(chosen, [grad_drifts[i] for i in wanted], factors)
+        chosen, factors = mix_drifts(chosen, [grad_drifts[i] for i in wanted], factors)
     pulled: list[Any] = _pull_back(*_lists(operands), chosen, factors, ctx.dtype, ctx.backend)
     for i, grad in zip(wanted, pulled, strict=True):
         grads[i] = grad

@@ -43,14 +43,15 @@ from ..costs import (
     is_full,
     outer_flops,
 )
-from ..distributed.layout_plan import Layout, parts_of
+from ..distributed.partition import Layout, plan_shards
 from ..distributed.shard import Shard
 from ..ops.buckets import WeightSpec, plan_buckets
+from ..ops.triton.aot.targets import DESCRIPTORS
 from ..ops.triton.device import Profile
-from ..ops.triton.layout import Group, Problem, type_name
+from ..ops.triton.layout import Problem, ProjectKey, type_name
 from ..ops.triton.project_drift import plan_forward
-from ..ops.triton.tile_table import DESCRIPTORS, rank_class
-from ..ops.triton.variants import Form
+from ..ops.triton.tile_table import rank_class
+from ..ops.triton.variants import Precision
 from .shards import shard_costs
 
 
@@ -103,8 +104,8 @@ class Job:
     dtype: torch.dtype = torch.bfloat16
 
     @property
-    def form(self) -> Form:
-        return Form(type_name(self.dtype), "bf16" if self.keep_base else None, "bf16")
+    def form(self) -> Precision:
+        return Precision(type_name(self.dtype), "bf16" if self.keep_base else None, "bf16")
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def rank_launches(job: Job, parts: Sequence[Shard]) -> Counter[str]:
             sides = [tile.shape for tiles in held for tile in tiles if (tile.shape[0] > tile.shape[1]) == transposed]
             if not sides:
                 continue
-            group = Group(form, rank_class(rank), transposed, transposed, True)
+            group = ProjectKey(form, rank_class(rank), transposed, transposed, True)
             problems = tuple(Problem(min(side), max(side), rank) for side in sides)
             plan = plan_forward(profile, group, problems, not job.keep_base, rank % 4 == 0)
             # With the drift go its second pass, where there is one, and the sums of squares.
@@ -197,8 +198,8 @@ def rank_launches(job: Job, parts: Sequence[Shard]) -> Counter[str]:
 
 
 def our_phases(job: Job) -> tuple[int, list[Phase]]:
-    """The rank that computes longest, and its phases; errors as for :func:`parts_of`."""
-    rows = parts_of(job.shapes, job.rank, job.ranks, job.layout)
+    """The rank that computes longest, and its phases; errors as for :func:`plan_shards`."""
+    rows = plan_shards(job.shapes, job.rank, job.ranks, job.layout)
     parts = [[row[i] for row in rows] for i in range(job.ranks)]
     computed = [rank_phases(job, mine) for mine in parts]
     busiest = max(range(job.ranks), key=lambda i: total_seconds(computed[i], job.gpu))

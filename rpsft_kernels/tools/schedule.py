@@ -9,13 +9,14 @@ import torch
 
 from ..costs import is_full
 from ..ops.buckets import BucketLimits, WeightSpec, plan_buckets
+from ..ops.triton.aot.targets import DESCRIPTORS
 from ..ops.triton.device import Profile
-from ..ops.triton.layout import Group, Problem, PullGroup, type_name
+from ..ops.triton.layout import Problem, ProjectKey, PullKey, type_name
 from ..ops.triton.project_drift import plan_forward
 from ..ops.triton.pull_back import plan_backward
 from ..ops.triton.schedule import Schedule
-from ..ops.triton.tile_table import DESCRIPTORS, rank_class
-from ..ops.triton.variants import Form
+from ..ops.triton.tile_table import rank_class
+from ..ops.triton.variants import Precision
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ def schedule_report(
     profile = Profile(architecture, multiprocessors, DESCRIPTORS[architecture])
     buckets = plan_buckets([WeightSpec(m, n, rank, parts=1 if keep_base else 3) for m, n in shapes], limits)
     dtype = type_name(weight_dtype)
-    form = Form(dtype, "bf16" if keep_base else None, "bf16")
+    form = Precision(dtype, "bf16" if keep_base else None, "bf16")
     busy: dict[str, float] = {}
     spent: dict[str, float] = {}
     launches = workspace = 0
     for bucket in buckets:
         transposed = shapes[bucket[0]][0] > shapes[bucket[0]][1]
-        group = Group(form, rank_class(rank), transposed, transposed, True)
-        pulled = PullGroup(form.basis, dtype, rank_class(rank), transposed, transposed, True, True)
+        group = ProjectKey(form, rank_class(rank), transposed, transposed, True)
+        pulled = PullKey(form.basis, dtype, rank_class(rank), transposed, transposed, True, True)
         problems = tuple(_contiguous(*shapes[i], rank) for i in bucket)
         forward = plan_forward(profile, group, problems, not keep_base, rank % 4 == 0)
         backward = plan_backward(profile, pulled, problems, rank % 4 == 0, True)
@@ -85,14 +86,14 @@ def schedule_report(
         launches += len(forward.schedules) + 1 + len(backward.schedules)
         workspace = max(workspace, forward.workspace_bytes, backward.workspace_bytes)
         phases: list[tuple[str, Schedule, int]] = [
-            ("project", forward.project_schedule, forward.project.residents),
-            ("drift", forward.drift_schedule, forward.drift.residents),
-            ("pull", backward.pull_schedule, backward.pull.residents),
-            ("gradient", backward.gradient_schedule, backward.gradient.residents),
+            ("project", forward.project_schedule, forward.project.blocks_per_sm),
+            ("drift", forward.drift_schedule, forward.drift.blocks_per_sm),
+            ("pull", backward.pull_schedule, backward.pull.blocks_per_sm),
+            ("gradient", backward.gradient_schedule, backward.gradient.blocks_per_sm),
         ]
-        for name, schedule, residents in phases:
+        for name, schedule, blocks in phases:
             busy[name] = busy.get(name, 0.0) + schedule.total_cost
-            spent[name] = spent.get(name, 0.0) + schedule.longest_cost * multiprocessors * residents
+            spent[name] = spent.get(name, 0.0) + schedule.longest_cost * multiprocessors * blocks
     return ScheduleReport(
         len(buckets),
         launches,

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.operands import Operands
 from ..ops.triton.device import own_profile
-from ..ops.triton.project_drift import plan_forward, run_forward
-from ..ops.triton.pull_back import plan_backward, run_backward
+from ..ops.triton.program import Program
+from ..ops.triton.project_drift import plan_forward
+from ..ops.triton.pull_back import plan_backward
 from ..ops.triton.tile_table import forget_tuned, rank_class, tile_table
 
 Timer = Callable[[Callable[[], None]], float]
@@ -30,10 +32,10 @@ def _median_milliseconds(run: Callable[[], None]) -> float:
 
 def _candidates() -> list[dict[str, int]]:
     return [
-        {"block_m": m, "block_n": n, "block_k": k, "warps": 8, "stages": stages, "per_multiprocessor": residents}
+        {"block_m": m, "block_n": n, "block_k": k, "warps": 8, "stages": stages, "blocks_per_sm": blocks}
         for m, n, k in _BLOCKS
         for stages in _STAGES
-        for residents in (1, 2)
+        for blocks in (1, 2)
     ]
 
 
@@ -62,7 +64,8 @@ def tune(
     forward, backward = _workload(shapes, rank, device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.json"
-        for phase, run in (("project", forward), ("drift", forward), ("pull", backward), ("gradient", backward)):
+        phases = (("project", forward), ("drift", forward), ("pull", backward), ("gradient", backward))
+        for phase, prepare in phases:
             rows = table[phase]["one part"]
             row = next(r for r in rows if rank_class(rank) <= r["rank"])
             times: list[tuple[float, dict[str, int]]] = []
@@ -70,7 +73,7 @@ def tune(
                 row.update(candidate)
                 write_table(table, path)
                 try:
-                    times.append((_timed_with(path, run, timer), dict(candidate)))
+                    times.append((_timed_with(path, prepare, timer), dict(candidate)))
                 except Exception as error:  # whatever compiler or driver says of a shape, it is no candidate
                     if not times:
                         raise
@@ -86,11 +89,12 @@ def write_table(table: dict[str, Any], path: str | Path) -> None:
     Path(path).write_text(json.dumps(table, indent=1) + "\n")
 
 
-def _timed_with(path: Path, run: Callable[[], None], timer: Timer) -> float:
+def _timed_with(path: Path, prepare: Callable[[], Callable[[], None]], timer: Timer) -> float:
     before = os.environ.get("RPSFT_TILES")
     os.environ["RPSFT_TILES"] = str(path)
     _forget()
     try:
+        run = prepare()
         run()
         return timer(run)
     finally:
@@ -109,21 +113,42 @@ def _forget() -> None:
 
 def _workload(
     shapes: Sequence[tuple[int, int]], rank: int, device: torch.device
-) -> tuple[Callable[[], None], Callable[[], None]]:
+) -> tuple[Callable[[], Callable[[], None]], Callable[[], Callable[[], None]]]:
+    """Two functions that prepare the projection and the gradients of one layer with the tile table then in force."""
+
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).mul_(0.02).to(torch.bfloat16)
 
-    bases = [random(*shape) for shape in shapes]
-    weights = [base + 1e-3 * random(*base.shape) for base in bases]
+    pretrained = [random(*shape) for shape in shapes]
+    weights = [base + 1e-3 * random(*base.shape) for base in pretrained]
     lefts, rights = [random(m, rank) for m, _ in shapes], [random(n, rank) for _, n in shapes]
+    operands = Operands(weights, lefts, rights, pretrained)
     grads = [torch.zeros_like(weight) for weight in weights]
-    drifts, _ = run_forward(weights, lefts, rights, bases, [])
-    scales = torch.ones(len(shapes), device=device)
+    drifts = [torch.randn(rank, rank, device=device) for _ in shapes]
+    scales = [1.0] * len(shapes)
 
-    def forward() -> None:
-        run_forward(weights, lefts, rights, bases, [])
+    def forward() -> Callable[[], None]:
+        program = Program(device, [len(shapes)])
 
-    def backward() -> None:
-        run_backward(grads, lefts, rights, drifts, scales, True)
+        def run() -> None:
+            with program.run() as step:
+                step.stage_projection(0, operands, keep=False)
+                step.send()
+                step.project(0)
+
+        return run
+
+    def backward() -> Callable[[], None]:
+        program = Program(device, [len(shapes)])
+
+        def run() -> None:
+            with program.run() as step:
+                staged = step.stage_pull_back(
+                    0, range(len(shapes)), operands.for_pull_back(), grads, scales, True, drifts
+                )
+                step.send()
+                step.pull_back_(staged)
+
+        return run
 
     return forward, backward

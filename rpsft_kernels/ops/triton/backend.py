@@ -47,22 +47,21 @@ def arithmetic(device: torch.device) -> str:
 
 
 def project_drift(operands: Operands) -> tuple[list[Tensor], Tensor]:
-    from .full_form import run_whole_forward
-    from .project_drift import run_forward
+    from .program import Program
 
-    if operands.full:
-        return run_whole_forward(operands.weights, operands.pretrained)
-    return run_forward(*operands.cast_subspaces())
+    with Program(operands.weights[0].device, [len(operands.weights)]).run() as run:
+        run.stage_projection(0, operands, keep=True)
+        run.send()
+        return run.project(0), run.squares_of(0)
 
 
 def pull_back_into(
     grads: Sequence[Tensor], operands: Operands, drifts: Sequence[Tensor], scales: Tensor, accumulate: bool
 ) -> None:
-    from .full_form import run_whole_backward
-    from .pull_back import run_backward
+    from .program import Program
 
-    if operands.full:
-        run_whole_backward(grads, operands.weights, operands.pretrained, scales, accumulate)
-    else:
-        operands = operands.cast_subspaces()
-        run_backward(grads, operands.lefts, operands.rights, drifts, scales, accumulate)
+    factors = scales.detach().tolist() if scales.device.type == "cpu" else scales
+    with Program(grads[0].device, [len(grads)]).run() as run:
+        staged = run.stage_pull_back(0, range(len(grads)), operands, grads, factors, accumulate, drifts)
+        run.send()
+        run.pull_back_(staged, factors)

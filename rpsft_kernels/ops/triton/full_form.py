@@ -4,104 +4,146 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import accumulate as running_sums
 
 import torch
 from torch import Tensor
 
-from .device import device_profile
-from .launch import launch
-from .layout import Problem, lies, readable, type_name
-from .project_drift import addresses, static_columns
+from ..operands import Operands, cast_base
+from .device import Profile
+from .launch import Launch
+from .layout import READABLE, Facts, FullKey, Problem, layout_of, type_name
+from .operation import Group, Operation, facts_of, group_by_key
+from .project_drift import addresses_of, static_columns
 from .schedule import Grid, Schedule, build_schedule
-from .upload import upload_fields, upload_fields_and_scales, upload_schedule
-from .variants import TypeName, Variant, full_drift_variant, full_gradient_variant, squares_variant
+from .scratch import Scratch, Sizes
+from .table import SCALE, Rows, float_bits, place_scales
+from .variants import Variant, full_drift_variant, full_gradient_variant, squares_variant
 
 
-class WholeGroup(NamedTuple):
-    """What full anchors must share for one launch; ``flipped``: seen transposed, so that rows are contiguous."""
-
-    weight: TypeName
-    base: TypeName
-    grad: TypeName | None
-    flipped: bool
-    aligned: bool
-
-
-def _describe(weight: Tensor, base: Tensor, grad: Tensor | None) -> tuple[WholeGroup, Problem]:
-    flipped = lies(weight, False).rows_contiguous
-    pieces = [lies(piece, flipped) for piece in (weight, base) + (() if grad is None else (grad,))]
-    rows, cols = (weight.shape[1], weight.shape[0]) if flipped else (weight.shape[0], weight.shape[1])
+def describe(weight: Facts, base: Facts, grad: Facts | None) -> tuple[FullKey, Problem]:
+    """What decides the launches of a full anchor's weight, and its static description."""
+    flipped = layout_of(weight, False).rows_contiguous
+    pieces = [layout_of(piece, flipped) for piece in (weight, base) + (() if grad is None else (grad,))]
+    rows, cols = (weight[0][1], weight[0][0]) if flipped else (weight[0][0], weight[0][1])
     aligned = cols % 8 == 0 and all(p.pointer and not p.rows_contiguous for p in pieces)
-    types = type_name(weight.dtype), type_name(base.dtype), None if grad is None else type_name(grad.dtype)
-    group = WholeGroup(*types, flipped, aligned)
+    types = type_name(weight[2]), type_name(base[2]), None if grad is None else type_name(grad[2])
     grad_strides = (0, 0) if grad is None else pieces[2].strides
-    return group, Problem(rows, cols, 0, pieces[0].strides, pieces[1].strides, grad=grad_strides)
+    problem = Problem(rows, cols, 0, pieces[0].strides, pieces[1].strides, grad=grad_strides)
+    return FullKey(*types, flipped, aligned), problem
 
 
 @lru_cache(maxsize=1024)
-def plan_whole(variant: Variant, problems: tuple[Problem, ...], multiprocessors: int) -> Schedule:
+def plan_full(variant: Variant, problems: tuple[Problem, ...], multiprocessors: int) -> Schedule:
     """The schedule of an elementwise launch."""
     m, n, _ = variant.blocks
     grids = tuple(Grid(-(-p.rows // m), -(-p.cols // n), 1, m * n) for p in problems)
-    return build_schedule(grids, multiprocessors * variant.residents, False)
+    return build_schedule(grids, multiprocessors * variant.blocks_per_sm, False)
 
 
-def _groups(
-    weights: Sequence[Tensor], bases: Sequence[Tensor], grads: Sequence[Tensor] | None
-) -> dict[WholeGroup, list[tuple[int, Problem]]]:
-    groups: dict[WholeGroup, list[tuple[int, Problem]]] = {}
-    for i, (weight, base) in enumerate(zip(weights, bases, strict=True)):
-        group, problem = _describe(weight, base, None if grads is None else grads[i])
-        groups.setdefault(group, []).append((i, problem))
-    return groups
+class _FullOperation(Operation[FullKey]):
+    _groups: list[tuple[Group[FullKey], Variant, Schedule]]
+
+    def _place(self, operands: Operands, grads: Sequence[Facts] | None) -> None:
+        weights, pretrained = operands.weights, operands.pretrained
+        facts = facts_of(weights)
+        alike = self.is_alike(facts if grads is None else [*facts, *grads])
+        if not alike or self._held:
+            bases = [cast_base(weight, base, READABLE) for weight, base in zip(weights, pretrained, strict=True)]
+            self._held = [new for new, old in zip(bases, pretrained, strict=True) if new is not old]
+            if not alike:
+                targets: Sequence[Facts | None] = [None] * len(weights) if grads is None else grads
+                described = map(describe, facts, facts_of(bases), targets)
+                groups = group_by_key(list(described))
+                variants = [self.variant(group.key) for group in groups]
+                self._groups = [
+                    (group, variant, plan_full(variant, group.problems, self.profile.multiprocessors))
+                    for group, variant in zip(groups, variants, strict=True)
+                ]
+                self.order(groups)
+            self.move("BASE", addresses_of(bases))
+        self.move("WEIGHT", addresses_of(weights))
+
+    def variant(self, key: FullKey) -> Variant:
+        raise NotImplementedError
 
 
-def run_whole_forward(weights: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Empty drifts and the squares ``||W - W0||_F^2`` of full anchors."""
-    device = weights[0].device
-    profile = device_profile(device)
-    squares = weights[0].new_empty((len(weights),), dtype=torch.float32)
-    bases = list(map(readable, weights, bases))
-    for group, entries in _groups(weights, bases, None).items():
-        members, problems = [i for i, _ in entries], tuple(p for _, p in entries)
-        variant = full_drift_variant(profile.architecture, group.weight, group.base, group.aligned)
-        schedule = plan_whole(variant, problems, profile.multiprocessors)
-        m, n, _ = variant.blocks
-        tiles = [-(-p.rows // m) * -(-p.cols // n) for p in problems]
-        slots = torch.empty(sum(tiles), dtype=torch.float32, device=device)
-        columns = static_columns(problems) | {
-            "NUMBER": members,
-            "WEIGHT": addresses([weights[i] for i in members]),
-            "BASE": addresses([bases[i] for i in members]),
-            "SQUARES": [sum(tiles[:i]) for i in range(len(tiles))],
-            "SLOTS": tiles,
-        }
-        table = upload_fields(columns, len(members), device)
-        launch(variant, schedule.programs_with_work, device, table, *upload_schedule(schedule, device), slots)
-        launch(squares_variant(), len(members), device, table, slots, squares)
-    return [w.new_empty((0, 0), dtype=torch.float32) for w in weights], squares
+def _slots(group: Group[FullKey], variant: Variant) -> list[int]:
+    m, n, _ = variant.blocks
+    return [-(-p.rows // m) * -(-p.cols // n) for p in group.problems]
 
 
-def run_whole_backward(
-    grads: Sequence[Tensor], weights: Sequence[Tensor], bases: Sequence[Tensor], scales: Tensor, accumulate: bool
-) -> None:
-    """``grads = scale * (W - W0)``, or ``+=``."""
-    device = grads[0].device
-    profile = device_profile(device)
-    bases = list(map(readable, weights, bases))
-    for group, entries in _groups(weights, bases, grads).items():
-        members, problems = [i for i, _ in entries], tuple(p for _, p in entries)
-        assert group.grad is not None
-        variant = full_gradient_variant(
-            profile.architecture, group.weight, group.base, group.grad, group.aligned, accumulate
-        )
-        schedule = plan_whole(variant, problems, profile.multiprocessors)
-        columns = static_columns(problems) | {
-            "NUMBER": members,
-            "WEIGHT": addresses([weights[i] for i in members]),
-            "BASE": addresses([bases[i] for i in members]),
-            "GRAD": addresses([grads[i] for i in members]),
-        }
-        table, factors = upload_fields_and_scales(columns, len(members), scales, device)
-        launch(variant, schedule.programs_with_work, device, table, *upload_schedule(schedule, device), factors)
+class FullProjection(_FullOperation):
+    """Squares of full anchors of one batch, in ``squares`` (float32) from ``number`` on."""
+
+    def __init__(self, rows: Rows, device: torch.device, profile: Profile, squares: Tensor, number: int) -> None:
+        super().__init__(rows, device, profile)
+        self._squares, self._number = squares, number
+
+    def stage(self, operands: Operands, drifts: list[int] | None) -> None:
+        """Take the tensors of a call; there are no drifts."""
+        self._place(operands, None)
+        self.sizes = Sizes(slots=max(sum(_slots(group, variant)) for group, variant, _ in self._groups))
+
+    def variant(self, key: FullKey) -> Variant:
+        return full_drift_variant(self.profile.architecture, key.weight, key.base, key.aligned)
+
+    def launches(self, scratch: Scratch) -> list[Launch]:
+        self.move("NUMBER", list(range(self._number, self._number + self.rows.count)))
+        found, begin = [], 0
+        for group, variant, schedule in self._groups:
+            rows = self.rows.part(begin, len(group.members))
+            begin += len(group.members)
+            slots = _slots(group, variant)
+            first = [0, *running_sums(slots)][:-1]
+            for name, values in (static_columns(group.problems) | {"SQUARES": first, "SLOTS": slots}).items():
+                rows.write(name, values)
+            found.append(self.scheduled(variant, schedule, rows, scratch.slots))
+            found.append(
+                Launch(squares_variant(), rows.count, self.device, rows.memory(), scratch.slots, self._squares)
+            )
+        return found
+
+
+class FullPullBack(_FullOperation):
+    """``grads = scale * (W - W0)``, or ``+=`` with ``accumulate``, of full anchors of one batch."""
+
+    def __init__(
+        self, rows: Rows, device: torch.device, profile: Profile, accumulate: bool, scales: Tensor | None
+    ) -> None:
+        super().__init__(rows, device, profile)
+        self._accumulate, self._scales = accumulate, scales
+
+    def stage(
+        self,
+        operands: Operands,
+        grads: Sequence[Facts],
+        addresses: list[int],
+        drifts: object,
+        scales: Sequence[float] | None,
+    ) -> None:
+        """Take the gradients of a call, and the scales where these travel with the table."""
+        self._place(operands, grads)
+        self.move("GRAD", addresses)
+        if scales is not None:
+            self.move(SCALE, float_bits(scales))
+
+    def expects(self, operands: Operands, grads: Sequence[Facts]) -> bool:
+        """Whether it is prepared for weights and gradients that lie like these."""
+        return [*facts_of(operands.weights), *grads] == self._facts
+
+    def variant(self, key: FullKey) -> Variant:
+        assert key.grad is not None
+        architecture = self.profile.architecture
+        return full_gradient_variant(architecture, key.weight, key.base, key.grad, key.aligned, self._accumulate)
+
+    def launches(self, scratch: Scratch) -> list[Launch]:
+        scales = place_scales(self.rows, self._order, self._scales)
+        found, begin = [], 0
+        for group, variant, schedule in self._groups:
+            rows = self.rows.part(begin, len(group.members))
+            begin += len(group.members)
+            for name, values in static_columns(group.problems).items():
+                rows.write(name, values)
+            found.append(self.scheduled(variant, schedule, rows, scales))
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,29 +26,30 @@ def _scratch(device: torch.device) -> Any:
 _refusals: dict[tuple[Variant, int, tuple[bool, ...]], str] = {}
 
 
-def launch_jit(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> None:
-    """
+def bind_jit(
+    variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]
+) -> Callable[[], None]:
+    """The function that starts a launch. On GPUs whose code is looked at first, it is compiled now.
+
     Raises:
-        ValueError: the code that Triton makes of it for this GPU may compute wrong numbers; nothing was launched.
+        ValueError: the code that Triton makes of it for this GPU may compute wrong numbers.
     """
-    if device.type == "cuda":
+    constants = kernel_constants(variant)
+    options = variant.options()
+    if device.type != "cuda":
+        return lambda: _start(variant, programs, arguments, constants, options)
+    if torch.version.hip is None:
+        options["maxnreg"] = variant.registers
+    with torch.cuda.device(device):
+        _check(variant, device, arguments, options)
+
+    def start() -> None:
         # Descriptors made inside a kernel live in scratch memory that Triton asks of its caller.
         triton.set_allocator(_scratch(device))
         with torch.cuda.device(device):
-            options = variant.options()
-            if torch.version.hip is None:
-                options["maxnreg"] = variant.registers
-            _check(variant, device, arguments, options)
-            _start(variant, programs, arguments, options)
-    else:
-        _start(variant, programs, arguments, variant.options())
+            _start(variant, programs, arguments, constants, options)
 
-
-def check_jit(variant: Variant, device: torch.device, arguments: tuple[Tensor, ...]) -> None:
-    """What :func:`launch_jit` raises of a variant, without launching it; it is compiled, where it was not yet."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            _check(variant, device, arguments, variant.options() | {"maxnreg": variant.registers})
+    return start
 
 
 def _check(variant: Variant, device: torch.device, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
@@ -69,5 +71,11 @@ def _check(variant: Variant, device: torch.device, arguments: tuple[Tensor, ...]
         raise ValueError(refused)
 
 
-def _start(variant: Variant, programs: int, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-    KERNELS[variant.kernel][(programs,)](*arguments, **kernel_constants(variant), **options)
+def _start(
+    variant: Variant,
+    programs: int,
+    arguments: tuple[Tensor, ...],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    KERNELS[variant.kernel][(programs,)](*arguments, **constants, **options)

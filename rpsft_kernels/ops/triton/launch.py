@@ -1,8 +1,8 @@
-"""Starting one variant: the only place where a kernel is called."""
+"""Prepared launches: the only place where a kernel is started."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -12,18 +12,16 @@ import torch
 from torch import Tensor
 
 from .aot import dispatch as aot
-from .device import own_profile
-from .tile_table import rank_classes, tuned_architecture
 from .variants import Variant
 
 
 class Watcher(Protocol):
     """What is told of every launch of a thread."""
 
-    def launched(self, variant: Variant, programs: int, arguments: Sequence[Tensor]) -> None: ...
+    def launched(self, variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None: ...
 
     def refused(self, variant: Variant, error: Exception) -> None:
-        """Nothing was launched: this installation has no kernel that may run, and ``error`` says why."""
+        """Nothing will be launched: this installation has no kernel that may run, and ``error`` says why."""
 
 
 _watcher: ContextVar[Watcher | None] = ContextVar("rpsft_launches", default=None)
@@ -39,19 +37,6 @@ def watched(watcher: Watcher) -> Iterator[None]:
         _watcher.reset(token)
 
 
-_rehearsed: ContextVar[bool] = ContextVar("rpsft_rehearsed", default=False)
-
-
-@contextmanager
-def rehearsed() -> Iterator[None]:
-    """Launch nothing inside the ``with`` block, but raise what a launch would raise for want of code that may run."""
-    token = _rehearsed.set(True)
-    try:
-        yield
-    finally:
-        _rehearsed.reset(token)
-
-
 @lru_cache(maxsize=64)
 def is_vetted(index: int) -> bool:
     """Whether a CUDA device has products that run on behind their instruction, which only compute capability 9.0 has:
@@ -60,51 +45,59 @@ def is_vetted(index: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
 
 
-def may_refuse(device: torch.device) -> bool:
-    """Whether a launch may turn out to have no code that may run."""
-    if device.type != "cuda":
-        return False
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if not is_vetted(index) and aot.compiles():
-        return False
-    found = aot.service(device, own_profile(device).architecture, tuned_architecture())
-    return found is None or not aot.complete(found, rank_classes())
+class Launch:
+    """``programs`` programs of a variant on the stream of ``device`` that is current when it is prepared; nothing to do
+    for none. A kernel compiled ahead of time serves it where there is one, else Triton compiles it.
 
-
-def launch(variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
-    """Run ``programs`` programs of a variant on the current stream of ``device``; nothing to do for none.
-
-    A kernel compiled ahead of time serves the launch where there is one, else Triton compiles it.
+    Raises:
+        NoKernel: no kernel serves it, and nothing may or can compile one.
+        ValueError: the code that Triton makes of it for this GPU may compute wrong numbers.
     """
-    if programs == 0:
-        return
-    if _rehearsed.get():
-        _rehearse(variant, device, arguments)
-        return
-    watcher = _watcher.get()
-    if watcher is None:
-        _start(variant, programs, device, arguments)
-        return
-    try:
-        _start(variant, programs, device, arguments)
-    except (aot.NoKernel, ValueError) as error:
-        watcher.refused(variant, error)
-        raise
-    watcher.launched(variant, programs, arguments)
+
+    __slots__ = ("_start", "arguments", "device", "programs", "variant")
+
+    def __init__(self, variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
+        self.variant, self.programs, self.device, self.arguments = variant, programs, device, arguments
+        self._start = self._find() if programs else None
+
+    def __call__(self) -> None:
+        """Queue it.
+
+        Raises:
+            RuntimeError: the driver could not start it.
+        """
+        if self._start is None:
+            return
+        try:
+            self._start()
+        except aot.ImageRefused:
+            # The driver takes another image of this kernel, or what Triton compiles.
+            self._start = self._find()
+            self()
+            return
+        watcher = _watcher.get()
+        if watcher is not None:
+            watcher.launched(self.variant, self.programs, self.arguments)
+
+    def _find(self) -> Callable[[], None]:
+        try:
+            return find_start(self.variant, self.programs, self.device, self.arguments)
+        except (aot.NoKernel, ValueError) as error:
+            watcher = _watcher.get()
+            if watcher is not None:
+                watcher.refused(self.variant, error)
+            raise
 
 
-def _start(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> None:
-    if device.type == "cuda" and aot.start(variant, programs, device, arguments):
-        return
+def find_start(
+    variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]
+) -> Callable[[], None]:
+    """The function that starts a launch; what can be found out beforehand has been."""
+    if device.type == "cuda":
+        start = aot.bind(variant, programs, device, arguments)
+        if start is not None:
+            return start
     # Here, not above: triton is imported for what only it can launch.
-    from .jit import launch_jit
+    from .jit import bind_jit
 
-    launch_jit(variant, programs, device, arguments)
-
-
-def _rehearse(variant: Variant, device: torch.device, arguments: tuple[Tensor, ...]) -> None:
-    if device.type != "cuda" or aot.serves(variant, device):
-        return
-    from .jit import check_jit
-
-    check_jit(variant, device, arguments)
+    return bind_jit(variant, programs, device, arguments)

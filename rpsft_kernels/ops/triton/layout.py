@@ -1,18 +1,25 @@
-"""One weight as the kernels see it: shorter side first, pieces described by strides and alignment."""
+"""How matrices lie in memory, as the kernels see them: shorter side first, described by strides and alignment."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .variants import WEIGHT_AND_BASE, Form, TypeName
+from .variants import WEIGHT_AND_BASE, Precision, TypeName
 
 Strides = tuple[int, int]
 _NONE: Strides = (0, 0)
-# What the kernels read and write.
+# The dtypes that kernels read and write.
 TYPE_NAMES: dict[torch.dtype, TypeName] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# The pairs of W and W0 that kernels read.
+READABLE = frozenset(
+    (weight, base)
+    for weight, base in product(TYPE_NAMES, repeat=2)
+    if (TYPE_NAMES[weight], TYPE_NAMES[base]) in WEIGHT_AND_BASE
+)
 
 
 def type_name(dtype: torch.dtype) -> TypeName:
@@ -27,8 +34,13 @@ def type_name(dtype: torch.dtype) -> TypeName:
     return name
 
 
-class Lies(NamedTuple):
-    """How a matrix lies in memory, seen shorter side first.
+# Everything about a matrix but its address that decides how kernels read it: shape, strides, dtype, and its address
+# modulo 16. Equal facts mean equal launches.
+Facts = tuple[tuple[int, int], Strides, torch.dtype, int]
+
+
+class MatrixLayout(NamedTuple):
+    """A matrix seen shorter side first, or transposed.
 
     ``pointer``: 16-byte vectors may be read along its contiguous dimension. ``descriptor``: a tensor descriptor may
     describe it (whose extents need not be whole vectors).
@@ -40,30 +52,22 @@ class Lies(NamedTuple):
     descriptor: bool
 
 
-def lies(matrix: Tensor, transposed: bool) -> Lies:
-    """How ``matrix`` lies; ``transposed`` where the kernels see its transpose."""
-    down, across = matrix.stride()
+def layout_of(matrix: Facts, transposed: bool) -> MatrixLayout:
+    """The layout of a matrix; ``transposed`` where the kernels see its transpose."""
+    shape, (down, across), dtype, misalignment = matrix
     contiguous = 1 if across == 1 else 0
-    other = matrix.stride(1 - contiguous)
-    unit = 16 // matrix.element_size()
+    unit = 16 // dtype.itemsize
+    other = down if contiguous else across
     described = (
-        matrix.stride(contiguous) == 1
-        and other >= matrix.shape[contiguous]
+        (across if contiguous else down) == 1
+        and other >= shape[contiguous]
         and other % unit == 0
-        and matrix.data_ptr() % 16 == 0
-        and matrix.numel() > 0
+        and misalignment == 0
+        and shape[0] * shape[1] > 0
     )
-    vectors = described and matrix.shape[contiguous] % unit == 0
+    vectors = described and shape[contiguous] % unit == 0
     strides = (across, down) if transposed else (down, across)
-    return Lies(strides, (contiguous == 0) != transposed, vectors, described)
-
-
-def readable(weight: Tensor, base: Tensor) -> Tensor:
-    """W0 in a dtype that kernels for W come in: as it is, else as a weight of W's dtype holds it, which is what the
-    kernels make of it in any case.
-    """
-    known = base.dtype in TYPE_NAMES and (type_name(weight.dtype), TYPE_NAMES[base.dtype]) in WEIGHT_AND_BASE
-    return base if known else base.to(weight.dtype)
+    return MatrixLayout(strides, (contiguous == 0) != transposed, vectors, described)
 
 
 def vectors(values: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ def vectors(values: Tensor) -> Tensor:
 
 
 class Problem(NamedTuple):
-    """The static description of one weight, equal for equal layouts. Pieces that a phase lacks have strides (0, 0)."""
+    """The static description of one weight, equal for equal layouts. What a phase lacks has strides (0, 0)."""
 
     rows: int
     cols: int
@@ -85,17 +89,17 @@ class Problem(NamedTuple):
     grad: Strides = _NONE
 
 
-class Group(NamedTuple):
+class ProjectKey(NamedTuple):
     """What weights must share to be projected by the same launches."""
 
-    form: Form
+    form: Precision
     rank_class: int
     transposed: bool
     rows_contiguous: bool
     aligned: bool
 
 
-class PullGroup(NamedTuple):
+class PullKey(NamedTuple):
     """What gradients must share to be computed by the same launches; ``rows_contiguous`` says how the gradients lie."""
 
     basis: TypeName
@@ -107,6 +111,16 @@ class PullGroup(NamedTuple):
     grad_aligned: bool
 
 
-def is_transposed(shape: torch.Size) -> bool:
+class FullKey(NamedTuple):
+    """What full anchors must share for one launch; ``flipped``: seen transposed, so that rows are contiguous."""
+
+    weight: TypeName
+    base: TypeName
+    grad: TypeName | None
+    flipped: bool
+    aligned: bool
+
+
+def is_transposed(shape: tuple[int, int]) -> bool:
     """Whether the kernels see the transpose: the side contracted first is the longer one, which costs least."""
     return shape[0] > shape[1]

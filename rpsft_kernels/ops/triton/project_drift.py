@@ -1,21 +1,33 @@
-"""``project_drift`` on the kernels: phases 1 and 2 and the sums of squares, in four or five launches a group."""
+"""``project_drift`` on the kernels: phases 1 and 2 and the sums of squares, in three or four launches a group."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from .device import Profile, device_profile
-from .launch import launch
-from .layout import Group, Problem, is_transposed, lies, readable, type_name, vectors
+from ..operands import Operands, cast_base
+from .device import Profile
+from .launch import Launch
+from .layout import READABLE, Facts, Problem, ProjectKey, is_transposed, layout_of, type_name, vectors
+from .operation import Group, Operation, facts_of, group_by_key
 from .schedule import Grid, Schedule, build_schedule, splits_of
+from .scratch import Scratch, Sizes
+from .table import Rows
 from .tile_table import rank_class
-from .upload import upload_fields, upload_schedule
-from .variants import Access, Form, Variant, drift_variant, project_variant, reduce_variant, squares_variant
+from .variants import (
+    Access,
+    Precision,
+    Variant,
+    drift_variant,
+    project_variant,
+    reduce_variant,
+    squares_variant,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +68,7 @@ def access_of(profile: Profile, aligned: bool, even: bool) -> Access:
 
 @lru_cache(maxsize=1024)
 def plan_forward(
-    profile: Profile, group: Group, problems: tuple[Problem, ...], has_block: bool, drift_aligned: bool
+    profile: Profile, group: ProjectKey, problems: tuple[Problem, ...], has_block: bool, drift_aligned: bool
 ) -> ForwardPlan:
     """The launches for weights of one group (not full anchors)."""
     arch, form, rank = profile.architecture, group.form, group.rank_class
@@ -106,9 +118,9 @@ def plan_forward(
     return ForwardPlan(
         project,
         drift,
-        build_schedule(tuple(project_grids), profile.multiprocessors * project.residents, False),
-        build_schedule(tuple(drift_grids), profile.multiprocessors * drift.residents, False),
-        build_schedule(tuple(reduce_grids), profile.multiprocessors * drift.residents, False) if reduces else None,
+        build_schedule(tuple(project_grids), profile.multiprocessors * project.blocks_per_sm, False),
+        build_schedule(tuple(drift_grids), profile.multiprocessors * drift.blocks_per_sm, False),
+        build_schedule(tuple(reduce_grids), profile.multiprocessors * drift.blocks_per_sm, False) if reduces else None,
         columns,
         planes_offsets,
         planes_size,
@@ -132,77 +144,127 @@ def static_columns(problems: Sequence[Problem]) -> dict[str, list[int]]:
 
 
 def describe(
-    weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None, profile: Profile
-) -> tuple[Group, Problem]:
-    """The group that a projected weight belongs to, and its static description."""
-    transposed = is_transposed(weight.shape)
+    weight: Facts, left: Facts, right: Facts, base: Facts | None, profile: Profile
+) -> tuple[ProjectKey, Problem]:
+    """What decides the launches of a projected weight, and its static description."""
+    transposed = is_transposed(weight[0])
     if transposed:
         left, right = right, left
-    rank = left.shape[1]
-    pieces = [lies(weight, transposed)]
+    rank = left[0][1]
+    pieces = [layout_of(weight, transposed)]
     if base is not None:
-        pieces.append(lies(base, transposed))
-    bases = [lies(left, False), lies(right, False)]
-    aligned = all(p.descriptor if profile.descriptors else p.pointer for p in pieces + bases)
-    aligned = aligned and len({p.rows_contiguous for p in pieces}) == 1 and not any(b.rows_contiguous for b in bases)
+        pieces.append(layout_of(base, transposed))
+    subspaces = [layout_of(left, False), layout_of(right, False)]
+    aligned = all(p.descriptor if profile.descriptors else p.pointer for p in pieces + subspaces)
+    aligned = aligned and len({p.rows_contiguous for p in pieces}) == 1
+    aligned = aligned and not any(s.rows_contiguous for s in subspaces)
     # C and B are read and written in vectors where all else is.
     aligned = aligned and rank % 4 == 0
-    form = Form(type_name(weight.dtype), None if base is None else type_name(base.dtype), type_name(left.dtype))
-    rows, cols = sorted(weight.shape)
-    group = Group(form, rank_class(rank), transposed, aligned and pieces[0].rows_contiguous, aligned)
+    form = Precision(type_name(weight[2]), None if base is None else type_name(base[2]), type_name(left[2]))
+    rows, cols = sorted(weight[0])
+    key = ProjectKey(form, rank_class(rank), transposed, aligned and pieces[0].rows_contiguous, aligned)
     base_strides = pieces[1].strides if base is not None else (0, 0)
-    return group, Problem(rows, cols, rank, pieces[0].strides, base_strides, bases[0].strides, bases[1].strides)
+    return key, Problem(rows, cols, rank, pieces[0].strides, base_strides, subspaces[0].strides, subspaces[1].strides)
 
 
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
+class Projection(Operation[ProjectKey]):
+    """Drifts and squares of the projected weights (base, block and bare forms) of one batch.
+
+    Squares go to ``squares`` (float32) from ``number`` on.
+    """
+
+    _groups: list[tuple[Group[ProjectKey], ForwardPlan]]
+
+    def __init__(self, rows: Rows, device: torch.device, profile: Profile, squares: Tensor, number: int) -> None:
+        super().__init__(rows, device, profile)
+        self._squares, self._number = squares, number
+        self._drifts: list[int] | None = None
+
+    def stage(self, operands: Operands, drifts: list[int] | None) -> None:
+        """Take the tensors of a call. ``drifts``: addresses for C (k, k) in float32; None: in the scratch memory."""
+        weights = operands.weights
+        addresses = [weight.data_ptr() for weight in weights]
+        alike = self.is_alike(facts_of(weights))
+        if not alike or self._held:
+            operands = self._cast(operands)
+        if not alike:
+            self._plan(operands)
+        if not alike or self._held:
+            self._place_anchors(operands)
+        self.move("WEIGHT", addresses)
+        self._drifts = drifts
+
+    def drifts_in(self, scratch: Scratch) -> list[int]:
+        """The addresses that the C of this batch have in the scratch memory."""
+        first = scratch.drifts.data_ptr()
+        return [first + offset for offset in self._drift_offsets]
+
+    def place_drifts(self, scratch: Scratch) -> None:
+        self.move("DRIFT", self.drifts_in(scratch) if self._drifts is None else self._drifts)
+
+    def _cast(self, operands: Operands) -> Operands:
+        cast = operands.cast_subspaces()
+        pretrained = [
+            cast_base(w, base, READABLE) for w, base in zip(operands.weights, operands.pretrained, strict=False)
+        ]
+        cast = cast._replace(pretrained=pretrained, blocks=[vectors(block) for block in operands.blocks])
+        pairs = zip(chain(*cast[1:]), chain(*operands[1:]), strict=True)
+        self._held = [new for new, old in pairs if new is not old]
+        return cast
+
+    def _plan(self, operands: Operands) -> None:
+        bases: Sequence[Facts | None] = facts_of(operands.pretrained) or [None] * len(operands.weights)
+        lefts, rights = facts_of(operands.lefts), facts_of(operands.rights)
+        facts = zip(facts_of(operands.weights), lefts, rights, bases, strict=True)
+        groups = group_by_key([describe(*each, self.profile) for each in facts])
+        has_block = bool(operands.blocks)
+        self._groups = [
+            (group, plan_forward(self.profile, group.key, group.problems, has_block, group.key.aligned))
+            for group in groups
+        ]
+        self.order(groups)
+        offsets, size = [], 0
+        for left in operands.lefts:
+            offsets.append(4 * size)
+            # Each at a multiple of 16 bytes, as fresh tensors are.
+            size += up(left.shape[1] ** 2, 4)
+        self._drift_offsets = offsets
+        self.sizes = Sizes(
+            max(plan.planes_size for _, plan in self._groups),
+            max(plan.partial_size for _, plan in self._groups),
+            max(plan.slots for _, plan in self._groups),
+            size,
+        )
+
+    def _place_anchors(self, operands: Operands) -> None:
+        transposed = {i: group.key.transposed for group, _ in self._groups for i in group.members}
+        pairs = list(zip(operands.lefts, operands.rights, strict=True))
+        turned = [(v, u) if transposed[i] else (u, v) for i, (u, v) in enumerate(pairs)]
+        nothing = [0] * len(pairs)
+        self.move("LEFT", [left.data_ptr() for left, _ in turned])
+        self.move("RIGHT", [right.data_ptr() for _, right in turned])
+        self.move("BASE", addresses_of(operands.pretrained) or nothing)
+        self.move("BLOCK", addresses_of(operands.blocks) or nothing)
+
+    def launches(self, scratch: Scratch) -> list[Launch]:
+        self.move("NUMBER", list(range(self._number, self._number + self.rows.count)))
+        found, begin = [], 0
+        for group, plan in self._groups:
+            rows = self.rows.part(begin, len(group.members))
+            begin += len(group.members)
+            for name, values in plan.columns.items():
+                rows.write(name, values)
+            rows.write("PLANES", [scratch.planes.data_ptr() + 2 * offset for offset in plan.planes_offsets])
+            rows.write("PARTIAL", [scratch.partial.data_ptr() + 4 * offset for offset in plan.partial_offsets])
+            found.append(self.scheduled(plan.project, plan.project_schedule, rows))
+            found.append(self.scheduled(plan.drift, plan.drift_schedule, rows, scratch.slots))
+            if plan.reduce_schedule is not None:
+                found.append(self.scheduled(reduce_variant(plan.drift), plan.reduce_schedule, rows, scratch.slots))
+            found.append(
+                Launch(squares_variant(), rows.count, self.device, rows.memory(), scratch.slots, self._squares)
+            )
+        return found
 
 
-def run_forward(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    blocks: Sequence[Tensor],
-) -> tuple[list[Tensor], Tensor]:
-    """Drifts and squares of projected weights (base, block and bare forms)."""
-    device = weights[0].device
-    profile = device_profile(device)
-    drifts = [w.new_empty((u.shape[1], u.shape[1]), dtype=torch.float32) for w, u in zip(weights, lefts, strict=True)]
-    squares = weights[0].new_empty((len(weights),), dtype=torch.float32)
-    blocks = [vectors(b) for b in blocks]
-    if bases:
-        bases = list(map(readable, weights, bases))
-    groups: dict[Group, list[tuple[int, Problem]]] = {}
-    for i, weight in enumerate(weights):
-        group, problem = describe(weight, lefts[i], rights[i], bases[i] if bases else None, profile)
-        groups.setdefault(group, []).append((i, problem))
-    for group, entries in groups.items():
-        members = [i for i, _ in entries]
-        plan = plan_forward(profile, group, tuple(p for _, p in entries), bool(blocks), group.aligned)
-        planes = torch.empty(plan.planes_size, dtype=torch.bfloat16, device=device)
-        partial = torch.empty(plan.partial_size, dtype=torch.float32, device=device)
-        slots = torch.empty(plan.slots, dtype=torch.float32, device=device)
-        first, second = (rights, lefts) if group.transposed else (lefts, rights)
-        columns = dict(plan.columns)
-        columns["NUMBER"] = members
-        columns["WEIGHT"] = addresses([weights[i] for i in members])
-        columns["BASE"] = addresses([bases[i] for i in members]) if bases else [0] * len(members)
-        columns["LEFT"] = addresses([first[i] for i in members])
-        columns["RIGHT"] = addresses([second[i] for i in members])
-        columns["BLOCK"] = addresses([blocks[i] for i in members]) if blocks else [0] * len(members)
-        columns["DRIFT"] = addresses([drifts[i] for i in members])
-        columns["PLANES"] = [planes.data_ptr() + 2 * offset for offset in plan.planes_offsets]
-        columns["PARTIAL"] = [partial.data_ptr() + 4 * offset for offset in plan.partial_offsets]
-        table = upload_fields(columns, len(members), device)
-        project, drift = plan.project_schedule, plan.drift_schedule
-        launch(plan.project, project.programs_with_work, device, table, *upload_schedule(project, device))
-        launch(plan.drift, drift.programs_with_work, device, table, *upload_schedule(drift, device), slots)
-        if plan.reduce_schedule is not None:
-            schedule = plan.reduce_schedule
-            launch(
-                reduce_variant(plan.drift), schedule.programs_with_work, device, table,
-                *upload_schedule(schedule, device), slots,
-            )  # fmt: skip
-        launch(squares_variant(), len(members), device, table, slots, squares)
-    return drifts, squares
+def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]

@@ -9,13 +9,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .device import Profile, device_profile
-from .launch import launch
-from .layout import Problem, PullGroup, is_transposed, lies, type_name, vectors
-from .project_drift import access_of, addresses, static_columns, up
+from ..operands import Operands
+from .device import Profile
+from .launch import Launch
+from .layout import Facts, Problem, PullKey, is_transposed, layout_of, type_name
+from .operation import Group, Operation, facts_of, group_by_key
+from .project_drift import Projection, access_of, static_columns, up
 from .schedule import Grid, Schedule, build_schedule
+from .scratch import Scratch, Sizes
+from .table import SCALE, Rows, float_bits, place_scales
 from .tile_table import rank_class
-from .upload import upload_fields_and_scales, upload_schedule
 from .variants import Variant, basis_parts, gradient_variant, pull_variant
 
 
@@ -42,7 +45,7 @@ class BackwardPlan:
 
 @lru_cache(maxsize=1024)
 def plan_backward(
-    profile: Profile, group: PullGroup, problems: tuple[Problem, ...], drift_aligned: bool, accumulate: bool
+    profile: Profile, group: PullKey, problems: tuple[Problem, ...], drift_aligned: bool, accumulate: bool
 ) -> BackwardPlan:
     """The launches for weights of one group (not full anchors)."""
     arch, basis, rank = profile.architecture, group.basis, group.rank_class
@@ -84,67 +87,112 @@ def plan_backward(
     return BackwardPlan(
         pull,
         gradient,
-        build_schedule(tuple(pull_grids), profile.multiprocessors * pull.residents, False),
-        build_schedule(tuple(gradient_grids), profile.multiprocessors * gradient.residents, True),
+        build_schedule(tuple(pull_grids), profile.multiprocessors * pull.blocks_per_sm, False),
+        build_schedule(tuple(gradient_grids), profile.multiprocessors * gradient.blocks_per_sm, True),
         {**static_columns(problems), "PLANES_ROW": widths, "PLANES_ROWS": heights},
         planes_offsets,
         planes_size,
     )
 
 
-def describe(left: Tensor, right: Tensor, grad: Tensor, profile: Profile) -> tuple[PullGroup, Problem]:
-    """The group that a gradient belongs to, and its static description."""
-    transposed = is_transposed(grad.shape)
+def describe(left: Facts, right: Facts, grad: Facts, profile: Profile) -> tuple[PullKey, Problem]:
+    """What decides the launches of a gradient, and its static description."""
+    transposed = is_transposed(grad[0])
     if transposed:
         left, right = right, left
-    bases = [lies(left, False), lies(right, False)]
-    aligned = all((b.descriptor if profile.descriptors else b.pointer) and not b.rows_contiguous for b in bases)
-    place = lies(grad, transposed)
-    rank = left.shape[1]
+    subspaces = [layout_of(left, False), layout_of(right, False)]
+    aligned = all((s.descriptor if profile.descriptors else s.pointer) and not s.rows_contiguous for s in subspaces)
+    place = layout_of(grad, transposed)
+    rank = left[0][1]
     # C is read in vectors where all else is.
     aligned = aligned and rank % 4 == 0
-    rows, cols = sorted(grad.shape)
-    group = PullGroup(
-        type_name(left.dtype),
-        type_name(grad.dtype),
+    rows, cols = sorted(grad[0])
+    key = PullKey(
+        type_name(left[2]),
+        type_name(grad[2]),
         rank_class(rank),
         transposed,
         place.rows_contiguous,
         aligned,
         place.pointer,
     )
-    return group, Problem(rows, cols, rank, left=bases[0].strides, right=bases[1].strides, grad=place.strides)
+    return key, Problem(rows, cols, rank, left=subspaces[0].strides, right=subspaces[1].strides, grad=place.strides)
 
 
-def run_backward(
-    grads: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    drifts: Sequence[Tensor],
-    scales: Tensor,
-    accumulate: bool,
-) -> None:
-    """``grads = scale * U C V^T``, or ``+=``."""
-    device = grads[0].device
-    profile = device_profile(device)
-    drifts = [vectors(c) for c in drifts]
-    groups: dict[PullGroup, list[tuple[int, Problem]]] = {}
-    for i, grad in enumerate(grads):
-        group, problem = describe(lefts[i], rights[i], grad, profile)
-        groups.setdefault(group, []).append((i, problem))
-    for group, entries in groups.items():
-        members = [i for i, _ in entries]
-        plan = plan_backward(profile, group, tuple(p for _, p in entries), group.aligned, accumulate)
-        planes = torch.empty(plan.planes_size, dtype=torch.bfloat16, device=device)
-        first, second = (rights, lefts) if group.transposed else (lefts, rights)
-        columns = dict(plan.columns)
-        columns["NUMBER"] = members
-        columns["LEFT"] = addresses([first[i] for i in members])
-        columns["RIGHT"] = addresses([second[i] for i in members])
-        columns["DRIFT"] = addresses([drifts[i] for i in members])
-        columns["GRAD"] = addresses([grads[i] for i in members])
-        columns["PLANES"] = [planes.data_ptr() + 2 * offset for offset in plan.planes_offsets]
-        table, factors = upload_fields_and_scales(columns, len(members), scales, device)
-        pull, gradient = plan.pull_schedule, plan.gradient_schedule
-        launch(plan.pull, pull.programs_with_work, device, table, *upload_schedule(pull, device), factors)
-        launch(plan.gradient, gradient.programs_with_work, device, table, *upload_schedule(gradient, device))
+class PullBack(Operation[PullKey]):
+    """``grads = scale * U C V^T``, or ``+=`` with ``accumulate``, of projected weights of one batch."""
+
+    _groups: list[tuple[Group[PullKey], BackwardPlan]]
+
+    def __init__(
+        self, rows: Rows, device: torch.device, profile: Profile, accumulate: bool, scales: Tensor | None
+    ) -> None:
+        super().__init__(rows, device, profile)
+        self._accumulate, self._scales = accumulate, scales
+        self._drifts: list[int] | tuple[Projection, list[int]] = []
+
+    def stage(
+        self,
+        operands: Operands,
+        grads: Sequence[Facts],
+        addresses: list[int],
+        drifts: list[int] | tuple[Projection, list[int]],
+        scales: Sequence[float] | None,
+    ) -> None:
+        """Take the gradients of a call, where C (k, k) lie, and the scales where these travel with the table.
+
+        Args:
+            drifts: addresses of C in float32; or a projection that leaves them in the scratch memory, with the
+                gradients' places in its batch.
+        """
+        alike = self.is_alike(grads)
+        if not alike or self._held:
+            cast = operands.cast_subspaces()
+            lefts, rights = cast.lefts, cast.rights
+            pairs = zip((*lefts, *rights), (*operands.lefts, *operands.rights), strict=True)
+            self._held = [new for new, old in pairs if new is not old]
+            if not alike:
+                self._plan(lefts, rights, grads)
+            transposed = {i: group.key.transposed for group, _ in self._groups for i in group.members}
+            turned = [(v, u) if transposed[i] else (u, v) for i, (u, v) in enumerate(zip(lefts, rights, strict=True))]
+            self.move("LEFT", [left.data_ptr() for left, _ in turned])
+            self.move("RIGHT", [right.data_ptr() for _, right in turned])
+        self.move("GRAD", addresses)
+        self._drifts = drifts
+        if scales is not None:
+            self.move(SCALE, float_bits(scales))
+
+    def expects(self, operands: Operands, grads: Sequence[Facts]) -> bool:
+        """Whether it is prepared for gradients that lie like these."""
+        return grads == self._facts
+
+    def place_drifts(self, scratch: Scratch) -> None:
+        if isinstance(self._drifts, tuple):
+            projection, members = self._drifts
+            addresses = projection.drifts_in(scratch)
+            self.move("DRIFT", [addresses[i] for i in members])
+        else:
+            self.move("DRIFT", self._drifts)
+
+    def _plan(self, lefts: Sequence[Tensor], rights: Sequence[Tensor], grads: Sequence[Facts]) -> None:
+        facts = zip(facts_of(lefts), facts_of(rights), grads, strict=True)
+        groups = group_by_key([describe(*each, self.profile) for each in facts])
+        self._groups = [
+            (group, plan_backward(self.profile, group.key, group.problems, group.key.aligned, self._accumulate))
+            for group in groups
+        ]
+        self.order(groups)
+        self.sizes = Sizes(planes=max(plan.planes_size for _, plan in self._groups))
+
+    def launches(self, scratch: Scratch) -> list[Launch]:
+        scales = place_scales(self.rows, self._order, self._scales)
+        found, begin = [], 0
+        for group, plan in self._groups:
+            rows = self.rows.part(begin, len(group.members))
+            begin += len(group.members)
+            for name, values in plan.columns.items():
+                rows.write(name, values)
+            rows.write("PLANES", [scratch.planes.data_ptr() + 2 * offset for offset in plan.planes_offsets])
+            found.append(self.scheduled(plan.pull, plan.pull_schedule, rows, scales))
+            found.append(self.scheduled(plan.gradient, plan.gradient_schedule, rows))
+        return found

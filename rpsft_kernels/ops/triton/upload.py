@@ -1,4 +1,4 @@
-"""From problems to what a kernel reads: the table of fields, scales and the schedule, on the device and cached.
+"""Small arrays on their way to a device: schedules, which are cached there, and rows of tables.
 
 Nothing here waits for a GPU: what is sent lies in pinned memory, one copy for each key.
 """
@@ -6,22 +6,21 @@ Nothing here waits for a GPU: what is sent lies in pinned memory, one copy for e
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import fields
-from .layout import vectors
 from .schedule import Schedule
 
 _CACHE_ENTRIES = 4096
 # Arrays that travel together begin at multiples of this many bytes, as fresh tensors do for the kernels' vectors.
-_ALIGNMENT = 256
+ALIGNMENT = 256
 _SMALLEST_ROOM = 1 << 20
 _lock = threading.Lock()
 _uploads: OrderedDict[tuple[torch.device, Hashable], _Upload] = OrderedDict()
@@ -75,7 +74,7 @@ class _Room:
                 f"which {self._free.numel()} are set aside; expected the same step to have run outside of a capture "
                 "before, which sets them aside: run it once before each capture"
             )
-        taken, self._free = self._free[:size], self._free[-(-size // _ALIGNMENT) * _ALIGNMENT :]
+        taken, self._free = self._free[:size], self._free[-(-size // ALIGNMENT) * ALIGNMENT :]
         return taken
 
 
@@ -109,7 +108,7 @@ def _unpacked(memory: Tensor, arrays: Sequence[npt.NDArray[Any]]) -> tuple[Tenso
 
 
 def _places(array: npt.NDArray[Any]) -> int:
-    return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-array.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _sent(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> _Upload:
@@ -130,7 +129,8 @@ def _captured(key: Hashable, arrays: Sequence[npt.NDArray[Any]], device: torch.d
     return _unpacked(_queued_copy(host, device), arrays)
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the device's current stream."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -153,7 +153,7 @@ def upload(key: Hashable, arrays: Sequence[npt.NDArray[Any]], device: torch.devi
     global _cached_bytes
     # Backward passes of several devices run in threads of their own.
     with _lock:
-        if _capturing(device):
+        if capturing(device):
             return _captured(key, arrays, device)
         found = _uploads.get((device, key))
         if found is None:
@@ -173,25 +173,47 @@ def upload_schedule(schedule: Schedule, device: torch.device) -> tuple[Tensor, T
     return starts, runs, order
 
 
-def upload_fields(columns: Mapping[str, Sequence[int]], weights: int, device: torch.device) -> Tensor:
-    """The int64 table (weights, fields.WIDTH) with the given columns, 0 elsewhere, flattened."""
-    table = _table(columns, weights)
-    return upload(table.tobytes(), (table,), device)[0]
+def copy_rows(source: npt.NDArray[Any], target: Tensor) -> None:
+    """Queue a copy of ``source`` to ``target``, which lies on a device and has as many elements of the same size.
+
+    While a CUDA graph is captured, the copy becomes part of it, and its source is kept for every replay.
+
+    Raises:
+        RuntimeError: a graph is captured and no such step has run before.
+    """
+    packed = torch.from_numpy(np.ascontiguousarray(source).reshape(-1).view(np.uint8))
+    memory = target.view(torch.uint8)
+    if target.device.type != "cuda":
+        memory.copy_(packed)
+        return
+    with _lock:
+        if capturing(target.device):
+            content = source.tobytes()
+            host = _replayed.get(content)
+            if host is None:
+                host = _replayed[content] = _room.take(packed.numel()).copy_(packed)
+        else:
+            host = _pinned(packed.numel()).copy_(packed)
+    memory.copy_(host, non_blocking=True)
 
 
-def upload_fields_and_scales(
-    columns: Mapping[str, Sequence[int]], weights: int, scales: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """:func:`upload_fields`, and the scales in float32: those on the CPU travel with the table, others stay there."""
-    if scales.device.type != "cpu":
-        return upload_fields(columns, weights, device), vectors(scales)
-    table, numbers = _table(columns, weights), scales.detach().to(torch.float32).numpy()
-    fields_there, scales_there = upload((table.tobytes(), numbers.tobytes()), (table, numbers), device)
-    return fields_there, scales_there
+def reserve_for_captures() -> None:
+    """Set aside pinned memory for what a capture of the steps so far would send. Not while a graph is captured."""
+    with _lock:
+        _room.reserve(_cached_bytes + sum(table.nbytes for table in list(_tables)))
 
 
-def _table(columns: Mapping[str, Sequence[int]], weights: int) -> npt.NDArray[np.int64]:
-    table = np.zeros((weights, fields.WIDTH), np.int64)
-    for name, values in columns.items():
-        table[:, fields.INDEX[name]] = values
-    return table
+class SentTable(Protocol):
+    """Memory that a step sends, and a capture of the step would send again."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+_tables: weakref.WeakSet[SentTable] = weakref.WeakSet()
+
+
+def register_table(table: SentTable) -> None:
+    """Count ``table`` among what captures send, as long as it lives."""
+    with _lock:
+        _tables.add(table)

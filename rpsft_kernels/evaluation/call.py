@@ -1,0 +1,255 @@
+"""One call: its weights found, checked and staged; agreed on by all ranks; projected, summed, pulled back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..distributed import GroupCall, find_parameters
+from .agreement import digest, gradient_checksum, members_of
+from .bucket import Bucket, Gathered, Projected
+from .foreign_blocks import foreign_blocks
+from .gradients import Gradients, PullBack
+from .pairing import AnchoredWeight
+from .plan import Found, groups_of, known, prepare
+from .reduce import GroupReduction, start_drifts
+
+Check = Callable[[Sequence[AnchoredWeight]], None]
+
+
+class Call:
+    """A call that every rank has checked, and in which all ranks agree. Nothing is computed before :meth:`penalty` or
+    :meth:`accumulate_`.
+    """
+
+    def __init__(self, found: Found, stack: ExitStack, coeff: float | None) -> None:
+        self.weights, self._plan = found
+        self._coeff = coeff
+        self.group_calls: dict[str, GroupCall] = {}
+        self.gradients = Gradients(self.weights, coeff or 0.0, self._plan.tied)
+        self._runs = {id(program): stack.enter_context(program.run()) for program in self._plan.programs}
+        buckets = self._plan.buckets
+        # C of weights that lie over several processes travel while the rest is computed.
+        self._shared = [bucket for bucket in buckets if bucket.group_name]
+        self._local = [bucket for bucket in buckets if not bucket.group_name]
+        self._gathered: dict[int, Gathered] = {}
+        self._pulls: dict[int, list[PullBack]] = {}
+        self._staged: dict[int, list[Any]] = {}
+        self._checksums: dict[str, int] = {}
+
+    def _run(self, bucket: Bucket) -> ops.Run | None:
+        return None if bucket.program is None else self._runs[id(bucket.program)]
+
+    # -- before ranks agree -----------------------------------------------------------------------------------
+
+    def stage(self) -> None:
+        """Take the tensors of this call. Gradients that do not exist are made, unset.
+
+        Raises:
+            NoKernel, ValueError: an operation cannot be computed here. Nothing has been computed.
+        """
+        if self._coeff is not None:
+            # Before new gradients, of zeros, are among them.
+            for name in self._plan.descriptions:
+                self._checksums[name] = gradient_checksum(members_of(self.weights, name))
+        for bucket in (*self._shared, *self._local):
+            gathered = self._gathered[id(bucket)] = bucket.gather(self.weights)
+            run = self._run(bucket)
+            if run is not None:
+                keep = bool(bucket.group_name) or (self._coeff is None and torch.is_grad_enabled())
+                run.stage_projection(bucket.batch, gathered.operands, keep)
+                if self._coeff is None and torch.is_grad_enabled():
+                    self._stage_backward(run, bucket, gathered)
+            if self._coeff is not None:
+                self._stage_gradients(run, bucket, gathered)
+        for run in self._runs.values():
+            run.send()
+
+    def _stage_backward(self, run: ops.Run, bucket: Bucket, gathered: Gathered) -> None:
+        """A backward pass may find no kernel: better to hear of it now."""
+        matrices = gathered.operands.weights
+        wanted = [j for j, matrix in enumerate(matrices) if matrix.requires_grad]
+        if wanted:
+            operands = gathered.operands.pick(wanted) if len(wanted) < len(matrices) else gathered.operands
+            run.prepare_new_gradients(bucket.batch, wanted, operands, matrices[0].dtype)
+
+    def _stage_gradients(self, run: ops.Run | None, bucket: Bucket, gathered: Gathered) -> None:
+        pulls = self._pulls[id(bucket)] = self.gradients.pull_backs(bucket, gathered)
+        if run is not None:
+            self._staged[id(bucket)] = [pull.stage(run, bucket, None) for pull in pulls]
+
+    # -- between ranks ------------------------------------------------------------------------------------------
+
+    def agree(self, group_call: GroupCall) -> None:
+        """Go on only if all ranks of a group mean the same call.
+
+        Raises:
+            ValueError: they do not, or another rank has refused.
+        """
+        name = group_call.group.group_name
+        members = members_of(self.weights, name)
+        # A weight may be listed under one name only: those of lists are numbered.
+        shards = {one.name: one.weight.shard for one in members}
+        described = digest(self._plan.descriptions.get(name, b""), members, self._coeff)
+        checksums = group_call.agree(described, shards, self._checksums.get(name, 0))
+        if checksums[0] and len(set(checksums)) == 1:
+            raise ValueError(
+                f"{members[0].name}.grad: got gradients that are averaged over ranks already, expected those before "
+                "the backward pass that averages them: call accumulate_rotation_grad_ before the last "
+                "micro-batch's backward (each rank adds its own weights' share), or put rotation_penalty into the "
+                "loss. Every rank has seen the very same batch? Then they look alike"
+            )
+
+    # -- the computation ------------------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor:
+        """R, connected to the weights by autograd where gradients are on."""
+        _, summands = self._project_shared()
+        squares = [self._project(bucket).squares for bucket in self._local]
+        return self._total(squares + summands)
+
+    def accumulate_(self) -> Tensor:
+        """R; adds ``coeff * dR/dW`` to the gradients, after all sums have arrived and are known to be finite."""
+        shared, summands = self._project_shared()
+        for projected in shared:
+            self._pull_back_shared(projected)
+        squares = [self._project_and_pull_back(bucket) for bucket in self._local]
+        return self._total(squares + summands)
+
+    def _project(self, bucket: Bucket) -> Projected:
+        return bucket.project(self._run(bucket), self._gathered[id(bucket)], self.weights)
+
+    def _project_shared(self) -> tuple[list[Projected], list[Tensor]]:
+        """The buckets whose weights lie over several processes, and R of these in summands."""
+        shared = []
+        for bucket in self._shared:
+            projected = self._project(bucket)
+            if bucket.summed:
+                start_drifts(projected, self.group_calls[bucket.group_name])
+            shared.append(projected)
+        reductions = []
+        for name, group_call in self.group_calls.items():
+            members = [projected for projected in shared if projected.bucket.group_name == name]
+            if members:
+                reductions.append(GroupReduction.start(group_call, members, shared, self.weights))
+        for reduction in reductions:
+            reduction.finish()
+        # Where one group's ranks refuse, none waits for them in another.
+        for reduction in reductions:
+            reduction.check_health()
+        return shared, [summand for reduction in reductions for summand in reduction.summands(self.weights)]
+
+    def _pull_back_shared(self, projected: Projected) -> None:
+        bucket, run = projected.bucket, self._run(projected.bucket)
+        if run is None:
+            self._pull_back_directly(bucket, projected.drifts)
+            return
+        staged = [pull.stage(run, bucket, projected.drifts) for pull in self._pulls[id(bucket)]]
+        run.send()
+        self._pull_back(run, bucket, staged)
+
+    def _project_and_pull_back(self, bucket: Bucket) -> Tensor:
+        """Squares of a bucket that lies whole here; its C are gone before the next bucket's are made."""
+        run = self._run(bucket)
+        if run is None:
+            projected = self._project(bucket)
+            self._pull_back_directly(bucket, projected.drifts)
+            return projected.squares
+        with run.turn():
+            squares = self._project(bucket).squares
+            self._pull_back(run, bucket, self._staged[id(bucket)])
+        return squares
+
+    def _pull_back(self, run: ops.Run, bucket: Bucket, staged: Sequence[Any]) -> None:
+        self.gradients.keep_made()
+        for pull, operation in zip(self._pulls[id(bucket)], staged, strict=True):
+            run.pull_back_(operation, pull.scales)
+            self._write_back(pull)
+
+    def _pull_back_directly(self, bucket: Bucket, drifts: Sequence[Tensor]) -> None:
+        """Where nothing could be prepared."""
+        self.gradients.keep_made()
+        for pull in self._pulls[id(bucket)]:
+            chosen = [drifts[i] for i in pull.owners]
+            scales = torch.tensor(pull.scales, dtype=chosen[0].dtype)
+            ops.pull_back_(pull.targets, pull.operands, chosen, scales, pull.accumulate, bucket.backend)
+            self._write_back(pull)
+
+    def _write_back(self, pull: PullBack) -> None:
+        for i, grad in zip(pull.weights, pull.grads, strict=True):
+            self.weights[i].weight.write_back(grad)
+
+    def _total(self, summands: Sequence[Tensor]) -> Tensor:
+        device = self.weights[0].weight.device
+        # One concatenation and one sum, in a fixed order.
+        return torch.cat([summand.reshape(-1).to(device) for summand in summands]).sum()
+
+
+@contextmanager
+def open_call(weights: object, anchors: object, check: Check, coeff: float | None = None) -> Iterator[Call | None]:
+    """The call, checked by every rank and agreed on by all; None for an empty list of weights.
+
+    Args:
+        check: raises where this rank must refuse.
+        coeff: gradients are to be added to, multiplied by it.
+
+    Raises:
+        ValueError: what pairing and ``check`` raise; or another rank refused, or ranks differ in their anchors; or what
+            Triton compiles here for the GPU may compute wrong numbers. Nothing has changed.
+    """
+    found_before = known(weights, anchors)
+    parameters = None
+    if found_before is not None:
+        groups = found_before[1]
+    else:
+        parameters = find_parameters(weights) if isinstance(weights, nn.Module) else None
+        groups = groups_of(weights, parameters)
+    group_calls = {group.process_group.group_name: GroupCall(*group) for group in groups}
+    with ExitStack() as stack:
+        failure: Exception | None = None
+        call: Call | None = None
+        try:
+            found = prepare(weights, anchors, parameters, groups) if found_before is None else found_before[0]
+            check(found.weights)
+            if found.weights:
+                call = Call(found, stack, coeff)
+                call.group_calls = group_calls
+                call.stage()
+                for message in foreign_blocks(found):
+                    warnings.warn(message, UserWarning, stacklevel=4)
+        except Exception as error:
+            if call is not None:
+                call.gradients.drop_made()
+            if not group_calls:
+                raise
+            failure = error
+        try:
+            _propagate_refusals(call, group_calls, failure)
+            yield call
+        except BaseException:
+            if call is not None:
+                call.gradients.drop_made()
+            raise
+
+
+def _propagate_refusals(call: Call | None, group_calls: dict[str, GroupCall], failure: Exception | None) -> None:
+    """Raise on every rank where one has to. Ranks of several groups carry a refusal of one into the others: those hear
+    of it the second time at the latest.
+    """
+    for _ in range(min(2, len(group_calls))):
+        for group_call in group_calls.values():
+            try:
+                if failure is not None:
+                    group_call.agree(0, {}, failed=True)
+                elif call is not None:
+                    call.agree(group_call)
+            except ValueError as error:
+                failure = failure or error
+    if failure is not None:
+        raise failure

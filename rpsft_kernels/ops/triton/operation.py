@@ -1,0 +1,108 @@
+"""One operation on the weights of a batch, prepared for one stream: its rows of the table and its launches.
+
+An operation is staged at every call with the tensors at hand. Equal tensors cost a comparison; others at other
+addresses, that lie alike, cost their columns of the table; all else is planned anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .device import Profile
+from .launch import Launch
+from .layout import Facts, Problem
+from .schedule import Schedule
+from .scratch import Scratch, Sizes
+from .table import Rows
+from .upload import upload_schedule
+from .variants import Variant
+
+Key = TypeVar("Key")
+
+
+class Group(NamedTuple, Generic[Key]):
+    """The weights of a batch that share launches, by their places in it."""
+
+    key: Key
+    members: list[int]
+    problems: tuple[Problem, ...]
+
+
+class Operation(Generic[Key]):
+    """``count`` weights on ``rows``. Subclasses say how they are planned, and which launches that takes."""
+
+    sizes = Sizes()
+
+    def __init__(self, rows: Rows, device: torch.device, profile: Profile) -> None:
+        self.rows, self.device, self.profile = rows, device, profile
+        self._facts: Sequence[Facts] | None = None
+        self._columns: dict[str, list[int]] = {}
+        self._order: list[int] = []
+        self._generation = -1
+        self._launches: list[Launch] = []
+        # What the launches read beside the weights and the anchors: casts of these, and drifts of other makers.
+        self._held: list[Tensor] = []
+
+    def is_alike(self, facts: Sequence[Facts]) -> bool:
+        """Whether matrices (at other addresses, perhaps) lie as those did that were planned for. They are noted."""
+        if facts == self._facts:
+            return True
+        self._facts, self._generation = facts, -1
+        self._columns.clear()
+        return False
+
+    def order(self, groups: Sequence[Group[Key]]) -> None:
+        """Give the groups their rows, one behind the other."""
+        self._order = [member for group in groups for member in group.members]
+
+    def move(self, column: str, values: list[int]) -> None:
+        """Set a column, by the weights' places in the batch, where it differs."""
+        if self._columns.get(column) != values:
+            self._columns[column] = values
+            self.rows.write(column, [values[i] for i in self._order])
+
+    def bind(self, scratch: Scratch) -> None:
+        """Make the launches, where planning or a move of the scratch memory has made those at hand stale.
+
+        Raises:
+            NoKernel, ValueError: a kernel is missing, or must not run here.
+        """
+        if self._generation != scratch.generation:
+            self._launches = self.launches(scratch)
+            self._generation = scratch.generation
+        self.place_drifts(scratch)
+
+    def is_bound(self, scratch: Scratch) -> bool:
+        return self._generation == scratch.generation
+
+    def place_drifts(self, scratch: Scratch) -> None:
+        """Say where C lies, which may be in the scratch memory."""
+
+    def launches(self, scratch: Scratch) -> list[Launch]:
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Queue the launches."""
+        for launch in self._launches:
+            launch()
+
+    def scheduled(self, variant: Variant, schedule: Schedule, rows: Rows, *arguments: Tensor) -> Launch:
+        """The launch of a variant over ``rows``."""
+        arrays = upload_schedule(schedule, self.device)
+        return Launch(variant, schedule.programs_with_work, self.device, rows.memory(), *arrays, *arguments)
+
+
+def group_by_key(described: Sequence[tuple[Key, Problem]]) -> list[Group[Key]]:
+    found: dict[Key, list[int]] = {}
+    for i, (key, _) in enumerate(described):
+        found.setdefault(key, []).append(i)
+    return [Group(key, members, tuple(described[i][1] for i in members)) for key, members in found.items()]
+
+
+def facts_of(matrices: Sequence[Tensor]) -> list[Facts]:
+    # Plain tuples: this runs for every weight of every step.
+    return [(m.shape, m.stride(), m.dtype, m.data_ptr() & 15) for m in matrices]  # type: ignore[misc]

@@ -1,0 +1,260 @@
+"""Many batches of weights on one device, prepared: their operations, one table for all of them, and scratch memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operands import Operands
+from . import device as devices
+from .aot import dispatch as aot
+from .full_form import FullProjection, FullPullBack
+from .layout import Facts, vectors
+from .operation import Operation, facts_of
+from .project_drift import Projection, addresses_of, up
+from .pull_back import PullBack
+from .scratch import Scratch, scratch_of
+from .table import Rows, Table
+from .upload import capturing, reserve_for_captures
+
+# More operations than a step can need mean that what is asked for keeps changing: they are dropped then.
+_MOST_OPERATIONS = 4096
+# States kept for each stream; concurrent calls have one each.
+_MOST_STATES = 2
+_MOST_STREAMS = 4
+
+
+class Program:
+    """The batches of a plan, by their numbers of matrices. Any number of threads and streams may run it at a time."""
+
+    def __init__(self, device: torch.device, counts: Sequence[int]) -> None:
+        self._device, self._counts = device, list(counts)
+        self._free: dict[int, list[Run]] = {}
+
+    @contextmanager
+    def run(self) -> Iterator[Run]:
+        """What one call uses, on the device's current stream, and no other call meanwhile."""
+        device = self._device
+        if capturing(device):
+            # The graph's own: nothing that the program keeps may be written at a replay.
+            yield Run(device, self._counts, Scratch(device), _circumstances(device))
+            return
+        stream, circumstances = _stream(device), _circumstances(device)
+        free = self._free.get(stream, [])
+        run = free.pop() if free else None
+        if run is None or run.circumstances != circumstances:
+            run = Run(device, self._counts, scratch_of(device, stream), circumstances)
+        before = len(run.operations)
+        try:
+            yield run
+        finally:
+            run.end()
+            if device.type == "cuda" and len(run.operations) != before:
+                reserve_for_captures()
+            self._keep(stream, run)
+
+    def _keep(self, stream: int, run: Run) -> None:
+        if stream not in self._free and len(self._free) >= _MOST_STREAMS:
+            self._free.clear()
+        free = self._free.setdefault(stream, [])
+        if len(free) < _MOST_STATES:
+            free.append(run)
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def _circumstances(device: torch.device) -> tuple[Any, ...]:
+    """Everything but the operands that decides which launches a call makes."""
+    return devices.device_profile(device), aot.mode() if device.type == "cuda" else ""
+
+
+class Run:
+    """One call's use of a program. Stage all operations, send, then queue them.
+
+    Attributes:
+        squares: float32, the squares of every batch's matrices, behind each other; valid until the next run.
+        circumstances: what it was made under.
+    """
+
+    def __init__(
+        self, device: torch.device, counts: Sequence[int], scratch: Scratch, circumstances: tuple[Any, ...]
+    ) -> None:
+        self.circumstances = circumstances
+        self.operations: dict[Any, Operation[Any]] = {}
+        self._device, self._profile, self._scratch = device, circumstances[0], scratch
+        self._offsets = [0]
+        for count in counts:
+            self._offsets.append(self._offsets[-1] + count)
+        self.squares = torch.empty(self._offsets[-1], dtype=torch.float32, device=device)
+        self._scales: Tensor | None = None
+        # A gradient may be written and added to in one call: three rows for most matrices.
+        self._tables: list[Table] = [Table(device, 3 * self._offsets[-1])]
+        self._staged: list[Operation[Any]] = []
+        self._drifts: dict[int, list[Tensor]] = {}
+        self._held: list[Any] = []
+
+    def end(self) -> None:
+        """Let go of the call's tensors."""
+        self._staged.clear()
+        self._drifts.clear()
+        self._held.clear()
+        if len(self.operations) > _MOST_OPERATIONS:
+            self.operations.clear()
+            self._tables = [Table(self._device, 3 * self._offsets[-1])]
+
+    def _operation(self, key: Any, count: int, make: Callable[[Rows], Operation[Any]]) -> Any:
+        found = self.operations.get(key)
+        if found is None:
+            if not self._tables[-1].has_room(count):
+                self._tables.append(Table(self._device, max(count, 3 * self._offsets[-1])))
+            found = self.operations[key] = make(self._tables[-1].take(count))
+        return found
+
+    # -- what is to be computed -----------------------------------------------------------------------------
+
+    def stage_projection(self, batch: int, operands: Operands, keep: bool) -> None:
+        """Prepare the drifts and squares of a batch. ``keep``: in memory of their own; else they are gone when the next
+        batch is projected.
+        """
+        made = FullProjection if operands.full else Projection
+        operation = self._operation(
+            ("project", batch),
+            len(operands.weights),
+            lambda rows: made(rows, self._device, self._profile, self.squares, self._offsets[batch]),
+        )
+        addresses = None
+        if operands.full:
+            self._drifts[batch] = [operands.weights[0].new_empty((0, 0), dtype=torch.float32)] * len(operands.weights)
+        elif keep:
+            self._drifts[batch] = drifts = new_drifts([left.shape[1] for left in operands.lefts], self._device)
+            addresses = addresses_of(drifts)
+        operation.stage(operands, addresses)
+        self._staged.append(operation)
+
+    def stage_pull_back(
+        self,
+        batch: int,
+        members: Sequence[int],
+        operands: Operands,
+        grads: Sequence[Tensor],
+        scales: Sequence[float] | Tensor,
+        accumulate: bool,
+        drifts: Sequence[Tensor] | None = None,
+    ) -> Operation[Any]:
+        """Prepare gradients of some of a batch's matrices.
+
+        Args:
+            members: their places in the batch.
+            operands: theirs alone.
+            scales: numbers, or (n,) on the device.
+            drifts: C (k, k) of each; None: what the batch's projection leaves in the scratch memory.
+        """
+        operation = self._pull_back(batch, members, operands, scales, accumulate)
+        where: Any = None
+        if not operands.full:
+            if drifts is None:
+                where = self.operations["project", batch], list(members)
+            else:
+                aligned = [vectors(drift) for drift in drifts]
+                self._held.append(aligned)
+                where = addresses_of(aligned)
+        numbers = None if isinstance(scales, Tensor) else scales
+        operation.stage(operands, facts_of(grads), addresses_of(grads), where, numbers)
+        self._staged.append(operation)
+        found: Operation[Any] = operation
+        return found
+
+    def prepare_new_gradients(self, batch: int, members: Sequence[int], operands: Operands, dtype: torch.dtype) -> None:
+        """Find out now whether gradients of ``dtype`` that a backward pass will make can be computed.
+
+        Raises:
+            NoKernel, ValueError: a kernel is missing, or must not run here.
+        """
+        scales = torch.empty(0)
+        operation = self._pull_back(batch, members, operands, scales, False)
+        shapes = [w.shape for w in operands.weights] if operands.full else [
+            (u.shape[0], v.shape[0]) for u, v in zip(operands.lefts, operands.rights, strict=True)
+        ]  # fmt: skip
+        facts: list[Facts] = [((m, n), (n, 1), dtype, 0) for m, n in shapes]
+        if operation.expects(operands, facts):
+            return
+        nothing = [0] * len(shapes)
+        operation.stage(operands, facts, nothing, nothing, None)
+        self._staged.append(operation)
+
+    def _pull_back(
+        self, batch: int, members: Sequence[int], operands: Operands, scales: Sequence[float] | Tensor, accumulate: bool
+    ) -> Any:
+        made = FullPullBack if operands.full else PullBack
+        on_device = isinstance(scales, Tensor)
+        memory = self._device_scales() if on_device else None
+        return self._operation(
+            ("pull", batch, tuple(members), accumulate, on_device),
+            len(members),
+            lambda rows: made(rows, self._device, self._profile, accumulate, memory),
+        )
+
+    def _device_scales(self) -> Tensor:
+        if self._scales is None:
+            self._scales = torch.empty(max(1, self._offsets[-1]), dtype=torch.float32, device=self._device)
+        return self._scales
+
+    def send(self) -> None:
+        """Send what has changed of the table.
+
+        Raises:
+            NoKernel, ValueError: a kernel of a staged operation is missing, or must not run here. Nothing has been
+                launched.
+        """
+        with self._scratch.lock:
+            for operation in self._staged:
+                self._scratch.reserve(operation.sizes)
+            for operation in self._staged:
+                operation.bind(self._scratch)
+            for table in self._tables:
+                table.send()
+
+    # -- queueing it ----------------------------------------------------------------------------------------
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """Held while a batch is projected and pulled back, where its drifts are not kept."""
+        return self._scratch.lock
+
+    def project(self, batch: int) -> list[Tensor]:
+        """The drifts of a batch; [] where they are not kept."""
+        self._queue(self.operations["project", batch])
+        return self._drifts.get(batch, [])
+
+    def squares_of(self, batch: int) -> Tensor:
+        """The squares of a projected batch, a view of :attr:`squares`."""
+        return self.squares[self._offsets[batch] : self._offsets[batch + 1]]
+
+    def pull_back_(self, operation: Operation[Any], scales: Sequence[float] | Tensor = ()) -> None:
+        """Queue what :meth:`stage_pull_back` gave; ``scales`` again where they lie on the device."""
+        with self._scratch.lock:
+            if isinstance(scales, Tensor):
+                self._device_scales()[: len(scales)].copy_(scales)
+            self._queue(operation)
+
+    def _queue(self, operation: Operation[Any]) -> None:
+        with self._scratch.lock:
+            if not operation.is_bound(self._scratch):
+                # Another program of this stream needed larger buffers meanwhile.
+                self.send()
+            operation.run()
+
+
+def new_drifts(ranks: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Memory for C (k, k) of each rank, in float32, each at a multiple of 16 bytes; one allocation."""
+    sizes = [up(rank * rank, 4) for rank in ranks]
+    memory = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+    if len(set(ranks)) == 1 and sizes[0] == ranks[0] ** 2:
+        return list(memory.view(len(ranks), ranks[0], ranks[0]).unbind())
+    pieces: Sequence[Tensor] = torch.split(memory, sizes)
+    return [piece[: rank * rank].view(rank, rank) for piece, rank in zip(pieces, ranks, strict=True)]
