@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from small_models import tiny_llama
 from support import exact_gradient, exact_moved, exact_penalty, random_matrix
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import rpsft_kernels as rk
 
@@ -46,19 +46,7 @@ LOOPS = {
 
 
 def _pretrained(layers: int = 2, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).to(device, dtype).train()
+    model = tiny_llama(vocab_size=97, num_hidden_layers=layers).to(device, dtype).train()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     return model
 

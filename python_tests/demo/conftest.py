@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from small_models import tiny_llama
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rpsft_kernels as rk
 from rpsft_kernels.demo.model import load_smollm2
@@ -28,18 +28,7 @@ def tokenizer() -> Characters:
 @pytest.fixture
 def tiny() -> PreTrainedModel:
     """Two layers of width 32, random, float32, in eval mode; a new one for each test."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(vocab_size=VOCABULARY, max_position_embeddings=2048).eval()
 
 
 @pytest.fixture

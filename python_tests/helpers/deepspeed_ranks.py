@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +16,14 @@ from llama import (
     drift,
     errors,
     expected,
+    expected_with,
     llama,
     own_batch,
     task_loss,
     train_alone,
     whole_anchors,
 )
+from small_models import refused
 from torch import Tensor, nn
 
 import rpsft_kernels as rk
@@ -134,14 +135,6 @@ def partition_errors(before: dict[str, Tensor], after: dict[str, Tensor], wanted
     return worst
 
 
-def refused(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return "accepted"
-
-
 def partitioned(
     sharded_anchors: bool,
     anchor_options: dict[str, Any],
@@ -153,9 +146,7 @@ def partitioned(
     """ZeRO-3: at the anchor and on a drifted model, against float64."""
     model, moved = llama(), llama(torch.bfloat16 if bfloat16 else torch.float32)
     drift(moved)
-    # In the block form the bases alone decide what the penalty is.
-    form = {key: value for key, value in anchor_options.items() if key != "keep_base"}
-    penalty, wanted = expected(moved, whole_anchors(model, **form))
+    penalty, wanted = expected_with(anchor_options, model, moved)
     scale = COEFF * options.get("loss_scale", 1.0)
     wanted = {name: scale * g for name, g in wanted.items() if not (frozen and name.startswith(frozen))}
     anchors = whole_anchors(model, **anchor_options)

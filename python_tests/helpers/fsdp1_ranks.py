@@ -13,13 +13,14 @@ from llama import (
     distance,
     drift,
     errors,
-    expected,
+    expected_with,
     llama,
     own_batch,
     task_loss,
     train_alone,
     whole_anchors,
 )
+from small_models import refused
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
@@ -98,14 +99,6 @@ def move(model: Any, moved: nn.Module) -> None:
             parameter.copy_(whole[clean(name)])
 
 
-def refused(call: Any) -> str:
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return "accepted"
-
-
 def pretrained(tied: bool) -> Any:
     model = llama()
     if not tied:
@@ -118,9 +111,7 @@ def compare(sharded_anchors: bool, anchor_options: dict[str, Any], tied: bool = 
     anchors = whole_anchors(pretrained(tied), **anchor_options)
     moved = pretrained(tied)
     drift(moved)
-    # In the block form the bases alone decide what the penalty is.
-    form = {key: value for key, value in anchor_options.items() if key != "keep_base"}
-    penalty, wanted = expected(moved, whole_anchors(pretrained(tied), **form))
+    penalty, wanted = expected_with(anchor_options, pretrained(tied), moved)
     frozen = options.get("frozen", ())
     wanted = {name: COEFF * g for name, g in wanted.items() if not name.startswith(frozen)}
 

@@ -13,13 +13,14 @@ from llama import (
     distance,
     drift,
     errors,
-    expected,
+    expected_with,
     llama,
     own_batch,
     task_loss,
     train_alone,
     whole_anchors,
 )
+from small_models import refused
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -75,10 +76,7 @@ def compare(
     anchors = whole_anchors(model, **anchor_options)
     moved = llama(dtype)
     drift(moved)
-    reference = whole_anchors(model)
-    if anchor_options:
-        reference = whole_anchors(model, **{k: v for k, v in anchor_options.items() if k != "keep_base"})
-    penalty, wanted = expected(moved, reference)
+    penalty, wanted = expected_with(anchor_options, model, moved)
     model = wrapped(model, **options)
     if sharded_anchors:
         anchors = rk.Anchors.from_model(model, RANK, progress=False, **{"basis_dtype": torch.float32, **anchor_options})
@@ -97,11 +95,7 @@ def compare(
             )
             parameter.copy_(other)
     if sharded_anchors:
-        try:
-            anchors.verify(model)
-            anchors_verified = False
-        except ValueError as error:
-            anchors_verified = "got other values" in str(error)
+        anchors_verified = "got other values" in refused(lambda: anchors.verify(model))
     loss = task_loss(model, own_batch()) * 0
     penalties = [rk.rotation_penalty(model, anchors)]
     (loss + COEFF * penalties[0]).backward()

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from small_models import tiny_llama
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import rpsft_kernels as rk
 
@@ -17,20 +18,13 @@ COEFF = 0.3
 
 def llama(dtype: torch.dtype = torch.float32, intermediate_size: int = 85) -> LlamaForCausalLM:
     """The pretrained model: grouped queries, tied embeddings, sizes that few numbers of ranks divide."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    model: LlamaForCausalLM = tiny_llama(
         hidden_size=48,
         intermediate_size=intermediate_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         vocab_size=101,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
         initializer_range=0.1,
         attn_implementation="eager",
     )
-    model = LlamaForCausalLM(config)
     # Its own dtype is exact in bfloat16, as checkpoints are.
     return model.bfloat16().to(dtype)
 
@@ -63,6 +57,13 @@ def expected(model: nn.Module, anchors: rk.Anchors) -> tuple[float, dict[str, Te
             gradients[name] = 2 * moved
         total += float(projected.square().sum())
     return total, gradients
+
+
+def expected_with(options: dict[str, Any], pretrained: nn.Module, moved: nn.Module) -> tuple[float, dict[str, Tensor]]:
+    """:func:`expected` of a moved model, for anchors that ``Anchors.from_model`` makes with these options."""
+    # In the block form the bases alone decide what the penalty is.
+    kept = {key: value for key, value in options.items() if key != "keep_base"}
+    return expected(moved, whole_anchors(pretrained, **kept))
 
 
 def batch(size: int = 12) -> Tensor:

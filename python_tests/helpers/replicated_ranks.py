@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from llama import COEFF, RANK, batch, distance, drift, errors, expected, llama, own_batch, task_loss, train_alone
+from small_models import found_at_anchor, linear_layers, mean_square, refused, vectors
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,17 +37,9 @@ class Setting:
         return self.inputs().chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _layers(sizes: tuple[int, ...]) -> Any:
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for inner, outer in pairwise(sizes):
-        layers += [nn.Linear(inner, outer), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
 def _long() -> Any:
     """Weights (512, 96) and (96, 512): cut through rows and through columns."""
-    return _layers((96, 512, 96, 512))
+    return linear_layers((96, 512, 96, 512))
 
 
 def _partly_frozen() -> Any:
@@ -58,24 +50,19 @@ def _partly_frozen() -> Any:
 
 def _two_small() -> Any:
     """Weights too small to be cut: of 4 ranks, some have nothing to do."""
-    return _layers((60, 40, 30))
-
-
-def _mean_square(model: Any, inputs: Tensor) -> Tensor:
-    result: Tensor = model(inputs).square().mean()
-    return result
+    return linear_layers((60, 40, 30))
 
 
 def _vectors() -> Tensor:
-    return torch.randn(12, 96, generator=torch.Generator().manual_seed(2))
+    return vectors(96)
 
 
 SETTINGS = {
     "llama": Setting(llama, task_loss, batch, RANK),
-    "cut weights": Setting(_long, _mean_square, _vectors, RANK),
-    "a frozen weight": Setting(_partly_frozen, _mean_square, _vectors, RANK),
-    "fewer weights than ranks": Setting(_two_small, _mean_square, lambda: _vectors()[:, :60], RANK),
-    "compiled": Setting(_long, _mean_square, _vectors, RANK, compiled=True),
+    "cut weights": Setting(_long, mean_square, _vectors, RANK),
+    "a frozen weight": Setting(_partly_frozen, mean_square, _vectors, RANK),
+    "fewer weights than ranks": Setting(_two_small, mean_square, lambda: _vectors()[:, :60], RANK),
+    "compiled": Setting(_long, mean_square, _vectors, RANK, compiled=True),
 }
 
 
@@ -100,15 +87,7 @@ class Moved:
 
     def compared(self, anchors: rk.Anchors) -> dict[str, Any]:
         """Every way of calling against float64; everything that a test looks at."""
-        at_anchor = [
-            rk.rotation_penalty(self.pretrained, anchors),
-            rk.accumulate_rotation_grad_(self.pretrained, anchors, COEFF),
-        ]
-        result: dict[str, Any] = {
-            "at anchor": [p.item() for p in at_anchor],
-            "gradient at anchor": max([float(g.abs().max()) for g in _gradients(self.pretrained).values()], default=0),
-        }
-        self.pretrained.zero_grad()
+        result = found_at_anchor(self.pretrained, anchors, COEFF, _gradients)
         penalties: list[Tensor] = []
         bits: list[float] = []
         # What the calls add to the task's gradients: these come out the same without them, to the last bit.
@@ -154,12 +133,9 @@ class Moved:
     def _refused(self, anchors: rk.Anchors) -> tuple[str, bool]:
         """What the call raises after the backward pass that averages, and whether gradients are as they were."""
         before = self._step(False, lambda: 0.0, lambda: None)
-        try:
-            rk.accumulate_rotation_grad_(self.model, anchors, COEFF)
-        except ValueError as error:
-            after = _gradients(self.model)
-            return str(error), set(after) == set(before) and all(torch.equal(after[n], g) for n, g in before.items())
-        return "", False
+        message = refused(lambda: rk.accumulate_rotation_grad_(self.model, anchors, COEFF))
+        after = _gradients(self.model)
+        return message, set(after) == set(before) and all(torch.equal(after[n], g) for n, g in before.items())
 
 
 def compare_all(cases: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -239,17 +215,14 @@ def refusals() -> dict[str, list[str]]:
     model = DistributedDataParallel(pretrained)
     divided = rk.Anchors.from_model(model, RANK, progress=False)
     cases = {"divided anchors": (model.module, divided), "whole blocks": (model, whole_blocks)}
-    messages = {name: [_raised(*case, accumulate=call) for call in (False, True)] for name, case in cases.items()}
+    messages = {name: _raised(*case) for name, case in cases.items()}
     assert not _gradients(model)
     return messages
 
 
-def _raised(model: nn.Module, anchors: rk.Anchors, accumulate: bool) -> str:
-    try:
-        if accumulate:
-            rk.accumulate_rotation_grad_(model, anchors, COEFF)
-        else:
-            rk.rotation_penalty(model, anchors)
-    except ValueError as error:
-        return str(error)
-    return ""
+def _raised(model: nn.Module, anchors: rk.Anchors) -> list[str]:
+    """What each call raises."""
+    return [
+        refused(lambda: rk.rotation_penalty(model, anchors)),
+        refused(lambda: rk.accumulate_rotation_grad_(model, anchors, COEFF)),
+    ]

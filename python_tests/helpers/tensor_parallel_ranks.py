@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
+import small_models
 import torch
 import torch.distributed as dist
 from llama import COEFF, RANK, batch, drift, errors, expected, llama, task_loss
+from small_models import found_at_anchor, linear_layers, mean_square, vectors
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -60,12 +61,7 @@ def _llama_on_both(model: Any, mesh: DeviceMesh) -> nn.Module:
 
 def _layers() -> nn.Module:
     """Sizes that 3 divides nowhere; of a weight of 4 rows or columns, the third rank has none."""
-    torch.manual_seed(0)
-    sizes = (20, 50, 31, 4, 25, 7)
-    layers: list[nn.Module] = []
-    for inner, outer in pairwise(sizes):
-        layers += [nn.Linear(inner, outer), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
+    return linear_layers((20, 50, 31, 4, 25, 7))
 
 
 def _layers_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -74,13 +70,8 @@ def _layers_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return parallelize_module(model, mesh["tp"], {"0": columnwise, "2": rowwise, "4": columnwise, "6": rowwise})
 
 
-def _mean_square(model: Any, inputs: Tensor) -> Tensor:
-    result: Tensor = model(inputs).square().mean()
-    return result
-
-
 def _vectors() -> Tensor:
-    return torch.randn(12, 20, generator=torch.Generator().manual_seed(2))
+    return vectors(20)
 
 
 def _even() -> Any:
@@ -95,7 +86,7 @@ def _uneven() -> Any:
 
 SETTINGS = {
     "llama": Setting(2, RANK, _uneven, _llama_tensor_parallel, task_loss, batch, (2,)),
-    "uneven layers": Setting(3, 3, _layers, _layers_tensor_parallel, _mean_square, _vectors, (3,)),
+    "uneven layers": Setting(3, 3, _layers, _layers_tensor_parallel, mean_square, _vectors, (3,)),
     "llama under FSDP2": Setting(4, RANK, _even, _llama_on_both, task_loss, batch, (2, 2)),
     "uneven llama under FSDP2": Setting(4, RANK, _uneven, _llama_on_both, task_loss, batch, (2, 2)),
 }
@@ -134,16 +125,8 @@ class Moved:
 
     def compared(self, anchors: rk.Anchors) -> dict[str, Any]:
         """Both calls against float64; everything that a test looks at."""
-        at_anchor = [
-            rk.rotation_penalty(self.pretrained, anchors),
-            rk.accumulate_rotation_grad_(self.pretrained, anchors, COEFF),
-        ]
-        result: dict[str, Any] = {
-            "at anchor": [p.item() for p in at_anchor],
-            "gradient at anchor": max(float(g.abs().max()) for g in _gradients(self.pretrained).values()),
-            "empty": any(anchor.part is not None and not anchor.part.numel for anchor in anchors.values()),
-        }
-        self.pretrained.zero_grad()
+        result = found_at_anchor(self.pretrained, anchors, COEFF, _gradients)
+        result["empty"] = any(anchor.part is not None and not anchor.part.numel for anchor in anchors.values())
         self.model.zero_grad()
         penalties = [rk.rotation_penalty(self.model, anchors)]
         # The task's gradient is nought, but comes the way it always does: through hooks, with placements of its own.
@@ -235,9 +218,5 @@ def refused(case: str, culprit: int) -> tuple[str, list[str]]:
         zeros = torch.zeros(parameter.shape)
         whole = [Replicate() for _ in parameter.placements]
         parameter.grad = DTensor.from_local(zeros, parameter.device_mesh, whole, run_check=False)
-    message = ""
-    try:
-        rk.accumulate_rotation_grad_(model, anchors, COEFF)
-    except ValueError as error:
-        message = str(error)
+    message = small_models.refused(lambda: rk.accumulate_rotation_grad_(model, anchors, COEFF))
     return message, [name for name, p in model.named_parameters() if p.grad is not None and p is not parameter]

@@ -1,4 +1,4 @@
-"""The launcher of kernels compiled ahead of time (csrc/launcher), without a GPU: a stand-in takes the driver's place."""
+"""The launcher of kernels compiled ahead of time (csrc/launcher), without a GPU: a stand-in is the driver."""
 
 from __future__ import annotations
 
