@@ -72,13 +72,18 @@ void pull_back_bfloat16(const Pullback& p, bool accumulate, std::uint32_t* works
   pull_back_into<Float32>(p, accumulate, workspace, team);
 }
 
+// The bases may be bfloat16 or float32. Neither always needs the larger workspace: pairs use larger blocks up to rank
+// 256, float32 words only up to rank 128.
+Index pull_back_words_of_either(Index rank, int threads) {
+  return larger(pull_back_words<Bfloat16Pair>(rank, threads), pull_back_words<Float32>(rank, threads));
+}
+
 }  // namespace
 
 namespace rpsft {
 
 Kernels avx512_bf16_kernels() {
-  // Anchors may be float32, whose words need the larger workspace.
-  return {"avx512_bf16", project_words<Bf16Lanes>, pull_back_words<Float32>, project_bfloat16, pull_back_bfloat16};
+  return {"avx512_bf16", project_words<Bf16Lanes>, pull_back_words_of_either, project_bfloat16, pull_back_bfloat16};
 }
 
 }  // namespace rpsft
