@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ import triton
 from torch import Tensor
 
 from .kernels.table import KERNELS, kernel_constants
-from .launch import is_vetted
 from .variants import Variant
 from .vetting import findings, refusal
 
@@ -50,6 +50,14 @@ def bind_jit(
             _start(variant, programs, arguments, constants, options)
 
     return start
+
+
+@lru_cache(maxsize=64)
+def is_vetted(index: int) -> bool:
+    """Whether a CUDA device has products that run on behind their instruction, which only compute capability 9.0 has:
+    what Triton compiles for it is looked at first, and may be refused.
+    """
+    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
 
 
 def _check(variant: Variant, device: torch.device, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -35,14 +34,6 @@ def watched(watcher: Watcher) -> Iterator[None]:
         yield
     finally:
         _watcher.reset(token)
-
-
-@lru_cache(maxsize=64)
-def is_vetted(index: int) -> bool:
-    """Whether a CUDA device has products that run on behind their instruction, which only compute capability 9.0 has:
-    what Triton compiles for it is looked at first, and may be refused.
-    """
-    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
 
 
 class Launch:
