@@ -28,6 +28,7 @@ from filling import Case, findings, make_inputs
 from parts import Counts, Outcome, Part, run_part, run_parts
 
 from rpsft_kernels.ops.triton import toolchain
+from rpsft_kernels.ops.triton.aot.targets import BY_CAPABILITY
 
 HERE = Path(run.__file__).parent
 FINDS = "import sys, time, pathlib; here = pathlib.Path(sys.argv[1])\n"
@@ -215,7 +216,7 @@ def with_triton(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
         return version
 
     monkeypatch.setattr(importlib.metadata, "version", found)
-    monkeypatch.setattr(toolchain, "triton_missing", lambda: "" if version else "the package triton is not installed")
+    monkeypatch.setattr(toolchain, "triton_missing", lambda: None if version else "the package triton is not installed")
 
 
 @pytest.mark.parametrize(
@@ -248,10 +249,12 @@ def test_another_triton_gets_an_environment_of_its_own(
 
 
 def library(**changes: Any) -> SimpleNamespace:
-    arches = [("sm_90a", SimpleNamespace(number=90))]
     manifest = {"only": "", "left_out": [], **changes}
     return SimpleNamespace(
-        manifest=manifest, arches=lambda: arches, held=lambda: "sm_90a", summary=lambda: "a summary of kernels"
+        manifest=manifest,
+        generations=[BY_CAPABILITY[90]],
+        arch_names=lambda: "sm_90a",
+        summary=lambda: "a summary of kernels",
     )
 
 

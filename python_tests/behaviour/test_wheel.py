@@ -249,7 +249,7 @@ def test_kernels_that_cannot_be_compiled_are_no_reason_not_to_install(linked: Pa
     assert held(wheel) == ["rpsft_kernels/_kernels_build.txt"]
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
-    program = "from rpsft_kernels.ops.triton.aot import dispatch; print(dispatch.installed())"
+    program = "from rpsft_kernels.ops.triton.aot import dispatch; print(dispatch.kernels_missing())"
     installed = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
     )

@@ -68,9 +68,9 @@ def stale(folder: Path, capability: int) -> str:
         library = Library.open(folder)
     except ValueError as error:
         return str(error)
-    own = [name for name, arch in library.arches() if arch.number == capability]
+    own = [row.arch for row in library.generations if row.capability == capability]
     if not own:
-        return f"the kernels in {folder} are for {library.held()}"
+        return f"the kernels in {folder} are for {library.arch_names()}"
     if library.manifest["only"]:
         return f"the kernels in {folder} are a selection: {library.manifest['only']}"
     left_out = [each for each in library.manifest["left_out"] if each["arch"] in own]
@@ -84,7 +84,7 @@ def compiler(capability: int) -> tuple[str, str]:
     """A Python whose Triton compiles right code for a GPU, or "" and why there is none."""
     from rpsft_kernels.ops.triton import toolchain
 
-    why = toolchain.triton_missing() or (toolchain.products_unsafe() if capability // 10 == 9 else "")
+    why = toolchain.triton_missing() or (toolchain.products_unsafe() if capability // 10 == 9 else None)
     if not why:
         return sys.executable, ""
     python = ENVIRONMENT / "bin" / "python"

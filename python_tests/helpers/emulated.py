@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rpsft_kernels.ops import Operands
 from rpsft_kernels.ops.triton import backend as kernels
+from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.layout import TYPE_NAMES
-from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
+from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import WEIGHT_AND_BASE, Variant
 
 BOTH = (False, True)

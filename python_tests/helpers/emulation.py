@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rpsft_kernels.ops.triton import full_form, project_drift, pull_back
+from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.device import Profile
-from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS
 from rpsft_kernels.ops.triton.variants import ARGUMENTS, Variant
 
 # Few, so that a program walks several tiles and weights.

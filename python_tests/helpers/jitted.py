@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 
 from rpsft_kernels.ops.triton import jit
-from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
+from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
+from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import ARGUMENT_TYPES, ARGUMENTS, list_variants
 
 _DTYPES = {"*i64": torch.int64, "*i32": torch.int32, "*fp32": torch.float32}

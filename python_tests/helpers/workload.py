@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rpsft_kernels.ops.triton import full_form, project_drift, pull_back
+from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.device import Profile
-from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS
 from rpsft_kernels.ops.triton.variants import Variant
 
 DEVICE, STREAM, MULTIPROCESSORS = 1, 0x7700, 8
@@ -82,7 +82,7 @@ def main(folder: str, table: str, driver: str) -> None:
         return scratch[-1][1:]
 
     vars(aot_dispatch).update(
-        installed=lambda: library,
+        _open_installed=lambda: (library, None),
         _scratch=allocate,
         _facts=lambda index: Device(int(table[3:]), 227 << 10, 12040),
     )

@@ -64,9 +64,10 @@ class World:
         # What a build left out: see ``aot_compile.LeftOut``.
         self.left_out: list[dict[str, str]] = []
         for module in (aot_dispatch, aot_loader):
-            monkeypatch.setattr(module, "binding", lambda: self.native)
+            monkeypatch.setattr(module, "launcher", lambda: self.native)
+            monkeypatch.setattr(module, "launcher_missing", lambda: None)
         for cause in ("triton_missing", "compiler_missing"):
-            monkeypatch.setattr(toolchain, cause, str)
+            monkeypatch.setattr(toolchain, cause, lambda: None)
         monkeypatch.setattr(aot_dispatch, "_scratch", self._scratch)
         monkeypatch.setattr(jit, "launch_jit", lambda variant, *_: self.compiled.append(variant))
         monkeypatch.setattr(torch.version, "hip", None)
@@ -91,7 +92,7 @@ class World:
         found |= {"versions": {"triton": "3.9.0"}, "left_out": self.left_out} | manifest
         (self.folder / MANIFEST).write_text(json.dumps(found))
         library = Library.open(self.folder)
-        self.monkeypatch.setattr(aot_dispatch, "installed", lambda: library)
+        self.monkeypatch.setattr(aot_dispatch, "_open_installed", lambda: (library, None))
 
     @staticmethod
     def entry(variant: Variant, arch: str, ptx: bool = False, shared: int = 1024, scratch: int = 0) -> dict[str, Any]:

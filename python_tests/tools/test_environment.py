@@ -137,7 +137,8 @@ def test_an_installation_without_engine_and_launcher(monkeypatch: pytest.MonkeyP
     why = "this installation carries no compiled CPU engine: no C++ compiler: c++ was not found"
     monkeypatch.setattr(native, "_load", lambda: (None, why))
     monkeypatch.setattr(native, "instruction_sets", lambda: ())
-    monkeypatch.setattr(aot_loader, "binding", lambda: "this installation carries no native module to launch them")
+    missing = "this installation carries no native module to launch them"
+    monkeypatch.setattr(aot_loader, "_import_launcher", lambda: (None, missing))
     lines = report()
     assert lines["instruction sets"] == lines["cpu native"] == why
     assert lines["CUDA driver"] == "this installation carries no native module to launch them"

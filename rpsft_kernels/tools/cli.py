@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     roofline.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
 
     build = commands.add_parser("compile", help="compile every kernel variant, print what each uses as JSON lines")
-    build.add_argument("--arch", default="sm_90", help="sm_80, sm_86, sm_90, sm_100, sm_120 or gfx942")
+    build.add_argument("--arch", default="sm_90", help="a tile table such as sm_80 or gfx942 (default: sm_90)")
     build.add_argument(
         "--rank", type=int, action="append", help="rank that chooses tile shapes (default: 768); repeatable"
     )
@@ -167,10 +167,11 @@ def _compile(options: argparse.Namespace) -> int:
     # The interpreter replaces the compiler where this is set; it is read when the kernels are imported.
     os.environ.pop("TRITON_INTERPRET", None)
     from ..ops.triton.aot.jobs import default_jobs
-    from ..ops.triton.compiler import TARGETS, survey
+    from ..ops.triton.aot.targets import BY_TABLE
+    from ..ops.triton.compiler import survey
 
-    if options.arch not in TARGETS:
-        raise SystemExit(f"--arch: got {options.arch!r}, expected one of {', '.join(TARGETS)}")
+    if options.arch not in BY_TABLE:
+        raise SystemExit(f"--arch: got {options.arch!r}, expected one of {', '.join(BY_TABLE)}")
     for resources in survey(options.arch, tuple(options.rank or (768,)), options.jobs or default_jobs()):
         print(json.dumps(dataclasses.asdict(resources)), flush=True)
     return 0
@@ -195,7 +196,7 @@ def _kernels(options: argparse.Namespace) -> int:
     if options.check is not None:
         return _check(options.check or str(FOLDER))
     library = aot.installed()
-    print(library if isinstance(library, str) else library.summary())
+    print(aot.kernels_missing() if library is None else library.summary())
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, backends, kernels found, and what they are to each device."""
+"""The facts that a bug report needs: versions, backends, kernels, and how each device uses them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from ..ops.dispatch import NAMES, load
 from ..ops.triton import toolchain
 from ..ops.triton.aot import dispatch as aot
 from ..ops.triton.aot import loader
+from ..ops.triton.aot.targets import Compatibility
 from ..ops.triton.machine_code.cubin import disassembler
 from ..version import __version__
 
 _PACKAGES = ("triton", "numpy", "safetensors", "transformers", "deepspeed")
-# Beside this package's own.
+# Variables to report besides this package's own.
 _VARIABLES = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "CC", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 _COLUMN = 24
 _Fact = tuple[str, Callable[[], str]]
 
 
 def environment_report() -> str:
-    """Lines of ``name: value``, nothing of which is secret. What cannot be found out says why in its place."""
+    """Lines of a name and a value, none of them secret. A value that cannot be found out is replaced by the reason."""
     lines = []
     for name, tell in _facts():
         value = _guarded(tell).replace("\n", "\n" + " " * _COLUMN)
@@ -36,7 +37,7 @@ def environment_report() -> str:
 
 
 def _guarded(tell: Callable[[], str]) -> str:
-    # Who asks has trouble already: a fact that cannot be told is one more, and no reason to keep back the others.
+    # One failing probe must not hide the others.
     try:
         return tell()
     except Exception as error:
@@ -45,7 +46,7 @@ def _guarded(tell: Callable[[], str]) -> str:
 
 def _facts() -> Iterator[_Fact]:
     yield "rpsft_kernels", lambda: __version__
-    # What pip knows: nothing of a source tree, and another version than that above where one hides the other.
+    # The version that pip knows: none for a source tree, and another one if a source tree hides an installation.
     yield "distribution", lambda: _version("rpsft_kernels")
     yield "python", lambda: f"{platform.python_version()} ({platform.python_implementation()})"
     yield "platform", platform.platform
@@ -55,7 +56,7 @@ def _facts() -> Iterator[_Fact]:
     for variable in sorted(name for name in os.environ if name.startswith("RPSFT_") or name in _VARIABLES):
         yield variable, partial(os.environ.__getitem__, variable)
     yield "threads", lambda: str(torch.get_num_threads())
-    yield "instruction sets", lambda: ", ".join(native.instruction_sets()) or native.missing()
+    yield "instruction sets", lambda: ", ".join(native.instruction_sets()) or str(native.missing())
     yield "kernels", _kernels
     yield "JIT on a GPU", lambda: toolchain.jit_missing() or "Triton can compile and start kernels"
     yield "JIT on 9.x", _products
@@ -75,13 +76,13 @@ def _version(package: str) -> str:
 
 def _kernels() -> str:
     library = aot.installed()
-    return library if isinstance(library, str) else library.summary()
+    return str(aot.kernels_missing()) if library is None else library.summary()
 
 
 def _products() -> str:
-    """What becomes of code that Triton compiles for compute capability 9.x."""
-    if toolchain.jit_missing():
-        return toolchain.jit_missing()
+    """How this installation treats code that Triton compiles for compute capability 9.x."""
+    if missing := toolchain.jit_missing():
+        return missing
     if toolchain.touches_products():
         which = "project and, with float32 bases, drift and gradient"
         return f"Triton {toolchain.triton_version()} compiles kernels wrongly ({which}): those are not launched"
@@ -94,9 +95,9 @@ def _products() -> str:
 
 
 def _driver() -> str:
-    launcher = loader.binding()
-    if isinstance(launcher, str):
-        return launcher
+    launcher = loader.launcher()
+    if launcher is None:
+        return str(loader.launcher_missing())
     version = launcher.driver_version()
     return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
@@ -108,7 +109,7 @@ def _gpus() -> str:
 def _count() -> int:
     try:
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
-    except Exception:  # what it was stands beside "GPUs"
+    except Exception:  # the line "GPUs" reports the error
         return 0
 
 
@@ -130,10 +131,11 @@ def _served(device: torch.device) -> str:
     from ..ops.triton.tile_table import tuned_architecture
 
     own, tuned = own_profile(device).architecture, tuned_architecture()
-    found = None if torch.version.hip is not None else aot.service(device, own, tuned)
-    if found is not None:
-        kind = "PTX, which the driver translates" if found.how == "ptx" else f"machine code ({found.how})"
-        return f"{found.arch} {kind}, table {found.table}, {found.kernels} kernels"
+    served = None if torch.version.hip is not None else aot.served_table(device, own, tuned)
+    if served is not None:
+        ptx = served.compatibility is Compatibility.PTX
+        kind = "PTX, which the driver translates" if ptx else f"machine code ({served.compatibility.value})"
+        return f"{served.arch} {kind}, table {served.table}, {served.kernels} kernels"
     why = aot.unavailable(device) or f"RPSFT_TILES changes the table {own}, which kernels were compiled of"
     if aot.compiles():
         return f"JIT, table {own}: {why}"

@@ -13,8 +13,9 @@ from rpsft_kernels.ops.selftest.checks import Subject, call_once
 from rpsft_kernels.ops.selftest.inputs import Source
 from rpsft_kernels.ops.selftest.suite import Launches
 from rpsft_kernels.ops.triton import full_form, launch, project_drift, pull_back
+from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.device import Profile
-from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
+from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import list_variants
 
 

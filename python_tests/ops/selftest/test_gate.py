@@ -130,12 +130,12 @@ def test_what_a_pass_depends_on_brings_it_back(
         monkeypatch.setenv("PTXAS_OPTIONS", "-O1")
     elif changed == "C compiler":
         missing = toolchain.jit_missing()
-        monkeypatch.setattr(toolchain, "jit_missing", lambda: "" if missing else "there is none")
+        monkeypatch.setattr(toolchain, "jit_missing", lambda: None if missing else "there is none")
     elif changed == "launcher":
         # Without one Triton compiles; with one, kernels that were there already are launched.
-        before, version = record.loader.binding(), record._driver_version()
+        before, version = record.loader.launcher(), record._driver_version()
         monkeypatch.setattr(
-            record.loader, "binding", lambda: SimpleNamespace() if isinstance(before, str) else "it is not there"
+            record.loader, "launcher", lambda: SimpleNamespace() if before is None else None
         )
         monkeypatch.setattr(record, "_driver_version", lambda: version)
     else:

@@ -14,9 +14,8 @@ import pytest
 from wheels import FullWheel
 
 from rpsft_kernels.ops.triton.aot.library import kernel_id
-from rpsft_kernels.ops.triton.aot.limits import limits
+from rpsft_kernels.ops.triton.aot.targets import BY_ARCHITECTURE, DESCRIPTORS
 from rpsft_kernels.ops.triton.compiler import read_file
-from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS
 from rpsft_kernels.ops.triton.variants import list_variants
 
 # The matrix instructions of each generation.
@@ -71,7 +70,7 @@ def check(architecture: str, resources: Iterable[dict[str, Any]]) -> None:
         name, instructions = entry["variant"], entry["instructions"]
         assert entry["spilled"] == 0, name
         assert 0 < entry["registers"] <= (512 if architecture == "gfx942" else 255), name
-        assert entry["shared"] <= limits(architecture).block_shared, name
+        assert entry["shared"] <= BY_ARCHITECTURE[architecture].block_shared, name
         if name.startswith(PRODUCTS):
             assert count(instructions, MATRIX[architecture]) > 0, name
             if architecture in ("sm_90", "sm_100"):

@@ -16,8 +16,9 @@ from emulation import NEWEST, WHY_NEWEST, Emulator
 from support import operands_of
 
 from rpsft_kernels.ops.triton import backend as kernels
+from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.machine_code.cubin import disassemble
-from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
+from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import Variant, list_variants
 
 newest = pytest.mark.skipif(not NEWEST, reason=WHY_NEWEST)

@@ -19,7 +19,7 @@ from support import operands_of
 from rpsft_kernels.ops.triton import backend as kernels
 from rpsft_kernels.ops.triton import project_drift, pull_back
 from rpsft_kernels.ops.triton.tile_table import rank_classes
-from rpsft_kernels.ops.triton.variants import Access, Form, Variant, project_variant
+from rpsft_kernels.ops.triton.variants import Access, Precision, Variant, project_variant
 
 newest = pytest.mark.skipif(not NEWEST, reason=WHY_NEWEST)
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -50,8 +50,8 @@ def hazards(compiled: Compiled) -> list[str]:
 @newest
 def test_a_wait_that_is_missing_is_seen_on_some_path(compiler: Compiler) -> None:
     """Every one of the kernel that most weights in bfloat16 are projected by."""
-    form = Form("bf16", "bf16", "bf16")
-    variant = project_variant("sm_90", form, rank_classes()[-1], False, Access(True, True, False))
+    precision = Precision("bf16", "bf16", "bf16")
+    variant = project_variant("sm_90", precision, rank_classes()[-1], False, Access(True, True, False))
     compiled = compiler.compile(variant, "sm_90")
     assert hazards(compiled) == []
     waits = len(re.findall(WAIT, compiled.ptx))
@@ -124,7 +124,7 @@ def test_alignment_that_is_only_claimed_is_seen(compiler: Compiler, monkeypatch:
 @pytest.mark.skipif(COMPILER >= (3, 8), reason="Triton 3.8 and newer keep the rule")
 def test_older_compilers_break_the_rule(compiler: Compiler) -> None:
     for rank in rank_classes():
-        variant = project_variant("sm_90", Form("bf16", "bf16", "bf16"), rank, False, Access(True, True, False))
+        variant = project_variant("sm_90", Precision("bf16", "bf16", "bf16"), rank, False, Access(True, True, False))
         assert hazards(compiler.compile(variant, "sm_90")) != []
 
 

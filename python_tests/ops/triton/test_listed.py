@@ -24,9 +24,10 @@ from rpsft_kernels.anchors.tensors import computed_block, padded
 from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.ops.triton import backend as triton_backend
 from rpsft_kernels.ops.triton import full_form, project_drift, pull_back
+from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
-from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
+from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import Variant, list_variants
 
 BOTH = (False, True)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from rpsft_kernels.ops.triton import device as triton_device
-from rpsft_kernels.ops.triton.aot.targets import cuda_architecture
-from rpsft_kernels.ops.triton.compiler import TARGETS
+from rpsft_kernels.ops.triton.aot.targets import BY_TABLE, cuda_architecture
 from rpsft_kernels.ops.triton.tile_table import PHASES, rank_class, tile_config, tile_table
 from rpsft_kernels.tools.tune import tune, write_table
 
@@ -18,7 +17,7 @@ def _fresh_tables() -> None:
     tile_table.cache_clear()
 
 
-@pytest.mark.parametrize("architecture", [*TARGETS, "interpreter"])
+@pytest.mark.parametrize("architecture", [*BY_TABLE, "interpreter"])
 def test_every_table_answers_every_question(architecture: str) -> None:
     for phase in PHASES:
         for operands in ("one part", "wide", "parts", "strided"):
@@ -57,6 +56,17 @@ def test_a_table_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tile_table("sm_90")
 
 
+def test_a_row_that_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = json.loads(json.dumps(tile_table("sm_90")))
+    for row in table["project"]["one part"]:
+        del row["blocks_per_sm"]
+    write_table(table, tmp_path / "table.json")
+    monkeypatch.setenv("RPSFT_TILES", str(tmp_path / "table.json"))
+    tile_table.cache_clear()
+    with pytest.raises(ValueError, match=r"RPSFT_TILES: got a row of phase 'project' without 'blocks_per_sm'.*tune"):
+        tile_config("sm_90", "project", 768, "one part")
+
+
 @pytest.mark.usefixtures("any_tiles")
 def test_tuning_takes_the_fastest_shape_and_passes_over_what_fails(
     capsys: pytest.CaptureFixture[str], device: torch.device
@@ -73,7 +83,7 @@ def test_tuning_takes_the_fastest_shape_and_passes_over_what_fails(
         return (2.0, 1.0)[turn]
 
     def row(m: int) -> dict[str, int]:
-        return {"block_m": m, "block_n": 32, "block_k": 32, "warps": 4, "stages": 1, "per_multiprocessor": 1}
+        return {"block_m": m, "block_n": 32, "block_k": 32, "warps": 4, "stages": 1, "blocks_per_sm": 1}
 
     table = tune([(40, 48)], 16, device, [row(32), row(64)], timer)
     assert "out of shared memory" not in capsys.readouterr().err

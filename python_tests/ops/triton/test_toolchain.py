@@ -28,14 +28,14 @@ def test_without_a_compiler() -> None:
     assert toolchain.compiler_missing() == (
         "Triton needs a C compiler at its first launch, and neither gcc nor clang is found (install gcc, or set CC)"
     )
-    assert toolchain.triton_missing() == ""
+    assert toolchain.triton_missing() is None
     assert toolchain.jit_missing() == toolchain.compiler_missing()
 
 
 @pytest.mark.parametrize("name", ["gcc", "clang"])
 def test_with_one(name: str, tmp_path: Path) -> None:
     executable(tmp_path / name)
-    assert toolchain.jit_missing() == ""
+    assert toolchain.jit_missing() is None
 
 
 def test_cc_outranks_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,14 +45,14 @@ def test_cc_outranks_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     toolchain.compiler_missing.cache_clear()
     executable(tmp_path / "other")
     monkeypatch.setenv("CC", "other")
-    assert toolchain.compiler_missing() == ""
+    assert toolchain.compiler_missing() is None
 
 
 def test_a_helper_that_was_built_before_does(tmp_path: Path) -> None:
     built = tmp_path / "cache" / "ABC"
     built.mkdir(parents=True)
     (built / "cuda_utils.cpython-311-x86_64-linux-gnu.so").write_text("")
-    assert toolchain.compiler_missing() == ""
+    assert toolchain.compiler_missing() is None
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,9 @@ def test_which_versions_touch_registers_of_pending_products(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(toolchain, "triton_version", lambda: version)
     assert toolchain.touches_products() == touches
-    assert toolchain.products_unsafe().startswith(reason)
-    assert bool(toolchain.products_unsafe()) == bool(reason)
+    unsafe = toolchain.products_unsafe()
+    assert (unsafe is None) == (not reason)
+    assert (unsafe or "").startswith(reason)
     monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
     monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", "/opt/ptxas")
     if not reason:

@@ -52,9 +52,9 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def _driver_version() -> str:
-    launcher = loader.binding()
+    launcher = loader.launcher()
     try:
-        cuda = "unknown" if isinstance(launcher, str) else str(launcher.driver_version())
+        cuda = "unknown" if launcher is None else str(launcher.driver_version())
     except (AttributeError, RuntimeError):
         cuda = "unknown"
     try:
@@ -76,10 +76,10 @@ def _kernels() -> Iterator[bytes]:
     mode = aot.mode()
     yield mode.encode()
     library = aot.installed()
-    if mode != "0" and not isinstance(library, str):
+    if mode != "0" and library is not None:
         yield (library.folder / MANIFEST).read_bytes()
         # Without what launches them they are not what runs.
-        yield str(isinstance(loader.binding(), str)).encode()
+        yield str(loader.launcher() is None).encode()
     if mode != "only":
         # What could not be compiled was not tested.
         yield f"{_version('triton')} {bool(toolchain.jit_missing())}".encode()

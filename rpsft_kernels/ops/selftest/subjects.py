@@ -84,7 +84,8 @@ def _of_gpu(device: torch.device, quick: bool) -> tuple[list[Job], list[str]]:
 
 def _triton_job(device: torch.device, quick: bool) -> Job:
     profile = device_profile(device)
-    ahead = torch.version.hip is None and aot.service(device, own_profile(device).architecture, tuned_architecture())
+    own, tuned = own_profile(device).architecture, tuned_architecture()
+    ahead = torch.version.hip is None and aot.served_table(device, own, tuned)
     # Compiling takes seconds a kernel: of what is not compiled yet, the class of the published rank is enough.
     cases = list(quick_cases(RANKS if ahead else RANKS[-1:])) if quick else list(all_cases())
     name = torch.cuda.get_device_properties(device).name

@@ -85,7 +85,7 @@ class Launches:
     def filled(self, variant: Variant) -> int:
         """Tiles of a launch that gives every program that the device runs at a time several."""
         # One program adds up each weight's slots: there is nothing to fill.
-        return 1 if variant.kernel == "squares" else _TILES * self.profile.multiprocessors * variant.residents
+        return 1 if variant.kernel == "squares" else _TILES * self.profile.multiprocessors * variant.blocks_per_sm
 
 
 def run(

@@ -1,4 +1,4 @@
-"""Compile variants for a GPU that need not be there, and read what the compiler made of them."""
+"""Compiles variants for a GPU that need not be there, and reads the resources that the compiler gave them."""
 
 from __future__ import annotations
 
@@ -16,29 +16,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .aot.targets import BY_ARCHITECTURE, DESCRIPTORS
 from .kernels.table import KERNELS, kernel_constants
 from .machine_code.cubin import disassemble, read_cubin
-from .tile_table import DESCRIPTORS, interpreted
+from .tile_table import interpreted
 from .variants import ARGUMENT_TYPES, ARGUMENTS, Variant, list_variants
-
-# Name of a tile table -> the compiler's target.
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# Of 8.x, whose PTX serves newer GPUs: version 8.0, which every driver of CUDA 12 and newer reads. Left alone, Triton
-# writes the newest that its assembler knows, which wants as new a driver.
-_PORTABLE_PTX = 80
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled variant uses: registers per thread, bytes of shared memory, bytes of spills, and how often
-    each machine instruction occurs in its text.
+    """The resources of one compiled variant: registers per thread, bytes of shared memory, bytes of spills, and how
+    often each machine instruction occurs in its text.
     """
 
     variant: str
@@ -54,8 +42,11 @@ class Resources:
 
 
 def compile_variant(variant: Variant, architecture: str) -> Any:
-    """Triton's compiled kernel (``.asm`` holds "ttgir", "ptx", "cubin" or "hsaco"), for one of ``TARGETS`` or any other
-    compute capability by the same way of naming.
+    """Triton's compiled kernel (``.asm`` holds "ttgir", "ptx", "cubin" or "hsaco").
+
+    Args:
+        variant: what to compile.
+        architecture: the architecture of a row of ``aot.targets.GENERATIONS``, such as ``"sm_90"``.
     """
     if interpreted():
         raise ValueError("TRITON_INTERPRET is set: the interpreter cannot compile; unset it")
@@ -66,22 +57,18 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(names))}
     source = ASTSource(KERNELS[variant.kernel], signature, constexprs=kernel_constants(variant), attrs=attributes)
     options = variant.options()
-    target = _target(architecture)
-    if target.backend == "cuda":
+    generation = BY_ARCHITECTURE[architecture]
+    if generation.is_nvidia:
         options["maxnreg"] = variant.registers
-        if target.arch < 90:
-            options["ptx_version"] = _PORTABLE_PTX
-    return triton.compile(source, target=target, options=options)
-
-
-def _target(architecture: str) -> GPUTarget:
-    return TARGETS.get(architecture) or GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    if generation.ptx_version is not None:
+        options["ptx_version"] = generation.ptx_version
+    return triton.compile(source, target=GPUTarget(*generation.triton_target), options=options)
 
 
 def read_resources(variant: Variant, architecture: str) -> Resources:
     """Compile a variant and read registers, spills and instructions from its machine code."""
     compiled = compile_variant(variant, architecture)
-    if architecture.startswith("gfx"):
+    if not BY_ARCHITECTURE[architecture].is_nvidia:
         return _read_amd(variant.label(), architecture, compiled)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -90,12 +77,19 @@ def read_resources(variant: Variant, architecture: str) -> Resources:
 
 
 def read_file(path: Path, label: str, architecture: str, shared: int) -> Resources:
-    """What the machine code in a cubin uses. ``shared``: of its launch, which the code does not say."""
+    """The resources of the machine code in a cubin. ``shared``: bytes of the launch, which the code does not tell."""
     # "/*0a10*/ @!P0 LDG.E.128 R4, ..." -> LDG.E.128
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", disassemble(path))
     instructions = Counter(names)
     spilled = sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL")))
-    return Resources(label, architecture, read_cubin(path).registers, shared, spilled, dict(instructions))
+    return Resources(
+        variant=label,
+        architecture=architecture,
+        registers=read_cubin(path).registers,
+        shared=shared,
+        spilled=spilled,
+        instructions=dict(instructions),
+    )
 
 
 def _read_amd(label: str, architecture: str, compiled: Any) -> Resources:
@@ -104,13 +98,17 @@ def _read_amd(label: str, architecture: str, compiled: Any) -> Resources:
     spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
     instructions = Counter(re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", text, re.M))
     return Resources(
-        label, architecture, int(registers[1]) if registers else 0, compiled.metadata.shared,
-        int(spills[1]) if spills else 0, dict(instructions),
-    )  # fmt: skip
+        variant=label,
+        architecture=architecture,
+        registers=int(registers[1]) if registers else 0,
+        shared=compiled.metadata.shared,
+        spilled=int(spills[1]) if spills else 0,
+        instructions=dict(instructions),
+    )
 
 
 def survey(architecture: str, ranks: tuple[int, ...] = (768,), jobs: int = 1) -> Iterator[Resources]:
-    """The resources of every variant of an architecture, in a fixed order."""
+    """The resources of every variant of a tile table, in a fixed order."""
     variants = list(list_variants(architecture, DESCRIPTORS[architecture], ranks))
     if jobs == 1:
         yield from map(partial(read_resources, architecture=architecture), variants)

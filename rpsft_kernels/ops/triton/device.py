@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 
 from .aot import dispatch as aot
-from .aot.targets import cuda_architecture
-from .tile_table import DESCRIPTORS, tuned_architecture
+from .aot.targets import DESCRIPTORS, cuda_architecture
+from .tile_table import tuned_architecture
 
 
 @dataclass(frozen=True)

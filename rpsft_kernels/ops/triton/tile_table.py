@@ -1,6 +1,6 @@
-"""The shipped tables of tile shapes, and what is known of an architecture by its name: compiling needs no more.
+"""The shipped tables of tile shapes, one JSON file per table in ``tiles/``.
 
-Neither torch nor triton is imported here: kernels are planned without the one and compiled without the other.
+Neither torch nor triton is imported here: kernels are planned without triton and compiled without torch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,22 @@ _RANK_CLASSES = (32, 64, 128)
 
 @dataclass(frozen=True)
 class TileConfig:
-    """One phase's tile shape, warps, pipeline stages and programs per multiprocessor."""
+    """One phase's tile shape, warps, pipeline stages, and the programs that share a multiprocessor."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
-    per_multiprocessor: int
+    blocks_per_sm: int
 
 
-# Whether an architecture reads aligned operands through tensor descriptors.
-DESCRIPTORS = {"sm_80": False, "sm_86": False, "sm_90": True, "sm_100": True, "sm_120": True, "gfx942": False}
+_CONFIG_NAMES = tuple(field.name for field in fields(TileConfig))
 
 
 @lru_cache(maxsize=16)
 def tile_table(architecture: str) -> dict[str, Any]:
-    """The table of an architecture: phase -> operand class -> rows of (largest rank, tile config).
+    """The table of this name: phase -> operand class -> rows of (largest rank, tile config).
 
     ``RPSFT_TILES`` names a JSON file of the same form (written by ``python -m rpsft_kernels tune``) whose phases
     replace the shipped ones of its architecture.
@@ -69,13 +68,13 @@ def tuned_architecture() -> str | None:
 
 
 def forget_tuned() -> None:
-    """Read the file of RPSFT_TILES again, which has changed."""
+    """Make the next call read the file of RPSFT_TILES again."""
     _tuned.cache_clear()
     tile_table.cache_clear()
 
 
 def rank_class(rank: int) -> int:
-    """The rank by which tile shapes are chosen: weights of one class may share a launch."""
+    """The largest rank whose tile shapes are those of ``rank``; weights of one class may share a launch."""
     return next((bound for bound in _RANK_CLASSES if rank <= bound), _RANK_CLASSES[-1] + 1)
 
 
@@ -85,26 +84,38 @@ def rank_classes() -> tuple[int, ...]:
 
 
 def tile_config(architecture: str, phase: str, rank: int, operands: str) -> TileConfig:
-    """The tile shape of a phase for weights of ``rank`` whose operands are of a class of the table:
+    """The tile shape of a phase for weights of ``rank``.
 
-    ``"one part"`` (16-bit operands), ``"wide"`` (the same arithmetic on float32 weights or gradients), ``"parts"``
-    (several bfloat16 parts) or ``"strided"`` (nothing is aligned).
+    Args:
+        architecture: the name of a tile table.
+        phase: one of ``PHASES``.
+        rank: k.
+        operands: the table's class of operands: ``"one part"`` (16-bit operands), ``"wide"`` (the same arithmetic on
+            float32 weights or gradients), ``"parts"`` (several bfloat16 parts) or ``"strided"`` (nothing is aligned).
+
+    Raises:
+        ValueError: the table, which RPSFT_TILES changes, has a row that is not complete.
     """
     classes = tile_table(architecture)[phase]
     rows = classes[operands] if operands in classes else classes["one part"]
     row = next(row for row in rows if rank <= row["rank"])
-    return TileConfig(
-        row["block_m"], row["block_n"], row["block_k"], row["warps"], row["stages"], row["per_multiprocessor"]
-    )
+    try:
+        return TileConfig(**{name: row[name] for name in _CONFIG_NAMES})
+    except KeyError as error:
+        raise ValueError(
+            f"environment variable RPSFT_TILES: got a row of phase {phase!r} without {error}, expected a table written "
+            "by 'python -m rpsft_kernels tune'; write it again"
+        ) from None
 
 
 def interpreted() -> bool:
-    """Whether Triton runs in its interpreter: ``TRITON_INTERPRET=1`` when the kernels were imported, or would be now.
+    """Whether Triton runs in its interpreter: whether ``TRITON_INTERPRET=1`` was set when the kernels were imported, or
+    is set now if they were not.
 
-    Asked without importing triton, which planning and ahead-of-time kernels do without.
+    This does not import triton: planning and kernels compiled ahead of time work without it.
     """
-    tile = sys.modules.get(f"{__package__}.tile")
+    tile = sys.modules.get(f"{__package__}.kernels.tile")
     if tile is not None:
         return bool(tile.INTERPRETED.value)
-    # What Triton takes for yes.
+    # Triton's own list of words for yes.
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

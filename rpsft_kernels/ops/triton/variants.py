@@ -1,4 +1,4 @@
-"""Kernel variants: what is decided at compile time for one launch, as plain values that can be listed."""
+"""Kernel variants: the compile-time choices of one launch, as plain values that can be listed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
+from .aot.targets import BY_TABLE, SM_REGISTERS, THREAD_REGISTERS, WARP_SIZE
 from .tile_table import TileConfig, rank_class, tile_config
 
 # The arguments that are not compile-time constants: int64 table, int32 schedule, float32 vectors.
@@ -29,37 +30,37 @@ ARGUMENT_TYPES = {
     "totals": "*fp32",
     "scales": "*fp32",
 }
-# The names by which variants hold dtypes: ``problem`` makes them of torch's, ``kernels`` turns them into Triton's own.
+# Variants hold dtypes by these names: ``layout`` derives them from torch's, ``kernels`` turns them into Triton's own.
 TypeName = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel: its name in ``ARGUMENTS``, its constants (plain values), warps and pipeline stages, and how
-    many of its programs share a multiprocessor.
+    """One compiled kernel: its name in ``ARGUMENTS``, its constants (plain values), its warps and pipeline stages, and
+    how many of its programs share a multiprocessor.
     """
 
     kernel: str
     constants: tuple[tuple[str, Any], ...]
     warps: int
     stages: int
-    residents: int = 1
+    blocks_per_sm: int = 1
 
     def options(self) -> dict[str, Any]:
-        """The compiler's options. fp fusion is off so that every Triton version rounds the same way."""
+        """The compiler's options. Floating-point fusion is off so that every Triton version rounds the same way."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
     @property
     def registers(self) -> int:
-        """Registers that a thread of an NVIDIA GPU may have so that all residents fit (64 Ki a multiprocessor).
+        """The registers that a thread of an NVIDIA GPU may have so that ``blocks_per_sm`` blocks fit.
 
-        Said explicitly because ptxas, left alone, aims at more residents than there are, and spills.
+        ptxas needs the explicit limit: without it, it aims at more blocks than there are, and spills.
         """
-        return min(255, (64 << 10) // (32 * self.warps * self.residents))
+        return min(THREAD_REGISTERS, SM_REGISTERS // (WARP_SIZE * self.warps * self.blocks_per_sm))
 
     @property
     def blocks(self) -> tuple[int, int, int]:
-        """The tile shape; 0 for a dimension that the kernel has not."""
+        """The tile shape; 0 for a dimension that the kernel does not have."""
         constants = dict(self.constants)
         return (constants.get("BLOCK_M", 0), constants.get("BLOCK_N", 0), constants.get("BLOCK_K", 0))
 
@@ -67,10 +68,6 @@ class Variant:
         """A short name for reports: the kernel and the constants that differ from 0, False and None."""
         shown = [f"{k.lower()}={v}" for k, v in self.constants if v is not None and v is not False]
         return f"{self.kernel}({', '.join(shown)}, warps={self.warps}, stages={self.stages})"
-
-
-def _variant(kernel: str, config: TileConfig, **constants: Any) -> Variant:
-    return Variant(kernel, tuple(constants.items()), config.warps, config.stages, config.per_multiprocessor)
 
 
 def basis_parts(basis: TypeName) -> int:
@@ -83,8 +80,8 @@ def _basis_operands(basis: TypeName) -> str:
 
 
 @dataclass(frozen=True)
-class Form:
-    """What decides the arithmetic of a bucket: the dtypes of W, W0 (None: no base) and of the bases."""
+class Precision:
+    """The dtypes that decide the arithmetic of a bucket: of W, of W0 (None if there is no base), of U and V."""
 
     weight: TypeName
     base: TypeName | None
@@ -101,14 +98,14 @@ class Form:
 
     @property
     def weight_parts(self) -> int:
-        """bfloat16 parts of the first product's left operand: the drift's, or W's to its last bit."""
+        """bfloat16 parts of the first product's left operand: those of W - W0, or all that W needs to be exact."""
         if self.base is not None:
             return self.basis_parts
         return {"bf16": 1, "fp16": 2, "fp32": 3}[self.weight]
 
     @property
     def planes(self) -> int:
-        """bfloat16 parts in which T is stored: one where it is as small as the drift, else float32's three."""
+        """bfloat16 parts in which T is stored: one if T is as small as the drift, else the three of a float32."""
         return self.basis_parts if self.base is not None else 3
 
     @property
@@ -121,7 +118,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Access:
-    """How a launch may read: see ``tile.read_tile``. ``even`` belongs to the kernel it was computed for."""
+    """How a launch may read: see ``tile.read_tile``. ``even`` holds only for the kernel that it was computed for."""
 
     aligned: bool
     descriptor: bool
@@ -132,48 +129,62 @@ def _operands(operands: str, access: Access) -> str:
     return operands if access.aligned else "strided"
 
 
-def project_variant(architecture: str, form: Form, rank: int, rows_contiguous: bool, access: Access) -> Variant:
-    config = tile_config(architecture, "project", rank, _operands(form.operands, access))
+def _access(access: Access) -> dict[str, Any]:
+    return {"ALIGNED": access.aligned, "DESCRIPTOR": access.descriptor, "EVEN": access.even}
+
+
+def _variant(kernel: str, config: TileConfig, axes: str = "MNK", **constants: Any) -> Variant:
+    """A variant with a table's tile shape; ``axes``: the dimensions that its tiles have."""
+    # The order of the constants is part of the kernel's name.
+    blocks = {"M": config.block_m, "N": config.block_n, "K": config.block_k}
+    constants |= {f"BLOCK_{axis}": blocks[axis] for axis in axes}
+    return Variant(
+        kernel,
+        tuple(constants.items()),
+        warps=config.warps,
+        stages=config.stages,
+        blocks_per_sm=config.blocks_per_sm,
+    )
+
+
+def project_variant(
+    architecture: str, precision: Precision, rank: int, rows_contiguous: bool, access: Access
+) -> Variant:
+    generation = BY_TABLE.get(architecture)
     return _variant(
         "project",
-        config,
-        WEIGHT_TYPE=form.weight,
-        BASE_TYPE=form.base,
-        BASIS_TYPE=form.basis,
+        tile_config(architecture, "project", rank, _operands(precision.operands, access)),
+        WEIGHT_TYPE=precision.weight,
+        BASE_TYPE=precision.base,
+        BASIS_TYPE=precision.basis,
         ROWS_CONTIGUOUS=rows_contiguous,
-        ALIGNED=access.aligned,
-        DESCRIPTOR=access.descriptor,
-        EVEN=access.even,
-        WEIGHT_PARTS=form.weight_parts,
-        BASIS_PARTS=form.basis_parts,
-        PLANES=form.planes,
-        # The fifth-generation tensor core takes the computed operand from shared memory.
-        SWAPPED=architecture == "sm_100" and rows_contiguous,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        **_access(access),
+        WEIGHT_PARTS=precision.weight_parts,
+        BASIS_PARTS=precision.basis_parts,
+        PLANES=precision.planes,
+        SWAPPED=generation is not None and generation.computed_operand_in_shared and rows_contiguous,
     )
 
 
 def drift_variant(
-    architecture: str, form: Form, rank: int, transposed: bool, access: Access, drift_aligned: bool, has_block: bool
+    architecture: str,
+    precision: Precision,
+    rank: int,
+    transposed: bool,
+    access: Access,
+    drift_aligned: bool,
+    has_block: bool,
 ) -> Variant:
-    config = tile_config(architecture, "drift", rank, _operands(form.basis_operands, access))
     return _variant(
         "drift",
-        config,
-        BASIS_TYPE=form.basis,
+        tile_config(architecture, "drift", rank, _operands(precision.basis_operands, access)),
+        BASIS_TYPE=precision.basis,
         TRANSPOSED=transposed,
-        ALIGNED=access.aligned,
-        DESCRIPTOR=access.descriptor,
-        EVEN=access.even,
+        **_access(access),
         DRIFT_ALIGNED=drift_aligned,
         HAS_BLOCK=has_block,
-        BASIS_PARTS=form.basis_parts,
-        PLANES=form.planes,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        BASIS_PARTS=precision.basis_parts,
+        PLANES=precision.planes,
     )
 
 
@@ -182,30 +193,24 @@ def reduce_variant(drift: Variant) -> Variant:
     kept = ("TRANSPOSED", "EVEN", "DRIFT_ALIGNED", "HAS_BLOCK", "BLOCK_M", "BLOCK_N")
     constants = {name: value for name, value in drift.constants if name in kept}
     constants["SLAB"] = min(32, constants["BLOCK_M"])
-    return Variant("reduce", tuple(constants.items()), drift.warps, 1, drift.residents)
+    return Variant("reduce", tuple(constants.items()), warps=drift.warps, stages=1, blocks_per_sm=drift.blocks_per_sm)
 
 
 def squares_variant() -> Variant:
-    return Variant("squares", (("BLOCK", 1024),), 4, 1)
+    return Variant("squares", (("BLOCK", 1024),), warps=4, stages=1)
 
 
 def pull_variant(
     architecture: str, basis: TypeName, rank: int, transposed: bool, access: Access, drift_aligned: bool
 ) -> Variant:
-    config = tile_config(architecture, "pull", rank, _operands(_basis_operands(basis), access))
     return _variant(
         "pull",
-        config,
+        tile_config(architecture, "pull", rank, _operands(_basis_operands(basis), access)),
         BASIS_TYPE=basis,
         TRANSPOSED=transposed,
-        ALIGNED=access.aligned,
-        DESCRIPTOR=access.descriptor,
-        EVEN=access.even,
+        **_access(access),
         DRIFT_ALIGNED=drift_aligned,
         BASIS_PARTS=basis_parts(basis),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
     )
 
 
@@ -220,57 +225,45 @@ def gradient_variant(
     accumulate: bool,
 ) -> Variant:
     operands = "wide" if grad == "fp32" and basis == "bf16" else _basis_operands(basis)
-    config = tile_config(architecture, "gradient", rank, _operands(operands, access))
     return _variant(
         "gradient",
-        config,
+        tile_config(architecture, "gradient", rank, _operands(operands, access)),
         GRAD_TYPE=grad,
         BASIS_TYPE=basis,
         ROWS_CONTIGUOUS=rows_contiguous,
-        ALIGNED=access.aligned,
-        DESCRIPTOR=access.descriptor,
-        EVEN=access.even,
+        **_access(access),
         GRAD_ALIGNED=grad_aligned,
         ACCUMULATE=accumulate,
         BASIS_PARTS=basis_parts(basis),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
     )
 
 
 def full_drift_variant(architecture: str, weight: TypeName, base: TypeName, aligned: bool) -> Variant:
-    config = tile_config(architecture, "full", 0, "one part")
-    return _variant(
-        "full_drift",
-        config,
-        WEIGHT_TYPE=weight,
-        BASE_TYPE=base,
-        ALIGNED=aligned,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-    )
+    return _full_variant("full_drift", architecture, WEIGHT_TYPE=weight, BASE_TYPE=base, ALIGNED=aligned)
 
 
 def full_gradient_variant(
     architecture: str, weight: TypeName, base: TypeName, grad: TypeName, aligned: bool, accumulate: bool
 ) -> Variant:
-    config = tile_config(architecture, "full", 0, "one part")
-    return _variant(
+    return _full_variant(
         "full_gradient",
-        config,
+        architecture,
         WEIGHT_TYPE=weight,
         BASE_TYPE=base,
         GRAD_TYPE=grad,
         ALIGNED=aligned,
         ACCUMULATE=accumulate,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
     )
 
 
-# W, W0: what training loops hold. W0 is bfloat16 where that is exact, else of the dtype that was anchored: float32 of a
-# model that was cast to bfloat16 since. W0 of other pairs, which casts can leave behind, is cast: ``problem.readable``.
+def _full_variant(kernel: str, architecture: str, **constants: Any) -> Variant:
+    # Full anchors have no rank: one row serves them all.
+    return _variant(kernel, tile_config(architecture, "full", 0, "one part"), axes="MN", **constants)
+
+
+# The dtypes of (W, W0) that training loops hold. W0 is bfloat16 if that is exact, else it has the dtype that was
+# anchored, such as float32 for a model that was cast to bfloat16 since. Casts can leave other pairs behind; their W0 is
+# cast by ``layout``.
 WEIGHT_AND_BASE: tuple[tuple[TypeName, TypeName | None], ...] = (
     ("bf16", None),
     ("bf16", "bf16"),
@@ -288,11 +281,12 @@ _BOTH = (False, True)
 
 
 def accesses(descriptors: bool) -> tuple[Access, ...]:
-    """The ways to read that an architecture has: the strided one for any operand, and those for aligned ones."""
+    """The ways in which a launch can read: one for operands of any strides, and those for aligned operands."""
     strided = Access(aligned=False, descriptor=False, even=False)
     if descriptors:
-        return (strided, Access(True, True, False))
-    return (strided, Access(True, False, False), Access(True, False, True))
+        return (strided, Access(aligned=True, descriptor=True, even=False))
+    aligned = Access(aligned=True, descriptor=False, even=False)
+    return (strided, aligned, Access(aligned=True, descriptor=False, even=True))
 
 
 def list_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...] = (768,)) -> Iterator[Variant]:
@@ -301,7 +295,7 @@ def list_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...] =
     Args:
         architecture: the name of a tile table.
         descriptors: whether it reads aligned operands through tensor descriptors.
-        ranks: one rank of each class (``tile_table.rank_class``) that is wanted.
+        ranks: one rank of each wanted class (``tile_table.rank_class``).
     """
     seen: set[Variant] = set()
     for variant in _all_variants(architecture, descriptors, tuple(dict.fromkeys(map(rank_class, ranks)))):
@@ -324,13 +318,13 @@ def _all_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...]) 
 
 def _forward_variants(architecture: str, rank: int, basis: TypeName, access: Access) -> Iterator[Variant]:
     for weight, base in WEIGHT_AND_BASE:
-        form = Form(weight, base, basis)
-        # Without a base T comes with a block B to subtract, or bare: B itself is made so, and so are the parts of C
-        # that several tiles or ranks add up before B is subtracted, and C by ``project``.
+        precision = Precision(weight, base, basis)
+        # Without a base, T comes with a block B to subtract or without one. It comes without one where B itself is
+        # made, where several tiles or ranks add up parts of C before B is subtracted, and for ``project``.
         for flipped, has_block in product(_BOTH, _BOTH if base is None else (False,)):
-            project = project_variant(architecture, form, rank, flipped, access)
-            drift = drift_variant(architecture, form, rank, flipped, access, access.aligned, has_block)
-            # How strided weights lie is no matter of the kernel: their strides are not known to it.
+            project = project_variant(architecture, precision, rank, flipped, access)
+            drift = drift_variant(architecture, precision, rank, flipped, access, access.aligned, has_block)
+            # A kernel for strided weights does not know their strides, so it has one orientation only.
             if (access.aligned or not flipped) and _divides(access, rank, project.blocks[1], drift.blocks[1]):
                 yield project
             if _divides(access, rank, *drift.blocks[:2]):
@@ -341,8 +335,8 @@ def _forward_variants(architecture: str, rank: int, basis: TypeName, access: Acc
 def _backward_variants(architecture: str, rank: int, basis: TypeName, access: Access) -> Iterator[Variant]:
     gradients = [
         gradient_variant(architecture, basis, grad, rank, flipped, way, way.aligned, accumulate)
-        # P is padded to whole tiles of both phases, and gradients may be strided where the bases are aligned.
-        for way in dict.fromkeys((access, Access(False, False, False)))
+        # P is padded to whole tiles of both phases, and gradients may be strided where U and V are aligned.
+        for way in dict.fromkeys((access, Access(aligned=False, descriptor=False, even=False)))
         for grad, accumulate, flipped in product(_GRADS, _BOTH, _BOTH)
     ]
     depth = min(gradient.blocks[2] for gradient in gradients)
@@ -356,5 +350,5 @@ def _backward_variants(architecture: str, rank: int, basis: TypeName, access: Ac
 
 
 def _divides(access: Access, rank: int, *blocks: int) -> bool:
-    """Whether tiles of these extents divide some rank of its class, for a way to read that wants it."""
+    """Whether this access allows tiles of these extents: ``even`` needs them to divide some rank of the class."""
     return not access.even or rank_class(max(blocks)) <= rank

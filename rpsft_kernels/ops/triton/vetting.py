@@ -1,5 +1,5 @@
-"""Code that Triton compiles here for compute capability 9.0 is looked at once, before its first launch: some versions
-make code that computes wrong numbers (:mod:`rpsft_kernels.ops.triton.machine_code.register_hazards`).
+"""Scans code that Triton compiles here for compute capability 9.0, once, before its first launch: some versions make
+code that computes wrong numbers (:mod:`rpsft_kernels.ops.triton.machine_code.register_hazards`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from .aot import dispatch as aot
 from .machine_code.register_hazards import RULES, scan_cubin
 from .variants import Variant
 
-# "wgmma.mma_async....f32.bf16.bf16 {sums}, {a0, a1, a2, a3}, descriptor, ...": A in registers. In shared memory it is
-# a descriptor too.
+# "wgmma.mma_async....f32.bf16.bf16 {sums}, {a0, a1, a2, a3}, descriptor, ..." has its operand A in registers. An A in
+# shared memory is a descriptor, like B.
 _REGISTER_OPERAND = re.compile(r"wgmma\.mma_async[^{;]*\{[^}]*\}\s*,\s*\{")
 
 
 def findings(kernel: Any) -> list[str]:
-    """What speaks against a kernel that Triton compiled (its CompiledKernel); [] of a good one.
+    """The faults of a kernel that Triton compiled (its CompiledKernel); [] for a good one.
 
-    What was found in machine code lies in Triton's cache beside it, for later processes.
+    The result of a scan is kept in Triton's cache beside the machine code, for later processes.
     """
     ptx = kernel.asm.get("ptx")
     if ptx is not None and "wgmma.mma_async" not in ptx:
@@ -35,7 +35,7 @@ def findings(kernel: Any) -> list[str]:
     image: bytes = kernel.asm["cubin"]
     name = f"rpsft-registers-{RULES}-{hashlib.sha256(image).hexdigest()[:32]}.json"
     beside = get_cache_manager(kernel.hash)
-    found = _recorded(beside.get_file(name))
+    found = _read_record(beside.get_file(name))
     if found is not None:
         return found
     try:
@@ -44,14 +44,14 @@ def findings(kernel: Any) -> list[str]:
         unsafe = toolchain.products_unsafe()
         computed = ptx is None or _REGISTER_OPERAND.search(ptx) is not None
         return [f"{unsafe}, and its machine code cannot be looked at ({error})"] if unsafe and computed else []
-    # A cache that cannot be written may hold kernels all the same. Then the next process looks again.
+    # A cache that cannot be written may still hold kernels. Then the next process scans again.
     with suppress(OSError):
         beside.put(json.dumps(found), name, binary=False)
     return found
 
 
-def _recorded(path: str | None) -> list[str] | None:
-    """What was written down before; None where that was nothing, or nothing that can be read."""
+def _read_record(path: str | None) -> list[str] | None:
+    """The result of an earlier scan; None if there is none that can be read."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
     except (OSError, ValueError):
@@ -60,7 +60,7 @@ def _recorded(path: str | None) -> list[str] | None:
 
 
 def refusal(variant: Variant, device: torch.device, found: list[str]) -> str:
-    """The error for a launch of what has findings: kernel, GPU, compiler, what is wrong, and the ways out."""
+    """The error message for a kernel with faults: kernel, GPU, compiler, the first fault, and the ways out."""
     major, minor = torch.cuda.get_device_capability(device)
     gpu = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
     compiler = f"Triton {toolchain.triton_version() or 'of an unknown version'} with ptxas {_assembler()}"
@@ -80,5 +80,5 @@ def _assembler() -> str:
         from triton.backends.nvidia.compiler import get_ptxas
 
         return str(get_ptxas(90).version)
-    except Exception:  # the version is one word of an error message about something else
+    except Exception:  # the version is one word of a message about another error, which must not be hidden
         return "of an unknown version"

@@ -26,11 +26,16 @@ def _fresh(_chosen_by_the_test: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the environment asks for, and what was logged or decided before, must not decide what a test tests."""
     for name in ("RPSFT_AOT", "RPSFT_AOT_KERNELS", "RPSFT_CUDA_ARCHS", "RPSFT_STRICT", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(aot_dispatch, "_said", set())
+    monkeypatch.setattr(aot_dispatch, "_logged", set())
     monkeypatch.setattr(aot_dispatch, "_refused", {})
     monkeypatch.setattr(aot_dispatch, "_reasons", {})
     monkeypatch.setattr(aot_loader, "_kernels", {})
-    for cached in (aot_dispatch._chosen, aot_dispatch._services, aot_dispatch._service):
+    for cached in (
+        aot_dispatch._find,
+        aot_dispatch._unmatched,
+        aot_dispatch._served_tables,
+        aot_dispatch._served_table,
+    ):
         cached.cache_clear()
 
 

@@ -17,6 +17,7 @@ from rpsft_kernels.ops.triton.aot import build as aot_build
 from rpsft_kernels.ops.triton.aot import library as aot_library
 from rpsft_kernels.ops.triton.aot.build import build_kernels, wanted_variants
 from rpsft_kernels.ops.triton.aot.compile import Kernel, LeftOut, parameter_table
+from rpsft_kernels.ops.triton.aot.targets import BY_ARCH, Compatibility
 from rpsft_kernels.ops.triton.variants import Variant, list_variants
 from rpsft_kernels.tools.cli import main
 
@@ -98,7 +99,7 @@ def test_ids_tell_variants_and_architectures_apart() -> None:
 
 def test_a_library_opens_what_was_built(kernels: Path) -> None:
     library = aot_library.Library.open(kernels)
-    assert [name for name, _ in library.arches()] == ["sm_90a", "sm_80"]
+    assert [row.arch for row in library.generations] == ["sm_90a", "sm_80"]
     for table, descriptors, arch in (("sm_90", True, "sm_90a"), ("sm_80", False, "sm_80")):
         wanted = wanted_variants(table, (32,), library.manifest["only"])
         assert len(wanted) >= 6
@@ -152,7 +153,7 @@ def test_other_options_of_the_compiler_are_another_kernel(monkeypatch: pytest.Mo
     before = aot_library.kernel_id(variant, "sm_80")
     monkeypatch.setattr(Variant, "options", lambda self: {"num_warps": self.warps, "enable_fp_fusion": True})
     assert aot_library.kernel_id(variant, "sm_80") != before
-    assert {"variant", "compile", "kernels"} <= set(aot_library._KERNEL_SOURCES)
+    assert {"variants", "compiler", "targets", "tile"} <= {path.stem for path in aot_library._KERNEL_SOURCES}
 
 
 @pytest.mark.parametrize(
@@ -165,10 +166,10 @@ def test_other_options_of_the_compiler_are_another_kernel(monkeypatch: pytest.Mo
     ],
 )  # fmt: skip
 def test_which_machine_code_runs_where(made_for: str, capability: int, how: str | None) -> None:
-    arch = aot_library.Arch.parse(made_for)
-    assert arch is not None
-    assert arch.how_cubin_runs(capability) == how
-    assert arch.how_ptx_runs(capability) == ("ptx" if arch.number <= capability and not arch.specific else None)
+    row = BY_ARCH[made_for]
+    cubin, ptx = row.cubin_compatibility(capability), row.ptx_compatibility(capability)
+    assert cubin == (None if how is None else Compatibility(how))
+    assert ptx == (Compatibility.PTX if row.capability <= capability and not row.specific else None)
 
 
 def test_a_build_replaces_builds_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +199,7 @@ def test_a_build_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     lines: list[str] = []
     some: list[Kernel | LeftOut] = [Kernel({"format": "cubin"}, [b"%d" % i]) for i in range(40)]
     some[20] = LeftOut("id", "squares()", "sm_80", "spills 16 bytes")
-    entries, left_out = aot_build._kept(tmp_path, iter(some), 40, lines.append)
+    entries, left_out = aot_build._write_all(tmp_path, iter(some), 40, lines.append)
     assert len(entries) == 39 == len(list(tmp_path.iterdir()))
     assert left_out == [some[20]]
     assert lines[:3] == ["3 of 40 kernels, 6 s", "4 of 40 kernels, 8 s", "7 of 40 kernels, 14 s"]

@@ -159,7 +159,7 @@ def say(name: str, value: Any, kernel: str = "gradient") -> Change:
         (say("spilled", 16), r"spills 16 bytes a thread into local memory"),
         (say("threads", 64), r"threads of a block: \w+\.cubin has \d+, the manifest says 64"),
         (say("shared", 300 << 10), r"307200 bytes of shared memory, of 232448 that a block has"),
-        (say("residents", 5), r"residents is 5, expected \d"),
+        (say("blocks_per_sm", 5), r"blocks_per_sm is 5, expected \d"),
         (say("constants", {}), r"constants is \{\}, expected \{'GRAD_TYPE'"),
     ],
 )  # fmt: skip
@@ -176,7 +176,7 @@ def test_what_is_wrong_is_named(change: Change, finding: str, kernels: Path, tmp
 
 def test_residents_must_fit_together() -> None:
     good: dict[str, Any] = {
-        "arch": "sm_90a", "registers": 128, "spilled": 0, "maximal_registers": 128, "threads": 256, "residents": 2,
+        "arch": "sm_90a", "registers": 128, "spilled": 0, "maximal_registers": 128, "threads": 256, "blocks_per_sm": 2,
         "shared": 113 << 10,
     }  # fmt: skip
     assert list(exceeded(good)) == []
@@ -184,7 +184,7 @@ def test_residents_must_fit_together() -> None:
         ({"shared": 114 << 10}, "2 resident blocks take 235520 bytes of shared memory, of 233472 of a multiprocessor"),
         ({"registers": 129, "maximal_registers": 255}, "2 resident blocks take 69632 registers, of 65536"),
         ({"maximal_registers": 120}, "128 registers a thread, more than the 120 that it was allowed"),
-        ({"residents": 9, "registers": 16, "shared": 0}, "9 resident blocks have 2304 threads, of 2048"),
+        ({"blocks_per_sm": 9, "registers": 16, "shared": 0}, "9 resident blocks have 2304 threads, of 2048"),
         ({"arch": "sm_86"}, "115712 bytes of shared memory, of 101376 that a block has"),
     ):
         assert any(message in finding for finding in exceeded(good | change)), message
@@ -248,7 +248,7 @@ def test_what_a_gpu_has_not_is_left_out(
 
 def test_code_that_breaks_the_rules_of_its_registers_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     good: dict[str, Any] = {
-        "arch": "sm_90a", "registers": 128, "spilled": 0, "maximal_registers": 128, "threads": 256, "residents": 1,
+        "arch": "sm_90a", "registers": 128, "spilled": 0, "maximal_registers": 128, "threads": 256, "blocks_per_sm": 1,
         "shared": 0,
     }  # fmt: skip
     monkeypatch.setattr(aot_compile, "scan_cubin", lambda image: [f"{image.decode()} is written", "another"])

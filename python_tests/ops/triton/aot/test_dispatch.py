@@ -99,7 +99,7 @@ def test_an_unknown_variant_is_left_to_triton(world: World, monkeypatch: pytest.
     world.install((SQUARES, "sm_90a"))
     assert world.launch(PULL) == "jit"
     monkeypatch.setenv("RPSFT_AOT", "only")
-    aot_dispatch._chosen.cache_clear()
+    aot_dispatch._unmatched.cache_clear()
     monkeypatch.setenv("RPSFT_TILES", "table.json")
     message = (
         r"no kernel compiled ahead of time for pull\(basis_type=bf16, block_m=64, warps=4, stages=2\) on cuda:0: "
@@ -138,9 +138,10 @@ def test_modes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_installations_that_lack_something(lacking: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.install((SQUARES, "sm_90a"))
     if lacking == "kernels":
-        monkeypatch.setattr(aot_dispatch, "installed", lambda: "this installation carries no kernels")
+        monkeypatch.setattr(aot_dispatch, "_open_installed", lambda: (None, "this installation carries no kernels"))
     elif lacking == "launcher":
-        monkeypatch.setattr(aot_dispatch, "binding", lambda: "this installation's native module has no CUDA launcher")
+        missing = "this installation's native module has no CUDA launcher"
+        monkeypatch.setattr(aot_dispatch, "launcher_missing", lambda: missing)
     else:
         monkeypatch.setattr(torch.version, "hip", "6.0")
     assert world.launch() == "jit"
@@ -195,9 +196,8 @@ def test_without_the_package_triton(world: World, monkeypatch: pytest.MonkeyPatc
     assert backend.unavailable(DEVICE, torch.bfloat16) == (
         f"{missing}, and this installation's kernels (sm_90a) do not run on compute capability 12.0"
     )
-    monkeypatch.setattr(
-        aot_dispatch, "installed", lambda: "this installation carries no kernels compiled ahead of time"
-    )
+    none = "this installation carries no kernels compiled ahead of time"
+    monkeypatch.setattr(aot_dispatch, "_open_installed", lambda: (None, none))
     assert backend.unavailable(DEVICE, torch.bfloat16) == (
         f"{missing}, and this installation carries no kernels compiled ahead of time"
     )

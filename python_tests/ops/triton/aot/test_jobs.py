@@ -9,7 +9,7 @@ import pytest
 
 from rpsft_kernels.ops.triton.aot import jobs as aot_jobs
 from rpsft_kernels.ops.triton.aot.build import build_kernels
-from rpsft_kernels.ops.triton.aot.jobs import available_memory, changes_code, default_jobs, environment
+from rpsft_kernels.ops.triton.aot.jobs import available_memory, changes_code, compile_environment, default_jobs
 
 GIB = 1 << 30
 
@@ -71,7 +71,7 @@ def test_the_environment_is_as_before_afterwards(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/opt/ptxas")
     before = dict(os.environ)
-    with environment(TRITON_CACHE_DIR="/cache"):
+    with compile_environment(TRITON_CACHE_DIR="/cache"):
         assert "TRITON_F32_DEFAULT" not in os.environ
         assert (os.environ["TRITON_PTXAS_PATH"], os.environ["TRITON_CACHE_DIR"]) == ("/opt/ptxas", "/cache")
     assert dict(os.environ) == before

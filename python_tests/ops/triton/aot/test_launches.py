@@ -122,7 +122,7 @@ def test_the_launch_is_the_one_that_the_kernel_was_compiled_for(served: dict[str
         assert call["block"] == [32 * variant.warps, 1, 1]
         assert call["shared"] == entry["shared"]
         if variant.kernel != "squares":
-            assert 0 < launch["programs"] <= workload.MULTIPROCESSORS * variant.residents
+            assert 0 < launch["programs"] <= workload.MULTIPROCESSORS * variant.blocks_per_sm
 
 
 def test_shared_memory_is_raised_for_those_that_want_more(served: dict[str, Any]) -> None:

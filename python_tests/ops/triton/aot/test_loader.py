@@ -10,13 +10,14 @@ import pytest
 from world import SQUARES, World
 
 from rpsft_kernels.ops.triton.aot import loader as aot_loader
-from rpsft_kernels.ops.triton.aot.library import Choice, Library
+from rpsft_kernels.ops.triton.aot.library import KernelMatch, Library
+from rpsft_kernels.ops.triton.aot.targets import Compatibility
 
 
 def test_threads_that_ask_at_once_get_one_kernel(world: World) -> None:
     world.install((SQUARES, "sm_90a"))
     library = Library.open(world.folder)
-    choice = Choice(library.manifest["kernels"][0], "exact")
+    match = KernelMatch(library.manifest["kernels"][0], Compatibility.EXACT)
     made = world.native.Kernel
 
     def slowly(*arguments: Any) -> Any:
@@ -28,7 +29,7 @@ def test_threads_that_ask_at_once_get_one_kernel(world: World) -> None:
 
     def ask() -> None:
         together.wait()
-        found.append(aot_loader.kernel(library, choice, "squares"))
+        found.append(aot_loader.kernel(library, match, "squares"))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:

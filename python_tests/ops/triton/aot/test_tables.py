@@ -14,10 +14,9 @@ from world import DEVICE, SQUARES, World
 from rpsft_kernels.ops.triton import device as triton_device
 from rpsft_kernels.ops.triton import project_drift, pull_back, tile_table
 from rpsft_kernels.ops.triton.aot import library as aot_library
-from rpsft_kernels.ops.triton.aot.library import Arch
-from rpsft_kernels.ops.triton.aot.targets import cuda_architecture
+from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS, Compatibility, Generation, cuda_architecture
 from rpsft_kernels.ops.triton.launch import launch
-from rpsft_kernels.ops.triton.tile_table import DESCRIPTORS, rank_classes
+from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import list_variants
 from rpsft_kernels.tools import tune
 
@@ -65,7 +64,7 @@ def step(world: World) -> list[str]:
     return sorted({image.decode().split("-")[1] for image, *_ in world.native.launches[before:]})
 
 
-@pytest.mark.parametrize("triton", ["", "the package triton is not installed (pip install triton)"])
+@pytest.mark.parametrize("triton", [None, "the package triton is not installed (pip install triton)"])
 @pytest.mark.parametrize(
     ("held", "capability", "table", "file", "said"),
     [
@@ -78,7 +77,7 @@ def step(world: World) -> list[str]:
     ],
 )
 def test_kernels_that_run_on_a_device_serve_all_its_launches(
-    held: str, capability: int, table: str, file: str, said: str, triton: str, world: World,
+    held: str, capability: int, table: str, file: str, said: str, triton: str | None, world: World,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     caplog.set_level(logging.INFO, "rpsft_kernels")
@@ -151,13 +150,13 @@ def test_asking_again_costs_nothing(world: World, monkeypatch: pytest.MonkeyPatc
     wheel(world, "sm_80", "sm_90a")
     become(world, 89)
     parsed = []
-    monkeypatch.setattr(Arch, "how_cubin_runs", lambda self, _: parsed.append(self) or "compatible")
-    monkeypatch.setattr(aot_library, "_obstacle", lambda *_: parsed.append(None) or "")
+    same_major = Compatibility.SAME_MAJOR
+    monkeypatch.setattr(Generation, "cubin_compatibility", lambda self, _: parsed.append(self) or same_major)
+    monkeypatch.setattr(aot_library, "_obstacle", lambda *_: parsed.append(None))
     triton_device.device_profile(DEVICE)
     world.launch(SQUARES)
     assert parsed
     parsed.clear()
-    monkeypatch.setattr(Arch, "parse", lambda name: parsed.append(name))
     for _ in range(100):
         triton_device.device_profile(DEVICE)
         world.launch(SQUARES)

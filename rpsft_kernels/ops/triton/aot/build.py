@@ -1,7 +1,7 @@
-"""Compiles the GPU kernels ahead of time, for absent GPUs, into a folder with a manifest.
+"""Compiles the GPU kernels ahead of time, for GPUs that need not be there, into a folder with a manifest.
 
-Equal inputs (sources, tile tables, versions of Triton and its assembler) give equal bytes, whatever the machine, the
-working directory and the number of processes, and whether torch is there.
+Equal inputs (sources, tile tables, versions of Triton and its assembler) give equal bytes on every machine, in every
+working directory, with any number of processes, with or without torch.
 """
 
 from __future__ import annotations
@@ -26,33 +26,37 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..tile_table import DESCRIPTORS, rank_classes
+from ..tile_table import rank_classes
 from ..toolchain import triton_missing
 from ..variants import Variant, list_variants
 from .compile import Kernel, LeftOut, compile_kernel
-from .jobs import default_jobs, environment
+from .jobs import compile_environment, default_jobs
 from .library import MANIFEST, SCHEMA, source_digest
 from .prebuilt import copy_prebuilt
-from .targets import AMD, Target
+from .targets import DESCRIPTORS, Target
 from .wanted import VARIABLE, named, strict
 
-# Seconds between two lines of a build that goes on: at a new tenth of it, else.
+# Seconds between two lines about a running build: at a new tenth of it, and otherwise.
 _SOON, _LATE = 1.0, 5.0
 
 
 def wanted_variants(table: str, ranks: Sequence[int], only: str) -> list[Variant]:
-    """The variants of a tile table whose labels match a glob in ``only`` (separated by semicolons; none: all)."""
+    """The variants of a tile table whose labels match a glob in ``only`` (separated by semicolons; "" matches all)."""
     globs = [glob.strip() for glob in only.split(";") if glob.strip()]
     variants = list_variants(table, DESCRIPTORS[table], tuple(ranks))
     return [v for v in variants if not globs or any(fnmatch.fnmatchcase(v.label(), glob) for glob in globs)]
 
 
 @dataclass(frozen=True)
-class Built:
-    """One build: how many kernels, files and bytes, and what it took. ``left_out``: kernels that could not be kept.
+class BuildSummary:
+    """The result of one build.
 
-    ``largest_process``: peak bytes of memory of the largest compiling process, 0 where the system does not tell; there
-    were ``jobs`` at a time.
+    Attributes:
+        kernels, files, size: how many kernels and files there are, and their bytes.
+        left_out: how many kernels could not be kept.
+        seconds: how long the build took.
+        largest_process: peak bytes of memory of the largest compiling process; 0 if the system does not tell.
+        jobs: processes at a time.
     """
 
     kernels: int
@@ -72,7 +76,7 @@ class Built:
         )
 
 
-def _quiet(line: str) -> None:
+def _ignore(line: str) -> None:
     pass
 
 
@@ -83,21 +87,21 @@ def build_kernels(
     jobs: int | None = None,
     only: str = "",
     strict: bool = False,
-    say: Callable[[str], None] = _quiet,
-) -> Built:
-    """Compile every variant for every target into a folder, with a manifest; needs no GPU.
+    say: Callable[[str], None] = _ignore,
+) -> BuildSummary:
+    """Compile every variant for every target into a folder, with a manifest. This needs no GPU.
 
-    A kernel that spills, asks its GPU for more than that has or has registers that hardware would read too early is
-    left out: the manifest lists it, and why.
+    A kernel is left out if it spills, needs more than its GPU has, or touches registers of a pending product. The
+    manifest lists it with the reason.
 
     Args:
-        architectures: targets, or what the environment variable RPSFT_CUDA_ARCHS takes: a list, or ``native``.
-        folder: is made, or replaced where it holds an earlier build.
-        ranks: one of each rank class that is wanted (default: all classes).
+        architectures: targets, or a value of the environment variable RPSFT_CUDA_ARCHS: a list, or ``native``.
+        folder: the folder to make, or to replace if it holds an earlier build.
+        ranks: one rank of each wanted class (default: all classes).
         jobs: processes (default: MAX_JOBS, else one per processor and GiB of free memory).
         only: globs on the variants' labels, separated by semicolons.
-        strict: a kernel that is left out is an error, once all are compiled.
-        say: takes lines about what is left out and how far the build is.
+        strict: raise ValueError for kernels that are left out, once all are compiled.
+        say: is called with lines about kernels that are left out and about progress.
 
     Raises:
         ValueError: an unknown architecture, a folder that holds something else, no variant to compile, or ``strict``
@@ -119,11 +123,11 @@ def build_kernels(
     if not tasks:
         raise ValueError(f"only: no variant's label matches {only!r}; python -m rpsft_kernels compile lists them")
     began = time.monotonic()
-    # Beside the folder, which is replaced at the end: what fails or is interrupted leaves no half of a build.
-    with _beside(folder) as name, _processes(min(jobs, len(tasks))) as pool:
+    # Build beside the folder and replace it at the end: a build that fails or is interrupted leaves no half behind.
+    with _temporary_beside(folder) as name, _compile_processes(min(jobs, len(tasks))) as pool:
         temporary = Path(name) / "kernels"
         temporary.mkdir()
-        entries, left_out = _kept(temporary, pool.map(compile_kernel, tasks), len(tasks), say)
+        entries, left_out = _write_all(temporary, pool.map(compile_kernel, tasks), len(tasks), say)
         if strict and left_out:
             raise ValueError(
                 f"strict: {len(left_out)} of {len(tasks)} kernels cannot be kept, expected none ({left_out[0]}); "
@@ -131,7 +135,7 @@ def build_kernels(
             )
         manifest = {
             "schema": SCHEMA,
-            "versions": pool.submit(_versions, targets).result(),
+            "versions": pool.submit(_tool_versions, targets).result(),
             "sources": source_digest(),
             "architectures": [target.arch for target in targets],
             "ranks": list(ranks),
@@ -139,20 +143,25 @@ def build_kernels(
             "left_out": [each._asdict() for each in left_out],
             "kernels": entries,
         }
-        (temporary / MANIFEST).write_text(_lines(manifest), encoding="utf-8")
+        (temporary / MANIFEST).write_text(_format_manifest(manifest), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
     files = list(folder.iterdir())
-    return Built(
-        len(entries), len(left_out), len(files), sum(file.stat().st_size for file in files), time.monotonic() - began,
-        _largest_child(), jobs,
-    )  # fmt: skip
+    return BuildSummary(
+        kernels=len(entries),
+        left_out=len(left_out),
+        files=len(files),
+        size=sum(file.stat().st_size for file in files),
+        seconds=time.monotonic() - began,
+        largest_process=_largest_child(),
+        jobs=jobs,
+    )
 
 
-def _kept(
+def _write_all(
     folder: Path, compiled: Iterator[Kernel | LeftOut], total: int, say: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], list[LeftOut]]:
-    """Entries of the kernels whose files were written, and what is left out; a line every tenth, or few seconds."""
+    """Write the kernels' files and report progress; returns the kernels' entries, and what is left out."""
     entries: list[dict[str, Any]] = []
     left_out: list[LeftOut] = []
     began = said = time.monotonic()
@@ -161,7 +170,7 @@ def _kept(
             left_out.append(each)
             say(str(each))
         else:
-            entries.append(_written(folder, *each))
+            entries.append(_write(folder, *each))
         now = time.monotonic()
         tenth = done * 10 // total > (done - 1) * 10 // total
         if now - said >= (_SOON if tenth else _LATE) and done < total:
@@ -170,7 +179,7 @@ def _kept(
     return entries, left_out
 
 
-def _beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
+def _temporary_beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
@@ -187,62 +196,62 @@ def _largest_child() -> int:
     return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def _written(folder: Path, entry: dict[str, Any], images: list[bytes]) -> dict[str, Any]:
-    """The entry with its files' names, once they are written."""
+def _write(folder: Path, entry: dict[str, Any], images: list[bytes]) -> dict[str, Any]:
+    """Write a kernel's files; returns its entry with their names and digests."""
     for place, image, suffix in zip((entry, entry.get("ptx", {})), images, (entry["format"], "ptx"), strict=False):
         digest = hashlib.sha256(image).hexdigest()
-        # Named by content: kernels that come out the same share a file.
+        # The name is a digest of the content, so kernels with equal code share a file.
         place |= {"file": f"{digest[:20]}.{suffix}", "sha256": digest}
         (folder / place["file"]).write_bytes(image)
     return entry
 
 
-def _lines(manifest: dict[str, Any]) -> str:
-    """JSON with one kernel a line: it can be searched and compared."""
+def _format_manifest(manifest: dict[str, Any]) -> str:
+    """JSON with one kernel per line, which is easy to search and to compare."""
     kernels = ",\n".join(json.dumps(entry) for entry in manifest["kernels"])
     head = json.dumps({name: value for name, value in manifest.items() if name != "kernels"}, indent=1)
     return head.removesuffix("\n}") + f',\n "kernels": [\n{kernels}\n]}}\n'
 
 
 @contextmanager
-def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Where kernels are compiled: this process itself does not import Triton."""
-    # Read by Triton when it is imported or compiles, hence fresh processes: no interpreter; nothing that a cache holds
-    # of other settings; no line tables, which would put this machine's paths into the code.
+def _compile_processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that compile kernels; this process itself does not import Triton."""
+    # Triton reads its environment when it is imported and when it compiles, so the processes are fresh. They use no
+    # interpreter, no cache of other settings, and no line tables, which would put this machine's paths into the code.
     with (
         tempfile.TemporaryDirectory() as cache,
-        environment(TRITON_CACHE_DIR=cache, TRITON_DISABLE_LINE_INFO="1"),
+        compile_environment(TRITON_CACHE_DIR=cache, TRITON_DISABLE_LINE_INFO="1"),
         ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
     ):
         yield pool
 
 
-def _versions(targets: Sequence[Target]) -> dict[str, str]:
+def _tool_versions(targets: Sequence[Target]) -> dict[str, str]:
     from importlib.metadata import version
 
     found = {"python": platform.python_version(), "triton": version("triton")}
     for target in targets:
-        if target.arch not in AMD:
-            found[f"ptxas {target.arch}"] = _ptxas_version(target.architecture)
+        if target.generation.is_nvidia:
+            found[f"ptxas {target.arch}"] = _ptxas_version(target.generation.capability)
     return found
 
 
 @lru_cache(maxsize=16)
-def _ptxas_version(architecture: str) -> str:
+def _ptxas_version(capability: int) -> str:
     from triton.backends.nvidia.compiler import get_ptxas_version
 
-    said = get_ptxas_version(int(architecture[3:]))
+    said = get_ptxas_version(capability)
     found = re.search(r"V(\d[\d.]*)", said)
     return found[1] if found else said.strip()
 
 
 def say(line: str) -> None:
-    """Print a line at once: a build takes minutes, and its output is often no terminal."""
+    """Print a line and flush it: a build takes minutes, and its output is often not a terminal."""
     print(line, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m rpsft_kernels.ops.triton.aot.build``: what setup.py runs."""
+    """``python -m rpsft_kernels.ops.triton.aot.build``, which compiles the kernels of a wheel."""
     parser = argparse.ArgumentParser(prog="python -m rpsft_kernels.ops.triton.aot.build", description=main.__doc__)
     parser.add_argument("--arch", help='such as "8.0;9.0", or native: this machine\'s GPUs (default: RPSFT_CUDA_ARCHS)')
     parser.add_argument("--output", required=True, help="the folder")
@@ -259,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for note in notes:
             say(note)
         for target in targets:
-            if target.arch in AMD:
+            if not target.generation.is_nvidia:
                 say(f"{target.arch}: packed, but nothing launches these yet: on AMD Triton compiles")
         if options.prebuilt:
             ranks = options.rank or rank_classes()

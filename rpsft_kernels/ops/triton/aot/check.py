@@ -1,7 +1,7 @@
-"""Checks kernels compiled ahead of time: a manifest against the variants that there should be, against each file, and
-against what the machine code in it says of itself; and that the code keeps the rules of its registers.
+"""Checks kernels compiled ahead of time: the manifest against the expected variants, against each file, and against
+what the machine code says about itself; and the machine code against the rules for registers of pending products.
 
-Nothing here is taken from the build's own reading of the code: cuobjdump is asked again.
+The check does not use the build's own reader of machine code: it runs cuobjdump again.
 """
 
 from __future__ import annotations
@@ -24,18 +24,25 @@ from ..variants import ARGUMENT_TYPES, ARGUMENTS, Variant
 from . import library
 from .hazards import hazards_in
 from .limits import exceeded
-from .targets import cuda_architecture
+from .targets import BY_ARCH
 
 _POINTER = 8
-# Triton's two parameters behind the declared ones: scratch memory, and that of its profiler.
+# Triton adds two parameters after the declared ones: scratch memory, and the profiler's memory.
 _SCRATCH = 2
 _INSIDE = "rpsft_kernels/kernels/"
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What was looked at, and what is wrong with it. ``complete``: every variant was to be built. ``left_out``:
-    variants that the manifest says could not be kept, which is nothing wrong.
+class CheckReport:
+    """The result of a check.
+
+    Attributes:
+        place: the folder or wheel.
+        kernels, files: how many there are.
+        left_out: variants that the manifest says could not be kept, which is no fault.
+        architectures: what the machine code is for.
+        complete: whether the build was asked for every variant.
+        findings: the faults, a line each.
     """
 
     place: str
@@ -56,14 +63,14 @@ class Checked:
         )
 
 
-def check_kernels(place: str | Path) -> Checked:
+def check_kernels(place: str | Path) -> CheckReport:
     """Check a folder of kernels, or a wheel that carries one.
 
     Needs the package triton, whose cuobjdump reads the code, and no GPU.
 
     Raises:
-        ValueError: there is nothing to check: no such place, no manifest, or one of another schema; or no triton, or no
-            nvdisasm for code of compute capability 9.0.
+        ValueError: there is nothing to check (no such place, no manifest, or one of another schema), or triton is not
+            installed, or there is no nvdisasm for code of compute capability 9.0.
     """
     place = Path(place)
     if not place.exists():
@@ -71,13 +78,13 @@ def check_kernels(place: str | Path) -> Checked:
     if importlib.util.find_spec("triton") is None:
         raise ValueError("checking kernels takes the package triton, whose cuobjdump reads them: pip install triton")
     if place.is_dir():
-        return _checked(place, place)
+        return _check_folder(place, place)
     if not zipfile.is_zipfile(place):
         raise ValueError(f"place: {place} is neither a folder of kernels nor a wheel")
     with zipfile.ZipFile(place) as wheel, tempfile.TemporaryDirectory() as temporary:
         names = wheel.namelist()
         wheel.extractall(temporary, [name for name in names if name.startswith(_INSIDE)])
-        checked = _checked(place, Path(temporary, _INSIDE))
+        checked = _check_folder(place, Path(temporary, _INSIDE))
         if not any(re.fullmatch(r"rpsft_kernels/_native\..*(so|pyd)", name) for name in names):
             checked.findings.append(f"{place.name}: carries no native module, which is what launches kernels")
         return checked
@@ -89,14 +96,12 @@ def wanted(manifest: dict[str, Any]) -> dict[str, Variant]:
 
     kernels = {}
     for arch in manifest["architectures"]:
-        parsed = library.Arch.parse(arch)
-        table = arch if parsed is None else cuda_architecture(parsed.number)
-        for variant in wanted_variants(table, manifest["ranks"], manifest["only"]):
+        for variant in wanted_variants(BY_ARCH[arch].table, manifest["ranks"], manifest["only"]):
             kernels[library.kernel_id(variant, arch)] = variant
     return kernels
 
 
-def _checked(place: Path, folder: Path) -> Checked:
+def _check_folder(place: Path, folder: Path) -> CheckReport:
     try:
         manifest = json.loads((folder / library.MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -106,13 +111,18 @@ def _checked(place: Path, folder: Path) -> Checked:
     if manifest.get("schema") != library.SCHEMA:
         raise ValueError(f"place: {place} has schema {manifest.get('schema')!r}, expected {library.SCHEMA}")
     complete = not manifest["only"] and set(manifest["ranks"]) >= set(rank_classes())
-    return Checked(
-        str(place), len(manifest["kernels"]), len(manifest["left_out"]), len(list(folder.iterdir())),
-        tuple(manifest["architectures"]), complete, list(_folder(folder, manifest)),
-    )  # fmt: skip
+    return CheckReport(
+        place=str(place),
+        kernels=len(manifest["kernels"]),
+        left_out=len(manifest["left_out"]),
+        files=len(list(folder.iterdir())),
+        architectures=tuple(manifest["architectures"]),
+        complete=complete,
+        findings=list(_findings(folder, manifest)),
+    )
 
 
-def _folder(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+def _findings(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     if manifest["sources"] != library.source_digest():
         yield f"{library.MANIFEST}: compiled from other sources than this package's"
     asked = wanted(manifest)
@@ -127,25 +137,25 @@ def _folder(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
         if each["id"] not in asked:
             yield f"{each['id']} ({each['label']}, {each['arch']}): is left out, but nothing asks for it"
     described = {library.MANIFEST}
-    # Only products of compute capability 9.0 run on behind their instruction.
-    hazards = hazards_in(folder / entry["file"] for entry in manifest["kernels"] if entry["arch"] == "sm_90a")
+    scanned = [each for each in manifest["kernels"] if BY_ARCH[each["arch"]].asynchronous_products]
+    hazards = hazards_in(folder / entry["file"] for entry in scanned)
     for entry in manifest["kernels"]:
         described |= {place["file"] for place in (entry, entry.get("ptx")) if place}
         for hazard in hazards.get(entry["file"], []):
             yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): may compute wrong numbers: {hazard}"
-        for finding in _entry(folder, entry, asked.get(entry["id"])):
+        for finding in _entry_findings(folder, entry, asked.get(entry["id"])):
             yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): {finding}"
     for name in sorted({path.name for path in folder.iterdir()} - described):
         yield f"{name}: no entry of the manifest describes it"
 
 
-def _entry(folder: Path, entry: dict[str, Any], variant: Variant | None) -> Iterator[str]:
+def _entry_findings(folder: Path, entry: dict[str, Any], variant: Variant | None) -> Iterator[str]:
     if variant is None:
         yield "is none of the kernels that the manifest's architectures, ranks and globs ask for"
     else:
-        yield from _described(entry, variant)
+        yield from _variant_findings(entry, variant)
     yield from exceeded(entry)
-    yield from _layout(entry)
+    yield from _layout_findings(entry)
     for place in (entry, entry.get("ptx")):
         path = folder / place["file"] if place else None
         if place is None or path is None:
@@ -155,21 +165,21 @@ def _entry(folder: Path, entry: dict[str, Any], variant: Variant | None) -> Iter
         elif hashlib.sha256(path.read_bytes()).hexdigest() != place["sha256"]:
             yield f"{path.name} has another sha256 than the manifest says"
         elif place is not entry:
-            yield from _ptx(path.read_text(), entry)
+            yield from _ptx_findings(path.read_text(), entry)
         elif entry["format"] == "cubin":
-            yield from _cubin(path, entry)
+            yield from _cubin_findings(path, entry)
         else:
-            yield from _hsaco(path, entry)
+            yield from _hsaco_findings(path, entry)
 
 
-def _described(entry: dict[str, Any], variant: Variant) -> Iterator[str]:
-    """The entry against its variant: what planning and launching take from one and the other must agree."""
+def _variant_findings(entry: dict[str, Any], variant: Variant) -> Iterator[str]:
+    """Differences between an entry and its variant: planning uses the one, launching the other."""
     for name, value in library.description(variant).items():
         if entry[name] != value:
             yield f"{name} is {entry[name]!r}, expected {value!r}"
 
 
-def _layout(entry: dict[str, Any]) -> Iterator[str]:
+def _layout_findings(entry: dict[str, Any]) -> Iterator[str]:
     names = list(ARGUMENTS[entry["kernel"]])
     declared = [(argument["name"], argument["type"]) for argument in entry["arguments"]]
     if declared != [(name, ARGUMENT_TYPES[name]) for name in names]:
@@ -179,7 +189,7 @@ def _layout(entry: dict[str, Any]) -> Iterator[str]:
         yield f"layout is {entry['layout']}, and a launch packs {packed}"
 
 
-def _cubin(path: Path, entry: dict[str, Any]) -> Iterator[str]:
+def _cubin_findings(path: Path, entry: dict[str, Any]) -> Iterator[str]:
     try:
         code = read_cubin(path)
     except ValueError as error:
@@ -198,7 +208,7 @@ def _cubin(path: Path, entry: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: {path.name} has {found}, the manifest says {said}"
 
 
-def _hsaco(path: Path, entry: dict[str, Any]) -> Iterator[str]:
+def _hsaco_findings(path: Path, entry: dict[str, Any]) -> Iterator[str]:
     try:
         arch, entries = read_hsaco(path.read_bytes())
     except ValueError as error:
@@ -210,11 +220,14 @@ def _hsaco(path: Path, entry: dict[str, Any]) -> Iterator[str]:
         yield f"entry: {path.name} has {', '.join(sorted(entries))}, the manifest says {entry['entry']}"
 
 
-def _ptx(text: str, entry: dict[str, Any]) -> Iterator[str]:
-    for directive, expected in (
-        ("target", re.escape(entry["arch"])), ("version", r"\d+\.\d+"), ("address_size", "64"),
-        (r"visible \.entry", re.escape(entry["entry"]) + r"\("),
-    ):  # fmt: skip
+def _ptx_findings(text: str, entry: dict[str, Any]) -> Iterator[str]:
+    directives = {
+        "target": re.escape(entry["arch"]),
+        "version": r"\d+\.\d+",
+        "address_size": "64",
+        r"visible \.entry": re.escape(entry["entry"]) + r"\(",
+    }
+    for directive, expected in directives.items():
         found = re.search(rf"^\.{directive} *(\S+)", text, re.M)
         if found is None or not re.fullmatch(expected, found[1]):
             said = found[1] if found else "nothing"

@@ -1,6 +1,6 @@
-"""Compiles one kernel ahead of time, and reads from its machine code what a launch has to know.
+"""Compiles one kernel ahead of time, and reads from its machine code what a launch needs to know.
 
-Runs in processes of their own that have Triton, and torch only where it happens to be.
+This runs in the build's own processes, which have Triton; torch need not be installed.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from ..machine_code.register_hazards import scan_cubin
 from ..variants import ARGUMENT_TYPES, ARGUMENTS, Variant
 from .library import description, kernel_id
 from .limits import exceeded
-from .targets import AMD, Target
+from .targets import BY_ARCH, Target
 
-# torch allocates every argument at a multiple of 16 bytes at least; see compile_variant.
+# torch allocates every argument at a multiple of at least 16 bytes; compile_variant relies on it too.
 _DIVISIBILITY = 16
 _POINTER = 8
 
 
 class Kernel(NamedTuple):
-    """A manifest's entry without its files' names, and their content: machine code, and PTX where it is kept."""
+    """A manifest's entry without its files' names, and the files' content: machine code, and PTX if it is kept."""
 
     entry: dict[str, Any]
     images: list[bytes]
 
 
 class LeftOut(NamedTuple):
-    """A kernel whose code must not be launched, or would run badly, and why."""
+    """A kernel whose code must not be launched, or would run badly, and the reason."""
 
     id: str
     label: str
@@ -44,10 +44,10 @@ class LeftOut(NamedTuple):
 
 
 def compile_kernel(task: tuple[Variant, Target]) -> Kernel | LeftOut:
-    """A variant's code for a target, where it is good for anything.
+    """Compile a variant for a target; LeftOut if its code must not be kept.
 
     Raises:
-        RuntimeError: Triton made something that the launcher cannot start.
+        RuntimeError: Triton made a kernel that the launcher cannot start.
     """
     from ..compiler import compile_variant
 
@@ -55,22 +55,22 @@ def compile_kernel(task: tuple[Variant, Target]) -> Kernel | LeftOut:
     identity, label = kernel_id(variant, target.arch), variant.label()
     compiled = compile_variant(variant, target.architecture)
     metadata = compiled.metadata
-    # Triton 3.6 says nothing of scratch memory for AMD, where it has none.
+    # Triton 3.6 has no fields for scratch memory on AMD, where it uses none.
     scratch, alignment, profile_scratch = (
         getattr(metadata, name, default)
         for name, default in (("global_scratch_size", 0), ("global_scratch_align", 1), ("profile_scratch_size", 0))
     )
-    code = "hsaco" if target.arch in AMD else "cubin"
+    code = "cubin" if target.generation.is_nvidia else "hsaco"
     image = compiled.asm[code]
     asked = [metadata.launch_cooperative_grid, getattr(metadata, "launch_pdl", False), metadata.tensordesc_meta]
     if metadata.num_ctas != 1 or profile_scratch or any(asked):
         raise RuntimeError(f"{label} for {target.arch}: wants a launch that the launcher does not know")
     names = ARGUMENTS[variant.kernel]
     layout = _amd_layout(compiled.asm["amdgcn"]) if code == "hsaco" else parameter_table(image, metadata.name)
-    # What a launch packs: the arguments, scratch memory and the profiler's, one pointer each.
+    # A launch packs one pointer each for the arguments, the scratch memory and the profiler's memory.
     if layout != [(_POINTER * i, _POINTER) for i in range(len(names) + 2)]:
         raise RuntimeError(f"{label} for {target.arch}: parameters at {layout}, not one pointer each")
-    registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if code == "hsaco" else _usage(image)
+    registers, spilled = _amd_usage(compiled.asm["amdgcn"]) if code == "hsaco" else _cubin_usage(image)
     entry = {
         "id": identity,
         **description(variant),
@@ -101,10 +101,10 @@ def compile_kernel(task: tuple[Variant, Target]) -> Kernel | LeftOut:
 
 
 def _faults(entry: dict[str, Any], image: bytes) -> Iterator[str]:
-    """What stands against launching a kernel."""
+    """The reasons not to launch a kernel."""
     yield from exceeded(entry)
-    # Products that run on behind their instruction, on registers that compilers have overwritten, are Hopper's alone.
-    if entry["arch"] == "sm_90a" and (hazards := scan_cubin(image)):
+    # Compilers have overwritten registers of products that go on after their instruction.
+    if BY_ARCH[entry["arch"]].asynchronous_products and (hazards := scan_cubin(image)):
         more = f" (and {len(hazards) - 1} more of the kind)" if len(hazards) > 1 else ""
         yield f"its machine code may compute wrong numbers: {hazards[0]}{more}"
 
@@ -112,8 +112,8 @@ def _faults(entry: dict[str, Any], image: bytes) -> Iterator[str]:
 def parameter_table(cubin: bytes, kernel: str) -> list[tuple[int, int]]:
     """(offset, size) in bytes of each parameter of a kernel, from the cubin's own table.
 
-    Read from the section ``.nv.info.<kernel>``: records of a format, an attribute and 16 bits of size or value; the
-    attribute 0x17 (EIATTR_KPARAM_INFO) describes one parameter.
+    The table is in the section ``.nv.info.<kernel>``. Each of its records has a format, an attribute and 16 bits of
+    size or value; a record with the attribute 0x17 (EIATTR_KPARAM_INFO) describes one parameter.
     """
     (sections,) = struct.unpack_from("<Q", cubin, 0x28)
     entry_size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
@@ -137,7 +137,7 @@ def parameter_table(cubin: bytes, kernel: str) -> list[tuple[int, int]]:
         if form == 4 and attribute == 0x17:
             _, ordinal, offset, flags = struct.unpack_from("<IHHI", data, at + 4)
             found[ordinal] = (offset, flags >> 18)
-        # Format 4 has that many bytes behind it; the others hold their value in the record.
+        # A record of format 4 is followed by that many bytes; the others hold their value themselves.
         at += 4 + (size if form == 4 else 0)
     return [found[ordinal] for ordinal in sorted(found)]
 
@@ -154,8 +154,8 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return registers, spilled
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes spilled."""
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,6 +1,6 @@
-"""The GPUs of this machine, as their driver tells: neither torch nor a CUDA toolkit is asked.
+"""The GPUs of this machine, read from their driver without torch or a CUDA toolkit.
 
-The standard library alone: setup.py imports this file where there is no torch.
+This file needs only the standard library: setup.py imports it where torch is not installed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _MAJOR, _MINOR = 75, 76
 
 
 class NoDevices(Exception):
-    """Why no GPU was found."""
+    """No GPU was found; the message says why."""
 
 
 def compute_capabilities() -> list[int]:
     """The compute capabilities of this machine's GPUs, each once, in ascending order (``90`` for 9.0).
 
-    The driver's library is libcuda.so.1, or what the environment variable RPSFT_CUDA_DRIVER names; it shows what
-    CUDA_VISIBLE_DEVICES lets it.
+    The driver's library is libcuda.so.1, or the one that the environment variable RPSFT_CUDA_DRIVER names. The driver
+    hides GPUs that CUDA_VISIBLE_DEVICES leaves out.
 
     Raises:
         NoDevices: there is no driver, or it finds no GPU or fails; the message says which.

@@ -1,11 +1,13 @@
-"""Kernels compiled ahead of time: which one serves a launch, and its start without a compiler or the triton package.
+"""Finds the kernel compiled ahead of time that serves a launch, and starts it without a compiler or the triton package.
 
-``rpsft_kernels/kernels/`` holds machine code and ``manifest.json`` where the package was built with them
-(``build``). RPSFT_AOT says what is made of them: ``1`` (default) takes a kernel where one matches and leaves the rest
-to Triton, ``0`` leaves all to Triton, ``only`` never compiles.
+``rpsft_kernels/kernels/`` holds machine code and ``manifest.json`` if the package was built with kernels (``build``).
+RPSFT_AOT says how they are used: ``1`` (default) uses a kernel if one matches and leaves the rest to Triton, ``0``
+leaves everything to Triton, ``only`` never compiles.
 
-A device takes machine code of its own architecture, else of a compatible one, else PTX, else what Triton compiles; what
-its driver refuses is passed over from then on. Launches are planned with the tile table of the code that serves.
+A device uses machine code of its own architecture, else of a compatible one, else PTX, else what Triton compiles. An
+image that its driver refuses is skipped from then on. Launches are planned with the tile table of the code in use.
+
+Functions that report why something does not work return ``str | None``; None means that nothing is wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -21,23 +23,28 @@ import torch
 from torch import Tensor
 
 from .. import toolchain
-from .library import FOLDER, Choice, Device, Library, Refused, Service
-from .loader import binding, kernel
+from .library import FOLDER, Device, KernelMatch, Library, Refused, ServedTable
+from .loader import kernel, launcher, launcher_missing
+from .targets import BY_CAPABILITY, BY_TABLE, Compatibility, dotted
 
 if TYPE_CHECKING:
     from ..variants import Variant
 
 
 class NoKernel(RuntimeError):
-    """This installation carries no kernel for a launch, and nothing may or can compile one."""
+    """This installation carries no kernel for a launch, and no kernel may or can be compiled."""
+
+
+class ImageRefused(RuntimeError):
+    """The driver does not take a kernel's image; another one of the same kernel may serve."""
 
 
 _MODES = ("0", "1", "only")
 _NOTHING: Refused = frozenset()
 _log = logging.getLogger("rpsft_kernels")
 _lock = threading.Lock()
-_said: set[tuple[int, str]] = set()
-# By device: what its driver has refused, and its words.
+_logged: set[tuple[int, str]] = set()
+# By device: the kinds of images that its driver has refused, and its messages.
 _refused: dict[int, Refused] = {}
 _reasons: dict[int, list[str]] = {}
 
@@ -50,13 +57,35 @@ def mode() -> str:
     return value
 
 
+def installed() -> Library | None:
+    """The kernels of this installation, if there are any: see :func:`kernels_missing`."""
+    return _open_installed()[0]
+
+
+def kernels_missing() -> str | None:
+    """Why this installation has no kernels."""
+    return _open_installed()[1]
+
+
 @lru_cache(maxsize=1)
-def installed() -> Library | str:
-    """The kernels of this installation, or why there are none."""
+def _open_installed() -> tuple[Library | None, str | None]:
     try:
-        return Library.open(FOLDER)
+        return Library.open(FOLDER), None
     except ValueError as error:
-        return str(error)
+        return None, str(error)
+
+
+def unusable() -> str | None:
+    """Why launches do not use the kernels of this installation."""
+    if mode() == "0":
+        return "RPSFT_AOT=0"
+    if torch.version.hip is not None:
+        return "kernels compiled ahead of time are launched on CUDA devices only"
+    return kernels_missing() or launcher_missing()
+
+
+def _usable() -> Library | None:
+    return installed() if unusable() is None else None
 
 
 def _index(device: torch.device) -> int:
@@ -66,216 +95,204 @@ def _index(device: torch.device) -> int:
 @lru_cache(maxsize=64)
 def _facts(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    launcher = binding()
-    try:
-        driver = launcher.driver_version()
-        # Older versions of torch do not tell.
-        shared = getattr(properties, "shared_memory_per_block_optin", 0) or launcher.shared_memory_per_block(index)
-    except (AttributeError, RuntimeError):
-        # Without a driver nothing is launched, whatever is said here: this is what every supported device has.
-        driver, shared = 0, 99 << 10
-    return Device(properties.major * 10 + properties.minor, shared, driver)
-
-
-def _usable() -> Library | str:
-    """The installation's kernels, or what stands against using any."""
-    if mode() == "0":
-        return "RPSFT_AOT=0"
-    if torch.version.hip is not None:
-        return "kernels compiled ahead of time are launched on CUDA devices only"
-    library = installed()
-    if isinstance(library, str):
-        return library
-    launcher = binding()
-    return launcher if isinstance(launcher, str) else library
+    capability = properties.major * 10 + properties.minor
+    # Without a driver nothing is launched, so the shared memory that every supported device has is good enough.
+    driver, shared = 0, min(row.block_shared for row in BY_CAPABILITY.values())
+    native = launcher()
+    if native is not None:
+        try:
+            driver = native.driver_version()
+            # Older versions of torch do not have this property.
+            shared = getattr(properties, "shared_memory_per_block_optin", 0) or native.shared_memory_per_block(index)
+        except (AttributeError, RuntimeError):
+            driver = 0
+    return Device(capability, shared, driver)
 
 
 def compiles() -> bool:
-    """Whether a variant without a kernel may and can be compiled for a GPU."""
-    return mode() != "only" and not toolchain.jit_missing()
+    """Whether a variant that no kernel serves may and can be compiled for a GPU."""
+    return mode() != "only" and toolchain.jit_missing() is None
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why no kernel of this installation serves a CUDA device, or None where at least one tile table's do."""
+    """Why no tile table of this installation's kernels serves a CUDA device."""
     library = _usable()
-    if isinstance(library, str):
-        return library
+    if library is None:
+        return unusable()
     index = _index(device)
     facts, refused = _facts(index), _refused.get(index, _NOTHING)
-    if _services(library, facts, refused):
+    if _served_tables(library, facts, refused):
         return None
-    reason = f"this installation's kernels ({library.held()}) do not run on compute capability {_dotted(facts)}"
+    reason = (
+        f"this installation's kernels ({library.arch_names()}) do not run on compute capability "
+        f"{dotted(facts.capability)}"
+    )
     obstacles = [library.obstacles(facts, refused), *_reasons.get(index, [])]
     return "; ".join([reason, *filter(None, obstacles)])
 
 
-def service(device: torch.device, own: str, tuned: str | None) -> Service | None:
-    """What serves the launches on a CUDA device whose own tile table is ``own``; None where Triton compiles them.
+def served_table(device: torch.device, own: str, tuned: str | None) -> ServedTable | None:
+    """The tile table whose kernels serve the launches on a CUDA device; None if Triton compiles them.
 
-    That is code of the device's own table where there is some, else of the newest older table whose kernels all run
-    there. ``tuned``: the table that RPSFT_TILES changes, if any, whose kernels are then not the installed ones.
+    This is the device's own table if its kernels are installed, else the newest older table whose kernels all run
+    there.
+
+    Args:
+        device: the device.
+        own: the device's own tile table.
+        tuned: the table that RPSFT_TILES changes, if any. The installed kernels do not have its tile shapes.
     """
     library = _usable()
-    if isinstance(library, str) or tuned == own:
+    if library is None or tuned == own:
         return None
     index = _index(device)
-    return _service(library, _facts(index), _refused.get(index, _NOTHING), own, tuned)
+    return _served_table(library, _facts(index), _refused.get(index, _NOTHING), own, tuned)
 
 
 def table_for(device: torch.device, own: str, tuned: str | None = None) -> str:
     """The tile table that launches on a CUDA device are planned with."""
-    found = service(device, own, tuned)
-    return own if found is None else found.table
+    served = served_table(device, own, tuned)
+    return own if served is None else served.table
 
 
 @lru_cache(maxsize=256)
-def _services(library: Library, facts: Device, refused: Refused) -> list[Service]:
-    return library.services(facts, refused)
+def _served_tables(library: Library, facts: Device, refused: Refused) -> list[ServedTable]:
+    return library.served_tables(facts, refused)
 
 
 @lru_cache(maxsize=256)
-def _service(library: Library, facts: Device, refused: Refused, own: str, tuned: str | None) -> Service | None:
-    newest = int(own[3:])
-    found = [s for s in _services(library, facts, refused) if s.generation <= newest and s.table != tuned]
-    # The first of equals is the one that runs best.
-    return max(found, key=lambda each: each.generation, default=None)
+def _served_table(library: Library, facts: Device, refused: Refused, own: str, tuned: str | None) -> ServedTable | None:
+    newest = BY_TABLE[own].capability
+    tables = [
+        each for each in _served_tables(library, facts, refused) if each.capability <= newest and each.table != tuned
+    ]
+    # max() returns the first of equals, and the tables that run best come first.
+    return max(tables, key=lambda each: each.capability, default=None)
 
 
 @lru_cache(maxsize=4096)
-def _chosen(library: Library, variant: Variant, facts: Device, refused: Refused) -> Choice | str:
+def _find(library: Library, variant: Variant, facts: Device, refused: Refused) -> KernelMatch | None:
     return library.find(variant, facts, refused)
 
 
-def serves(variant: Variant, device: torch.device) -> bool:
-    """Whether a kernel serves a variant's launches on a GPU; if not, Triton is to compile it.
-
-    Raises:
-        NoKernel: nothing may or can compile it.
-    """
-    index, library = _index(device), _usable()
-    if isinstance(library, str):
-        return _left(index, "none", variant, library)
-    choice = _chosen(library, variant, _facts(index), _refused.get(index, _NOTHING))
-    return not isinstance(choice, str) or _left(index, "no match", variant, choice)
+@lru_cache(maxsize=4096)
+def _unmatched(library: Library, variant: Variant, facts: Device, refused: Refused) -> str | None:
+    return library.unmatched(variant, facts, refused)
 
 
-def complete(found: Service, ranks: Sequence[int]) -> bool:
-    """Whether what serves a device has a kernel for every launch there; ``ranks``: one of each class."""
-    library = _usable()
-    return (
-        not isinstance(library, str)
-        and library.manifest.get("only") == ""
-        and library.manifest.get("ranks") == list(ranks)
-        and not any(each["arch"] == found.arch for each in library.manifest["left_out"])
-    )
+def bind(
+    variant: Variant, programs: int, device: torch.device, arguments: Sequence[Tensor]
+) -> Callable[[], None] | None:
+    """The function that starts ``programs`` > 0 programs of a variant on what is now the current stream of a GPU, where
+    a kernel serves the launch; None where Triton is to compile it. Its tensors must outlive it.
 
+    Raises (binding):
+        NoKernel: no kernel serves the launch, and nothing may or can compile it.
 
-def start(variant: Variant, programs: int, device: torch.device, arguments: Sequence[Tensor]) -> bool:
-    """Run ``programs`` > 0 programs of a variant on the current stream of a GPU, where a kernel serves the call.
-
-    Returns:
-        Whether it was started; if not, Triton is to compile it.
-
-    Raises:
-        NoKernel: no kernel serves the call, and nothing may or can compile it.
+    Raises (starting):
+        ImageRefused: the driver does not take the kernel's image, which is passed over from now on: bind anew.
         RuntimeError: the driver could not start it.
     """
     index = _index(device)
     library = _usable()
-    if isinstance(library, str):
-        return _left(index, "none", variant, library)
-    facts = _facts(index)
-    while True:
-        choice = _chosen(library, variant, facts, _refused.get(index, _NOTHING))
-        if isinstance(choice, str):
-            said = [f"compute capability {_dotted(facts)}: {choice}", *_reasons.get(index, [])]
-            return _left(index, "no match", variant, "; ".join(said))
-        values = []
-        for argument, tensor in zip(choice.entry["arguments"], arguments, strict=True):
-            value = tensor.data_ptr()
-            if value % argument["divisibility"]:
-                why = f"its argument {argument['name']} is not aligned to {argument['divisibility']} bytes"
-                return _left(index, "misaligned", variant, why)
-            values.append(value)
+    if library is None:
+        _fall_back_to_jit(index, "none", variant, unusable())
+        return None
+    facts, refused = _facts(index), _refused.get(index, _NOTHING)
+    match = _find(library, variant, facts, refused)
+    if match is None:
+        why = f"compute capability {dotted(facts.capability)}: {_unmatched(library, variant, facts, refused)}"
+        _fall_back_to_jit(index, "no match", variant, "; ".join([why, *_reasons.get(index, [])]))
+        return None
+    values = []
+    for argument, tensor in zip(match.entry["arguments"], arguments, strict=True):
+        value = tensor.data_ptr()
+        if value % argument["divisibility"]:
+            why = f"its argument {argument['name']} is not aligned to {argument['divisibility']} bytes"
+            _fall_back_to_jit(index, "misaligned", variant, why)
+            return None
+        values.append(value)
+    # The scratch memory lives as long as the function that is returned.
+    scratch, size, alignment = None, match.entry["scratch"]["size"], match.entry["scratch"]["alignment"]
+    if size:
+        scratch = _scratch(size * programs + alignment, torch.device("cuda", index))
+    # Triton's two parameters behind the declared ones: scratch memory, and that of its profiler.
+    values += [0 if scratch is None else -(-scratch.data_ptr() // alignment) * alignment, 0]
+    start = kernel(library, match, variant.label()).launch
+    stream, grid = torch.cuda.current_stream(device).cuda_stream, (programs, 1, 1)
+    load_error = launcher().LoadError
+    how = _describe(match, facts)
+    served = f"cuda:{index}: kernels compiled ahead of time, {how}"
+
+    def queue() -> None:
         try:
-            _launch(library, choice, variant, programs, index, values)
-        except binding().LoadError as error:
-            _refuse(index, choice, facts, str(error))
-            continue
+            start(index, stream, grid, values)
+        except load_error as error:
+            _skip_image(index, match, facts, str(error))
+            raise ImageRefused(str(error)) from error
         except RuntimeError as error:
             raise RuntimeError(
-                f"{error} (compiled ahead of time, {_how(choice, facts)}; RPSFT_AOT=0 leaves kernels to Triton)"
+                f"{error} (compiled ahead of time, {how}; RPSFT_AOT=0 leaves kernels to Triton)"
             ) from error
-        _say(index, choice.how, f"cuda:{index}: kernels compiled ahead of time, {_how(choice, facts)}")
-        return True
+        _log_once(index, match.compatibility.value, served)
+        # The closure keeps the scratch memory, whose address is among the values.
+        _ = scratch
 
-
-def _launch(
-    library: Library, choice: Choice, variant: Variant, programs: int, index: int, values: Sequence[int]
-) -> None:
-    device = torch.device("cuda", index)
-    # Held until the kernel is queued; then the allocator gives the memory to what comes later in the stream.
-    scratch, size, alignment = None, choice.entry["scratch"]["size"], choice.entry["scratch"]["alignment"]
-    if size:
-        scratch = _scratch(size * programs + alignment, device)
-    # Triton's two parameters behind the declared ones: scratch memory, and that of its profiler.
-    extra = [0 if scratch is None else -(-scratch.data_ptr() // alignment) * alignment, 0]
-    stream = torch.cuda.current_stream(device).cuda_stream
-    kernel(library, choice, variant.label()).launch(index, stream, (programs, 1, 1), [*values, *extra])
+    return queue
 
 
 def _scratch(size: int, device: torch.device) -> Tensor:
-    # Where programs put their descriptors. Machine code writes one by atomic exchanges and throws away what they give
-    # back: a sanitizer may call that a read of memory that was never written, but no value of it is ever used.
+    # Programs put their descriptors here. Machine code writes a descriptor by atomic exchanges and discards the values
+    # that they return. A sanitizer may report this as a read of memory that was never written; the values are not used.
     return torch.empty(size, dtype=torch.int8, device=device)
 
 
-def _refuse(index: int, choice: Choice, facts: Device, error: str) -> None:
-    """Pass over all images of this kind on a device from now on: what a driver says of one it says of the others."""
-    arch, kind = choice.entry["arch"], "PTX" if choice.how == "ptx" else "machine code"
+def _skip_image(index: int, match: KernelMatch, facts: Device, error: str) -> None:
+    """Skip all images of this kind on a device from now on: a driver that refuses one refuses the others too."""
+    arch, kind = match.entry["arch"], "PTX" if match.compatibility is Compatibility.PTX else "machine code"
     with _lock:
         refused = _refused.get(index, _NOTHING)
-        if (arch, choice.how) in refused:
+        if (arch, match.compatibility) in refused:
             return
-        _refused[index] = refused | {(arch, choice.how)}
+        _refused[index] = refused | {(arch, match.compatibility)}
         _reasons[index] = [*_reasons.get(index, []), f"the driver refused {arch} {kind}: {error}"]
     _log.warning(
-        f"cuda:{index}: {arch} {kind} compiled ahead of time is passed over on compute capability {_dotted(facts)}: "
-        f"{error}"
+        f"cuda:{index}: {arch} {kind} compiled ahead of time is passed over on compute capability "
+        f"{dotted(facts.capability)}: {error}"
     )
 
 
-def _left(index: int, kind: str, variant: Variant, reason: str) -> bool:
-    """Leave a launch to Triton, or say why it cannot be."""
+def _fall_back_to_jit(index: int, kind: str, variant: Variant, reason: str | None) -> None:
+    """Leave a launch to Triton, and log the reason once for each ``kind``.
+
+    Raises:
+        NoKernel: Triton may not or cannot compile it.
+    """
     if mode() == "only":
         way_out = "RPSFT_AOT=1 lets Triton compile it"
-    elif toolchain.jit_missing():
-        way_out = f"it cannot be compiled: {toolchain.jit_missing()}"
+    elif missing := toolchain.jit_missing():
+        way_out = f"it cannot be compiled: {missing}"
     else:
-        _say(index, f"jit, {kind}", f"cuda:{index}: Triton compiles {variant.label()}: {reason}")
-        return False
+        _log_once(index, f"jit, {kind}", f"cuda:{index}: Triton compiles {variant.label()}: {reason}")
+        return
     raise NoKernel(f"no kernel compiled ahead of time for {variant.label()} on cuda:{index}: {reason}; {way_out}")
 
 
-def _how(choice: Choice, facts: Device) -> str:
-    arch, capability = choice.entry["arch"], _dotted(facts)
-    tiles = f"with the tiles of {choice.entry['table']}"
+def _describe(match: KernelMatch, facts: Device) -> str:
+    arch, capability = match.entry["arch"], dotted(facts.capability)
+    tiles = f"with the tiles of {match.entry['table']}"
     return {
-        "exact": f"{arch} machine code on compute capability {capability}",
-        "compatible": f"{arch} machine code, which compute capability {capability} runs too, {tiles}",
-        "ptx": f"{arch} PTX, which the driver translates for compute capability {capability}, {tiles}",
-    }[choice.how]
+        Compatibility.EXACT: f"{arch} machine code on compute capability {capability}",
+        Compatibility.SAME_MAJOR: f"{arch} machine code, which compute capability {capability} runs too, {tiles}",
+        Compatibility.PTX: f"{arch} PTX, which the driver translates for compute capability {capability}, {tiles}",
+    }[match.compatibility]
 
 
-def _dotted(facts: Device) -> str:
-    return f"{facts.capability // 10}.{facts.capability % 10}"
-
-
-def _say(index: int, kind: str, message: str) -> None:
-    if (index, kind) in _said:
+def _log_once(index: int, kind: str, message: str) -> None:
+    if (index, kind) in _logged:
         return
     with _lock:
-        if (index, kind) in _said:
+        if (index, kind) in _logged:
             return
-        _said.add((index, kind))
+        _logged.add((index, kind))
     _log.info(message)

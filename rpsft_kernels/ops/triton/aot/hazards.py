@@ -1,4 +1,4 @@
-"""Kernels in files, scanned for registers that are touched while a product may use them: several at a time."""
+"""Scans kernels in files for registers that are touched while a product may use them, several files at a time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..machine_code.cubin import disassembler
 from ..machine_code.register_hazards import scan_cubin
 from .jobs import default_jobs
 
-# By the content's sha256: a process looks at the same code once.
+# Findings by the sha256 of the content: a process scans the same code once.
 _findings: dict[str, list[str]] = {}
 
 
 def hazards_in(paths: Iterable[Path]) -> dict[str, list[str]]:
-    """By a file's name what is found in it; that it cannot be disassembled is a finding. Files that are not there are
-    passed over.
+    """The findings in each file, by the file's name. A file that cannot be disassembled is a finding; a file that does
+    not exist is skipped.
 
     Raises:
         ValueError: there is no disassembler.
@@ -25,12 +25,12 @@ def hazards_in(paths: Iterable[Path]) -> dict[str, list[str]]:
     images = {path: path.read_bytes() for path in dict.fromkeys(paths) if path.is_file()}
     if images:
         disassembler()
-    # What runs is nvdisasm, in a process of its own.
+    # Threads suffice: the work is done by nvdisasm, in processes of its own.
     with ThreadPoolExecutor(default_jobs()) as pool:
-        return dict(zip((path.name for path in images), pool.map(_found, images.values()), strict=True))
+        return dict(zip((path.name for path in images), pool.map(_scan, images.values()), strict=True))
 
 
-def _found(image: bytes) -> list[str]:
+def _scan(image: bytes) -> list[str]:
     digest = hashlib.sha256(image).hexdigest()
     if digest not in _findings:
         try:

@@ -1,4 +1,4 @@
-"""How many processes compile kernels side by side, and the environment that they compile in."""
+"""How many processes compile kernels at a time, and the environment that they compile in."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-# The largest process was seen to need 230 MiB, 620 MiB where the package and with it torch is imported; and a margin,
-# which its assembler shares.
+# The largest process seen needed 230 MiB, or 620 MiB with torch imported. The rest is a margin, also for its assembler.
 _PROCESS = 1 << 30
-# What Triton and its assembler read that changes the code which comes out, or puts files beside it. Where their tools
-# lie is the installation's affair, and the manifest names their versions.
+# Variables that Triton and its assembler read and that change the code or write files beside it. The variables that
+# say where their tools are do not count: they belong to the installation, and the manifest names the tools' versions.
 _PREFIXES = ("TRITON_", "PTXAS_", "MLIR_", "LLVM_", "AMDGCN_", "NVPTX_", "DISABLE_MMA_")
 _NAMES = ("DISABLE_PTXAS_OPT", "DISABLE_LLVM_OPT", "ALLOW_LHS_TMEM_LAYOUT_CONVERSION", "USE_IR_LOC")
 _TOOLS = r"TRITON_HOME|TRITON_(PTXAS|PTXAS_BLACKWELL|CUOBJDUMP|NVDISASM|LIBDEVICE|LIBCUDA|HIP_LLD|LIBHIP)_PATH"
 
 
 def default_jobs() -> int:
-    """MAX_JOBS; without it, one process per processor that this one may use, as far as memory serves each."""
+    """MAX_JOBS, else one process per processor that this process may use, as long as memory suffices for each."""
     named = os.environ.get("MAX_JOBS", "").strip()
     if named:
         if not named.isdigit() or int(named) < 1:
@@ -31,7 +30,7 @@ def default_jobs() -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that new processes may take: the machine's, or what is left of a container's; None where neither says."""
+    """Bytes that new processes may take, of the machine or of the container's limit; None if neither is known."""
     found = []
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -42,7 +41,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
     old = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
     for limit, used in (("memory.max", "memory.current"), old):
         try:
-            # "max" where there is none.
+            # The limit reads "max" if there is none, and int() refuses that.
             found.append(max(0, int((group / limit).read_text()) - int((group / used).read_text())))
         except (OSError, ValueError):
             continue
@@ -50,13 +49,16 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def changes_code(name: str) -> bool:
-    """Whether an environment variable may change what the compiler makes of a kernel."""
+    """Whether an environment variable may change the code that the compiler makes of a kernel."""
     return name in _NAMES or (name.startswith(_PREFIXES) and not re.fullmatch(_TOOLS, name))
 
 
 @contextmanager
-def environment(**wanted: str) -> Iterator[None]:
-    """Within it, variables that would change the code are unset, but for those given; processes inherit that."""
+def compile_environment(**wanted: str) -> Iterator[None]:
+    """Inside the ``with`` block, unset every variable that would change the code, and set those given.
+
+    Processes that are started inside it inherit this environment.
+    """
     before = dict(os.environ)
     _replace({name: value for name, value in before.items() if not changes_code(name)} | wanted)
     try:

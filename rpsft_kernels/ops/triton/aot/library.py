@@ -1,11 +1,13 @@
-"""A folder of kernels compiled ahead of time: its manifest, and which of its code runs on a device."""
+"""A folder of kernels compiled ahead of time: its manifest, and which of its code runs on a device.
+
+A method that reports why something does not work returns ``str | None``; None means that nothing is wrong.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -13,49 +15,48 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..machine_code.register_hazards import RULES
+from .targets import BY_ARCH, BY_TABLE, Compatibility, Generation
 
 if TYPE_CHECKING:
     from ..variants import Variant
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
-# Beside the folder, where a build was to fill it and could not: why.
+# A build that could not fill the folder writes the reason into this file beside it.
 REASON = "_kernels_build.txt"
-# The package's folder of compiled kernels, not that of their sources.
+# The package's folder of compiled kernels; their sources are in ops/triton/kernels.
 FOLDER = Path(__file__).parents[3] / "kernels"
 _SOURCES = Path(__file__).parents[1]
-_OPTIONS = ("compiler", "fields", "variants")
-# What is compiled, and with which options; how it is planned and launched may change without making a kernel stale.
+_OPTIONS = ("compiler", "fields", "variants", "aot/targets")
+# The files that decide what is compiled, and with which options. Planning and launching may change without making a
+# kernel stale.
 _KERNEL_SOURCES = (*sorted((_SOURCES / "kernels").glob("*.py")), *(_SOURCES / f"{name}.py" for name in _OPTIONS))
-# How code can run on a device, the best first.
-_WAYS = ("exact", "compatible", "ptx")
-# Compute capabilities of Tegra: NVIDIA promises no binary compatibility between these and any other.
-_TEGRA = frozenset({72, 87, 101, 110})
 
 
 def kernel_id(variant: Variant, arch: str) -> str:
-    """Names one variant on one architecture, the same in every process and build."""
+    """The name of one variant on one architecture, the same in every process and build."""
     options = sorted(variant.options().items())
     facts = [variant.kernel, variant.constants, options, variant.registers, arch]
     return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()[:20]
 
 
 def description(variant: Variant) -> dict[str, Any]:
-    """What a manifest's entry takes from its variant."""
+    """The part of a manifest's entry that comes from its variant."""
     return {
         "kernel": variant.kernel,
         "constants": dict(variant.constants),
         "warps": variant.warps,
         "stages": variant.stages,
-        "residents": variant.residents,
+        "blocks_per_sm": variant.blocks_per_sm,
         "maximal_registers": variant.registers,
     }
 
 
 @lru_cache(maxsize=1)
 def source_digest() -> str:
-    """The digest of the kernels' sources, and of the rules that their machine code was held to: code of other sources,
-    or looked through with less, must not pass for theirs.
+    """The digest of the kernels' sources and of the rules that their machine code was scanned with.
+
+    Code that was compiled from other sources, or scanned with older rules, has another digest.
     """
     digest = hashlib.sha256(f"rules {RULES}\0".encode())
     for path in _KERNEL_SOURCES:
@@ -63,34 +64,9 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-class Arch(NamedTuple):
-    """An architecture that machine code is for. ``specific``: it runs on that one alone (``sm_90a``)."""
-
-    number: int
-    specific: bool
-
-    @classmethod
-    def parse(cls, name: str) -> Arch | None:
-        """None for what is not NVIDIA's."""
-        found = re.fullmatch(r"sm_(\d+)(a?)", name)
-        return cls(int(found[1]), bool(found[2])) if found else None
-
-    def how_cubin_runs(self, capability: int) -> str | None:
-        """How its machine code runs on a device: ``"exact"``, ``"compatible"``, or not at all."""
-        if self.number == capability:
-            return "exact"
-        if self.specific or not _TEGRA.isdisjoint((self.number, capability)):
-            return None
-        same_major = self.number // 10 == capability // 10
-        return "compatible" if same_major and self.number < capability else None
-
-    def how_ptx_runs(self, capability: int) -> str | None:
-        return "ptx" if self.number == capability or (self.number < capability and not self.specific) else None
-
-
 class Device(NamedTuple):
-    """What decides which code a device runs: its compute capability (``90`` for 9.0), bytes of shared memory that a
-    block may have, and its driver's version of CUDA (``12040`` for 12.4; 0 where unknown).
+    """The facts that decide which code a device can run: its compute capability (``90`` for 9.0), the bytes of shared
+    memory that a block can have, and its driver's CUDA version (``12040`` for 12.4; 0 if unknown).
     """
 
     capability: int
@@ -99,40 +75,44 @@ class Device(NamedTuple):
 
     @property
     def ptx(self) -> tuple[int, int] | None:
-        """The newest PTX ISA that the driver is known to read; None where it is not known."""
+        """The newest PTX ISA that the driver is known to read, or None if that is not known."""
         major, minor = self.driver // 1000, self.driver % 1000 // 10
-        # 12.6 brought no new one.
+        # CUDA 12.6 brought no new PTX ISA.
         return {11: (7, minor), 12: (8, minor - (minor >= 6)), 13: (9, minor)}.get(major)
 
 
-# (architecture, way) pairs whose images a device's driver has refused.
-Refused = frozenset[tuple[str, str]]
+# Kinds of code that a device's driver has refused: the architecture, and how its code was to run.
+Refused = frozenset[tuple[str, Compatibility]]
 
 
-class Choice(NamedTuple):
-    """A kernel for a launch, and how its code runs there: ``"exact"``, ``"compatible"`` or ``"ptx"``."""
+class KernelMatch(NamedTuple):
+    """A kernel for a launch, and how its code runs on the device."""
 
     entry: dict[str, Any]
-    how: str
+    compatibility: Compatibility
 
     @property
     def file(self) -> dict[str, str]:
         """The name and digest of the file to load."""
-        source: dict[str, str] = self.entry["ptx"] if self.how == "ptx" else self.entry
+        source: dict[str, str] = self.entry["ptx"] if self.compatibility is Compatibility.PTX else self.entry
         return source
 
 
-class Service(NamedTuple):
-    """All kernels of one tile table run on a device, as the code of one architecture, in one way."""
+class ServedTable(NamedTuple):
+    """A tile table all of whose kernels run on a device, as the code of one architecture.
+
+    ``kernels``: how many there are.
+    """
 
     table: str
     arch: str
-    how: str
+    compatibility: Compatibility
     kernels: int
 
     @property
-    def generation(self) -> int:
-        return int(self.table[3:])
+    def capability(self) -> int:
+        """The compute capability of the generation that the table was made for."""
+        return BY_TABLE[self.table].capability
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +127,7 @@ class Library:
     def open(cls, folder: Path) -> Library:
         """
         Raises:
-            ValueError: there are no kernels, or they do not belong to this package; the message says what is the case.
+            ValueError: there are no kernels, or they do not belong to this package; the message says which.
         """
         path = folder / MANIFEST
         try:
@@ -155,7 +135,8 @@ class Library:
             sources = source_digest()
         except (OSError, ValueError) as error:
             if not path.exists():
-                why = _why_none(folder)
+                failure = _build_failure(folder)
+                why = "" if failure is None else f": {failure}"
                 raise ValueError(f"this installation carries no kernels compiled ahead of time{why}") from None
             raise ValueError(f"{path}: {error}") from error
         _check_manifest(path, manifest)
@@ -164,7 +145,7 @@ class Library:
         return cls(folder, manifest, {entry["id"]: entry for entry in manifest["kernels"]})
 
     def summary(self) -> str:
-        """What it holds, for people: versions, and per architecture kernels, files and bytes."""
+        """A summary to print: versions, and the kernels, files and bytes of each architecture."""
         lines = [f"{self.folder}", "  ".join(f"{name} {value}" for name, value in self.manifest["versions"].items())]
         for name in self.manifest["architectures"]:
             entries = self._of_arch.get(name, [])
@@ -181,18 +162,15 @@ class Library:
             )
         return "\n".join(lines)
 
-    def arches(self) -> list[tuple[str, Arch]]:
-        """NVIDIA architectures that it holds, the newest first."""
-        return self._arches
-
-    def held(self) -> str:
-        """Their names."""
-        return ", ".join(name for name, _ in self._arches) or "no NVIDIA architecture"
-
     @cached_property
-    def _arches(self) -> list[tuple[str, Arch]]:
-        found = [(name, arch) for name in self.manifest["architectures"] if (arch := Arch.parse(name)) is not None]
-        return sorted(found, key=lambda pair: -pair[1].number)
+    def generations(self) -> list[Generation]:
+        """The NVIDIA generations that it has kernels for, the newest first."""
+        rows = [BY_ARCH[name] for name in self.manifest["architectures"] if name in BY_ARCH]
+        return sorted((row for row in rows if row.is_nvidia), key=lambda row: -row.capability)
+
+    def arch_names(self) -> str:
+        """The names of these generations, separated by commas."""
+        return ", ".join(row.arch for row in self.generations) or "no NVIDIA architecture"
 
     @cached_property
     def _of_arch(self) -> dict[str, list[dict[str, Any]]]:
@@ -203,83 +181,100 @@ class Library:
 
     @cached_property
     def left_out(self) -> dict[str, dict[str, str]]:
-        """By the ids of kernels that it would have: their ``label``, ``arch`` and the ``reason`` why it has not."""
+        """The kernels that the build left out, by their ids: ``label``, ``arch`` and ``reason``."""
         return {each["id"]: each for each in self.manifest["left_out"]}
 
-    def _ways(self, device: Device, refused: Refused) -> Iterator[tuple[str, str]]:
-        """Architecture and way of all code that might run on a device, the best first."""
-        for how in _WAYS:
-            for name, arch in self._arches:
-                runs = arch.how_ptx_runs if how == "ptx" else arch.how_cubin_runs
-                if runs(device.capability) == how and (name, how) not in refused:
-                    yield name, how
+    def _runnable(self, device: Device, refused: Refused) -> Iterator[tuple[str, Compatibility]]:
+        """The architectures whose code might run on a device, and how; the best first."""
+        for compatibility in Compatibility:
+            for row in self.generations:
+                ptx = compatibility is Compatibility.PTX
+                found = (row.ptx_compatibility if ptx else row.cubin_compatibility)(device.capability)
+                if found is compatibility and (row.arch, compatibility) not in refused:
+                    yield row.arch, compatibility
 
-    def find(self, variant: Variant, device: Device, refused: Refused = frozenset()) -> Choice | str:
-        """The kernel that serves a variant, or why none does: machine code for that device before PTX, newest first."""
-        obstacles = []
-        for name, how in self._ways(device, refused):
-            identity = kernel_id(variant, name)
-            entry = self.by_id.get(identity)
-            if identity in self.left_out:
-                obstacles.append(f"left out of the {name} kernels: {self.left_out[identity]['reason']}")
-            if entry is None or (how == "ptx" and "ptx" not in entry):
-                continue
-            obstacle = _obstacle(entry, how, device)
-            if not obstacle:
-                return Choice(entry, how)
-            obstacles.append(obstacle)
+    def find(self, variant: Variant, device: Device, refused: Refused = frozenset()) -> KernelMatch | None:
+        """The kernel that serves a variant, if there is one: machine code for that device before PTX, newest first."""
+        return self._look_up(variant, device, refused)[0]
+
+    def unmatched(self, variant: Variant, device: Device, refused: Refused = frozenset()) -> str | None:
+        """Why :meth:`find` finds no kernel."""
+        match, obstacles = self._look_up(variant, device, refused)
+        if match is not None:
+            return None
         if obstacles:
             return "; ".join(dict.fromkeys(obstacles))
-        reason = f"none of this installation's kernels ({self.held()}) is that variant for that device"
+        reason = f"none of this installation's kernels ({self.arch_names()}) is that variant for that device"
         return reason + "; RPSFT_TILES is set" if os.environ.get("RPSFT_TILES") else reason
 
-    def services(self, device: Device, refused: Refused = frozenset()) -> list[Service]:
-        """The tile tables all of whose kernels run on a device, and how: the best way first."""
-        return [found for found, obstacle in self._tried(device, refused) if not obstacle]
+    def _look_up(self, variant: Variant, device: Device, refused: Refused) -> tuple[KernelMatch | None, list[str]]:
+        """The kernel for a variant, and the reasons against the ones that would have come before it."""
+        obstacles = []
+        for arch, compatibility in self._runnable(device, refused):
+            identity = kernel_id(variant, arch)
+            entry = self.by_id.get(identity)
+            if identity in self.left_out:
+                obstacles.append(f"left out of the {arch} kernels: {self.left_out[identity]['reason']}")
+            if entry is None or (compatibility is Compatibility.PTX and "ptx" not in entry):
+                continue
+            obstacle = _obstacle(entry, compatibility, device)
+            if obstacle is None:
+                return KernelMatch(entry, compatibility), obstacles
+            obstacles.append(obstacle)
+        return None, obstacles
 
-    def obstacles(self, device: Device, refused: Refused = frozenset()) -> str:
-        """What stands against the code that might run on a device; "" where no code might."""
-        found = [f"{tried.arch}: {obstacle}" for tried, obstacle in self._tried(device, refused) if obstacle]
-        return "; ".join(dict.fromkeys(found))
+    def served_tables(self, device: Device, refused: Refused = frozenset()) -> list[ServedTable]:
+        """The tile tables all of whose kernels run on a device; those that run best come first."""
+        return [table for table, obstacle in self._candidates(device, refused) if obstacle is None]
 
-    def _tried(self, device: Device, refused: Refused) -> Iterator[tuple[Service, str]]:
-        for name, how in self._ways(device, refused):
-            entries = self._of_arch.get(name, [])
+    def obstacles(self, device: Device, refused: Refused = frozenset()) -> str | None:
+        """The reasons against the tables that might run on a device and do not; None if there are none."""
+        candidates = self._candidates(device, refused)
+        found = [f"{table.arch}: {obstacle}" for table, obstacle in candidates if obstacle is not None]
+        return "; ".join(dict.fromkeys(found)) or None
+
+    def _candidates(self, device: Device, refused: Refused) -> Iterator[tuple[ServedTable, str | None]]:
+        """Every tile table that might run on a device, and the reason against it."""
+        for arch, compatibility in self._runnable(device, refused):
+            ptx = compatibility is Compatibility.PTX
+            entries = self._of_arch.get(arch, [])
             for table in dict.fromkeys(entry["table"] for entry in entries):
-                # Where PTX was kept, it was of every kernel.
-                own = [e for e in entries if e["table"] == table and (how != "ptx" or "ptx" in e)]
+                # A build keeps the PTX of every kernel of an architecture or of none.
+                own = [each for each in entries if each["table"] == table and (not ptx or "ptx" in each)]
                 if own:
-                    obstacle = next(filter(None, (_obstacle(entry, how, device) for entry in own)), "")
-                    yield Service(table, name, how, len(own)), obstacle
+                    obstacles = (_obstacle(entry, compatibility, device) for entry in own)
+                    obstacle = next((each for each in obstacles if each is not None), None)
+                    yield ServedTable(table, arch, compatibility, len(own)), obstacle
 
 
-def _why_none(folder: Path) -> str:
-    """What a build that was to compile them says of it, in a file beside the folder."""
+def _build_failure(folder: Path) -> str | None:
+    """What a build that could not fill the folder wrote into a file beside it."""
     try:
-        return ": " + folder.with_name(REASON).read_text(encoding="utf-8").strip()
+        return folder.with_name(REASON).read_text(encoding="utf-8").strip()
     except OSError:
-        return ""
+        return None
 
 
-def _obstacle(entry: dict[str, Any], how: str, device: Device) -> str:
-    """Why a kernel's code does not run on a device after all; "" where it does."""
-    # On the architecture that it was made for it fits.
-    if how != "exact" and entry["shared"] > device.shared_limit:
+def _obstacle(entry: dict[str, Any], compatibility: Compatibility, device: Device) -> str | None:
+    """Why a kernel's code does not run on a device although its architecture would."""
+    # A kernel always fits the architecture that it was compiled for.
+    if compatibility is not Compatibility.EXACT and entry["shared"] > device.shared_limit:
         return f"its kernels use more than the {device.shared_limit} bytes of shared memory that a block has there"
-    if how == "ptx":
-        if entry["arch"] == "sm_90a":
-            # Assemblers have broken the rule of ``machine_code.register_hazards``; a driver's assembler may too.
-            return "what the driver makes of PTX for sm_90a, whose products run on, cannot be looked at"
-        isa = entry["ptx"]["isa"]
-        readable = device.ptx
-        if readable is not None and tuple(map(int, isa.split("."))) > readable:
-            driver = f"the driver (CUDA {device.driver // 1000}.{device.driver % 1000 // 10})"
-            return f"its PTX is of version {isa}, and {driver} reads up to {readable[0]}.{readable[1]}"
-    return ""
+    if compatibility is not Compatibility.PTX:
+        return None
+    if BY_ARCH[entry["arch"]].asynchronous_products:
+        # Assemblers have broken the rule of ``machine_code.register_hazards``; a driver's assembler may too.
+        return f"what the driver makes of PTX for {entry['arch']}, whose products run on, cannot be looked at"
+    isa = entry["ptx"]["isa"]
+    readable = device.ptx
+    if readable is not None and tuple(map(int, isa.split("."))) > readable:
+        driver = f"the driver (CUDA {device.driver // 1000}.{device.driver % 1000 // 10})"
+        return f"its PTX is of version {isa}, and {driver} reads up to {readable[0]}.{readable[1]}"
+    return None
 
 
 def _check_manifest(path: Path, manifest: Any) -> None:
-    """That it has what is read without asking; a ValueError where it has not."""
+    """Raise ValueError unless every field that is read later is present."""
     way_out = "; install the package again, or build them with python -m rpsft_kernels kernels --build"
     if not isinstance(manifest, dict):
         raise ValueError(f"{path}: got {type(manifest).__name__}, expected a JSON object{way_out}")

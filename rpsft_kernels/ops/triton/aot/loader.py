@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, loaded: from a library's file to the native launcher, once in a process."""
+"""Loads kernels compiled ahead of time, from a library's file into the native launcher, once per process."""
 
 from __future__ import annotations
 
@@ -8,52 +8,66 @@ import threading
 from functools import lru_cache
 from typing import Any
 
-from .library import Choice, Library
+from .library import KernelMatch, Library
+from .targets import Compatibility
 
 _lock = threading.Lock()
-_kernels: dict[tuple[Library, str, str], Any] = {}
+_kernels: dict[tuple[Library, str, Compatibility], Any] = {}
+
+
+def launcher() -> Any:
+    """The launcher of the native module, or None: see :func:`launcher_missing`."""
+    return _import_launcher()[0]
+
+
+def launcher_missing() -> str | None:
+    """Why there is no launcher."""
+    return _import_launcher()[1]
 
 
 @lru_cache(maxsize=1)
-def binding() -> Any:
-    """The native module's launcher, or why there is none (a str)."""
+def _import_launcher() -> tuple[Any | None, str | None]:
     try:
         native = importlib.import_module("rpsft_kernels._native")
     except ImportError as error:
-        return f"this installation carries no native module to launch them ({error})"
-    launcher = getattr(native, "cuda", None)
-    if launcher is None:
-        return "this installation's native module has no CUDA launcher"
-    if not hasattr(launcher, "LoadError"):
-        return "this installation's native module is older than the package; install it again"
-    return launcher
+        return None, f"this installation carries no native module to launch them ({error})"
+    found = getattr(native, "cuda", None)
+    if found is None:
+        return None, "this installation's native module has no CUDA launcher"
+    if not hasattr(found, "LoadError"):
+        return None, "this installation's native module is older than the package; install it again"
+    return found, None
 
 
-def kernel(library: Library, choice: Choice, label: str) -> Any:
-    """The native launcher of one kernel; it loads the code on each device where it is first launched.
+def kernel(library: Library, match: KernelMatch, label: str) -> Any:
+    """The native launcher of one kernel, which loads the code on a device at the first launch there.
 
     Raises:
-        RuntimeError: its file is missing or is another one than the manifest describes.
+        RuntimeError: the kernel's file is missing, or is not the one that the manifest describes, or there is no native
+            launcher.
     """
-    key = (library, choice.entry["id"], choice.how)
+    key = (library, match.entry["id"], match.compatibility)
     found = _kernels.get(key)
     if found is not None:
         return found
-    # Held while the file is read: who else wants it meanwhile waits, so that a device never has it twice.
+    # The lock is held while the file is read: other threads wait, so that a device never loads the kernel twice.
     with _lock:
         if key not in _kernels:
-            _kernels[key] = _made(library, choice, label)
+            _kernels[key] = _load(library, match, label)
         return _kernels[key]
 
 
-def _made(library: Library, choice: Choice, label: str) -> Any:
-    path = library.folder / choice.file["file"]
+def _load(library: Library, match: KernelMatch, label: str) -> Any:
+    native = launcher()
+    if native is None:
+        raise RuntimeError(launcher_missing())
+    path = library.folder / match.file["file"]
     try:
         image = path.read_bytes()
     except OSError as error:
         raise RuntimeError(f"{path}: the manifest lists it, but it cannot be read ({error.strerror})") from error
-    if hashlib.sha256(image).hexdigest() != choice.file["sha256"]:
+    if hashlib.sha256(image).hexdigest() != match.file["sha256"]:
         raise RuntimeError(f"{path} is not the file that its manifest describes")
-    entry = choice.entry
+    entry = match.entry
     layout = [(offset, size) for offset, size in entry["layout"]]
-    return binding().Kernel(image, entry["entry"], label, entry["threads"], entry["shared"], layout)
+    return native.Kernel(image, entry["entry"], label, entry["threads"], entry["shared"], layout)

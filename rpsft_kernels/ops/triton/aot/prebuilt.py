@@ -1,4 +1,4 @@
-"""Takes over kernels that were compiled before: they are the same for every Python that a wheel is built for."""
+"""Copies kernels from an earlier build: they are the same for every Python that a wheel is built for."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def copy_prebuilt(
     only: str,
     strict: bool = False,
 ) -> Library:
-    """Copy a folder of kernels, where they are those that a build of these sources for these targets would make.
+    """Copy a folder of kernels if it holds what a build of these sources for these targets would make.
 
     Raises:
-        ValueError: it holds none, or those of other sources, targets, globs or bytes, or ``strict`` and some were left
-            out; the message says what differs.
+        ValueError: the folder holds no kernels, or kernels of other sources, targets, globs or bytes, or ``strict`` and
+            some were left out; the message says what differs.
     """
     library = Library.open(Path(prebuilt))
     manifest = library.manifest

@@ -1,6 +1,6 @@
-"""For which GPUs an installation or a wheel is to carry kernels: what RPSFT_CUDA_ARCHS says, and what this machine has.
+"""Decides for which GPUs an installation or a wheel carries kernels: RPSFT_CUDA_ARCHS, else this machine's GPUs.
 
-The standard library alone: setup.py and the build backend ask before torch or Triton can be imported.
+This file needs only the standard library: setup.py and the build backend use it before torch or Triton can be imported.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from .devices import NoDevices, compute_capabilities
-from .targets import AMD, CAPABILITIES, Target, left_out, parse_architectures
+from .targets import BY_CAPABILITY, Target, dotted, left_out, parse_architectures
 
 VARIABLE = "RPSFT_CUDA_ARCHS"
 NATIVE = "native"
 
 
 class Wanted(NamedTuple):
-    """What to compile. ``words``: the list or ``native`` that says so; ``required``: without these kernels there is no
-    package; ``notes``: lines that say what is not compiled, and why.
+    """What to compile.
+
+    Attributes:
+        targets: the architectures.
+        words: the user's list, or ``native``.
+        required: whether the build of the package fails without these kernels.
+        notes: lines to print about kernels that are not compiled, and why.
     """
 
     targets: tuple[Target, ...] = ()
@@ -27,19 +32,19 @@ class Wanted(NamedTuple):
 
     @property
     def launched(self) -> bool:
-        """Whether there is anything among it that the package's own launcher starts."""
-        return any(target.arch not in AMD for target in self.targets)
+        """Whether the package's own launcher can start any of it."""
+        return any(target.generation.is_nvidia for target in self.targets)
 
 
 def wanted(environ: Mapping[str, str]) -> Wanted:
-    """What a build of the package compiles, by its environment.
+    """What a build of the package compiles in this environment.
 
-    RPSFT_CUDA_ARCHS is a list of architectures, ``native`` (this machine's GPUs), or ``none`` or ``0``. Unset, this
-    machine's GPUs are compiled for where there are some, and the package is installed without kernels where that fails.
-    RPSFT_STRICT=1 makes such a failure an error.
+    RPSFT_CUDA_ARCHS is a list of architectures, ``native`` (this machine's GPUs), or ``none`` or ``0``. If it is unset,
+    kernels are compiled for this machine's GPUs, if it has any; if that fails, the package is installed without
+    kernels. RPSFT_STRICT=1 makes such a failure an error.
 
     Raises:
-        ValueError: what the variables say cannot be done; the message names the variable.
+        ValueError: the variables ask for something impossible; the message names the variable.
     """
     text, required = environ.get(VARIABLE, "").strip(), strict(environ)
     if text.lower() in ("0", "none"):
@@ -57,23 +62,24 @@ def wanted(environ: Mapping[str, str]) -> Wanted:
     if environ.get("RPSFT_NATIVE", "") == "0":
         return Wanted(notes=("no kernels are compiled: RPSFT_NATIVE=0 leaves out what launches them",))
     try:
-        targets, notes = _found()
+        targets, notes = _native_targets()
     except NoDevices as error:
         return Wanted(notes=(f"no kernels are compiled: {error}",))
     return Wanted(targets, NATIVE, required, notes) if targets else Wanted(notes=notes)
 
 
 def named(text: str, source: str) -> Wanted:
-    """What a list of architectures, or ``native``, asks for.
+    """The targets that a list of architectures, or ``native``, asks for.
 
     Raises:
-        ValueError: it names something unknown, nothing that kernels are compiled for, or GPUs that are not there.
+        ValueError: the list has an unknown word or names nothing that kernels are compiled for, or ``native`` and there
+            are no such GPUs.
     """
     if text.strip().lower() != NATIVE:
         notes = tuple(f"{source}: no kernels are compiled for {word}" for word in left_out(text))
         return Wanted(tuple(parse_architectures(text, source)), text, True, notes)
     try:
-        targets, notes = _found()
+        targets, notes = _native_targets()
     except NoDevices as error:
         raise ValueError(f"{source}: got {text!r}, and {error}; name architectures, such as 9.0") from None
     if not targets:
@@ -82,22 +88,21 @@ def named(text: str, source: str) -> Wanted:
 
 
 def strict(environ: Mapping[str, str]) -> bool:
-    """The environment variable RPSFT_STRICT: whether a kernel that cannot be kept, or any failure, is an error."""
+    """The environment variable RPSFT_STRICT: whether a kernel that is left out, or any failure, is an error."""
     value = environ.get("RPSFT_STRICT", "") or "0"
     if value not in ("0", "1"):
         raise ValueError(f"environment variable RPSFT_STRICT: got {value!r}, expected 0 or 1")
     return value == "1"
 
 
-def _found() -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """Targets for this machine's GPUs, and what is said of GPUs that no kernel is compiled for."""
-    capabilities = [(n, f"{n // 10}.{n % 10}") for n in compute_capabilities()]
+def _native_targets() -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """Targets for this machine's GPUs, and notes about GPUs that no kernel is compiled for."""
+    capabilities = compute_capabilities()
     notes = tuple(
-        f"no kernels are compiled for this machine's GPU of compute capability {name}"
-        for number, name in capabilities
-        if number not in CAPABILITIES
+        f"no kernels are compiled for this machine's GPU of compute capability {dotted(capability)}"
+        for capability in capabilities
+        if capability not in BY_CAPABILITY
     )
-    names = [name for number, name in capabilities if number in CAPABILITIES]
-    # No PTX: it is for GPUs that are not here.
-    targets = parse_architectures(" ".join(names)) if names else []
-    return tuple(target._replace(ptx=False) for target in targets), notes
+    # PTX would be for GPUs that are not here.
+    rows = [BY_CAPABILITY[capability] for capability in capabilities if capability in BY_CAPABILITY]
+    return tuple(Target(row, ptx=False) for row in rows), notes

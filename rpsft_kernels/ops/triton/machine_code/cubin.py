@@ -1,4 +1,4 @@
-"""What a file of machine code says about itself, read through the tools that come with Triton."""
+"""Reads what a file of machine code says about itself, with the tools that come with Triton."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-# The machine in an ELF header's flags, by which AMD's architectures are told apart.
-_AMD_MACHINES = {0x4C: "gfx942"}
+from ..aot.targets import GENERATIONS
+
+# AMD's architectures by the machine number in the flags of an ELF header.
+_AMD_MACHINES = {row.elf_machine: row.arch for row in GENERATIONS if not row.is_nvidia}
 _ELF_AMD = 224
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """A cubin. ``parameters``: (offset, size) in bytes of each, in order; ``stack`` and ``local``: bytes that a thread
-    has of memory for what does not fit its registers; ``threads``: of a block, 0 where it does not say.
+    """A cubin.
+
+    Attributes:
+        parameters: (offset, size) in bytes of each parameter, in order.
+        stack, local: bytes of memory that a thread has for values that do not fit its registers.
+        threads: threads of a block; 0 if the file does not tell.
     """
 
     arch: str
@@ -41,10 +47,10 @@ def nvidia_tools() -> Path:
 
 
 def read_cubin(path: Path) -> MachineCode:
-    """Through cuobjdump alone: independent of how the file was made, and of how the manifest was.
+    """Read a cubin with cuobjdump alone, independently of how the file and its manifest were made.
 
     Raises:
-        ValueError: it is no cubin, or not of one kernel; the message says what is the case.
+        ValueError: the file is no cubin, or does not hold exactly one kernel; the message says which.
     """
     # "ELF file    1: name.sm_90a.cubin"
     arch = re.search(r"ELF file\s+1:\s+.*\.(sm_\d+a?)\.cubin\s*$", _cuobjdump("-lelf", path))
@@ -62,9 +68,14 @@ def read_cubin(path: Path) -> MachineCode:
     for size in threads.groups() if threads else ("0",):
         block *= int(size, 16)
     return MachineCode(
-        arch[1], entries[0], tuple(by_ordinal[ordinal] for ordinal in sorted(by_ordinal)), used["REG"], used["STACK"],
-        used["LOCAL"], block,
-    )  # fmt: skip
+        arch=arch[1],
+        entry=entries[0],
+        parameters=tuple(by_ordinal[ordinal] for ordinal in sorted(by_ordinal)),
+        registers=used["REG"],
+        stack=used["STACK"],
+        local=used["LOCAL"],
+        threads=block,
+    )
 
 
 def _cuobjdump(option: str, path: Path) -> str:
@@ -76,10 +87,10 @@ def _cuobjdump(option: str, path: Path) -> str:
 
 
 def disassembler() -> Path:
-    """nvdisasm: the one that TRITON_NVDISASM_PATH names, else Triton's own, else one on the path of commands.
+    """nvdisasm: the one that TRITON_NVDISASM_PATH names, else Triton's own, else the one on PATH.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no nvdisasm.
     """
     named = os.environ.get("TRITON_NVDISASM_PATH")
     if named:
@@ -102,20 +113,20 @@ def disassemble(path: Path, indirect: bool = False) -> str:
     """A cubin's instructions, one a line.
 
     Args:
-        path: of the cubin.
-        indirect: say behind indirect branches where they may go, which takes twice the time.
+        path: the cubin.
+        indirect: also print where indirect branches may go, which takes twice the time.
 
     Raises:
         ValueError: there is no nvdisasm, or it cannot read the file.
     """
-    # Where it is not needed, without its analysis of the data flow.
+    # nvdisasm's data-flow analysis is slow, and only indirect branches need it.
     options = ["-c"] if indirect else ["-ndf", "-c"]
     command = [str(disassembler()), *options, str(path)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise ValueError(f"{command[0]} cannot be run: {error.strerror}") from error
-    # What prints no instruction has not read any: that must not pass for code without faults.
+    # Output without an instruction means that none was read; it must not pass for code without faults.
     if run.returncode != 0 or "/*0000*/" not in run.stdout:
         said = (run.stderr or run.stdout).strip()[-200:] or f"{command[0]} prints nothing"
         raise ValueError(f"path: nvdisasm cannot read {path.name}: {said}")
@@ -123,15 +134,16 @@ def disassemble(path: Path, indirect: bool = False) -> str:
 
 
 def read_hsaco(image: bytes) -> tuple[str, set[str]]:
-    """AMD's: the architecture and the kernels that it describes.
+    """The architecture of an AMD code object, and the kernels that it describes.
 
     Raises:
-        ValueError: it is none, or for an architecture that no build is for.
+        ValueError: the image is no such object, or its architecture is one that no build is for.
     """
     machine = flags = 0
     if image[:4] == b"\x7fELF" and len(image) > 64:
         (machine,), (flags,) = struct.unpack_from("<H", image, 18), struct.unpack_from("<I", image, 48)
     if machine != _ELF_AMD or flags & 0xFF not in _AMD_MACHINES:
-        raise ValueError(f"image: got an ELF machine {machine} with flags {flags:#x}, expected {_ELF_AMD} of gfx942")
-    # A kernel's descriptor is a symbol of its name with this suffix.
+        known = ", ".join(_AMD_MACHINES.values())
+        raise ValueError(f"image: got an ELF machine {machine} with flags {flags:#x}, expected {_ELF_AMD} of {known}")
+    # The descriptor of a kernel is a symbol with the kernel's name and this suffix.
     return _AMD_MACHINES[flags & 0xFF], {name.decode() for name in re.findall(rb"\0(\w+)\.kd\0", image)}
