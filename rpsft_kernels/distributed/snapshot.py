@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -13,29 +13,26 @@ class ModuleSnapshot:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._modules = [weakref.ref(module) for module in modules]
-        self._shown = [_shown(module) for module in modules]
-        self._parameters = [
-            weakref.ref(parameter)
-            for module in modules
-            for parameter in module._parameters.values()
-            if parameter is not None
-        ]
+        self._modules = [(weakref.ref(m), *_names_and_ids(m._modules), *_names_and_ids(m._parameters)) for m in modules]
+        self._parameters = [weakref.ref(p) for m in modules for p in m._parameters.values() if p is not None]
 
     def is_current(self) -> bool:
         """Whether every module has the same modules and parameters under the same names as then."""
-        for module, shown in zip(self._modules, self._shown, strict=True):
-            found = module()
-            if found is None or _shown(found) != shown:
+        # In line: this runs for every module at every step.
+        for reference, module_names, module_ids, names, ids in self._modules:
+            module = reference()
+            if module is None:
+                return False
+            below, shown = module._modules, module._parameters
+            if len(below) != len(module_ids) or len(shown) != len(ids):
+                return False
+            if module_ids and (list(below) != module_names or list(map(id, below.values())) != module_ids):
+                return False
+            if ids and (list(shown) != names or list(map(id, shown.values())) != ids):
                 return False
         # What is gone may have left its address, which is all that is compared above, to another.
-        return not _any_dead(self._parameters)
+        return not [None for reference in self._parameters if reference() is None]
 
 
-def _shown(module: nn.Module) -> tuple[list[str], list[int], list[str], list[int]]:
-    modules, parameters = module._modules, module._parameters
-    return list(modules), list(map(id, modules.values())), list(parameters), list(map(id, parameters.values()))
-
-
-def _any_dead(references: Iterable[weakref.ref[nn.Parameter]]) -> bool:
-    return any(reference() is None for reference in references)
+def _names_and_ids(owned: Mapping[str, object]) -> tuple[list[str], list[int]]:
+    return list(owned), list(map(id, owned.values()))

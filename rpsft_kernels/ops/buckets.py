@@ -39,13 +39,13 @@ class BucketLimits:
     """What one bucket may hold; a single weight beyond a limit still gets a bucket of its own.
 
     ``weights`` bounds the share of a model whose gradients the backward pass holds at once, ``elements``
-    their size (768 MiB in bfloat16), ``workspace_bytes`` the intermediates' (beside them split sums of C may take
+    their size (2 GiB in bfloat16), ``workspace_bytes`` the intermediates' (beside them split sums of C may take
     4 MiB a weight), ``drift_bytes`` the k x k blocks. ``one_orientation`` keeps weights that are taller than wide out
     of the buckets of the others: a GPU contracts them from the other side, by another kernel variant.
     """
 
-    weights: int = 8
-    elements: int = 384 << 20
+    weights: int = 16
+    elements: int = 1 << 30
     workspace_bytes: int = 192 << 20
     drift_bytes: int = 192 << 20
     one_orientation: bool = True

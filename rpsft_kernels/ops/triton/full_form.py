@@ -125,7 +125,8 @@ class FullPullBack(_FullOperation):
         """Take the gradients of a call, and the scales where these travel with the table."""
         self._place(operands, grads)
         self.move("GRAD", addresses)
-        if scales is not None:
+        if scales is not None and scales != self._numbers:
+            self._numbers = list(scales)
             self.move(SCALE, float_bits(scales))
 
     def expects(self, operands: Operands, grads: Sequence[Facts]) -> bool:

@@ -43,6 +43,8 @@ class Operation(Generic[Key]):
         self._columns: dict[str, list[int]] = {}
         self._order: list[int] = []
         self._generation = -1
+        # The scales as they were last written.
+        self._numbers: list[float] | None = None
         self._launches: list[Launch] = []
         # What the launches read beside the weights and the anchors: casts of these, and drifts of other makers.
         self._held: list[Tensor] = []
@@ -53,6 +55,7 @@ class Operation(Generic[Key]):
             return True
         self._facts, self._generation = facts, -1
         self._columns.clear()
+        self._numbers = None
         return False
 
     def order(self, groups: Sequence[Group[Key]]) -> None:
@@ -74,12 +77,12 @@ class Operation(Generic[Key]):
         if self._generation != scratch.generation:
             self._launches = self.launches(scratch)
             self._generation = scratch.generation
-        self.place_drifts(scratch)
+        self.place_drifts()
 
     def is_bound(self, scratch: Scratch) -> bool:
         return self._generation == scratch.generation
 
-    def place_drifts(self, scratch: Scratch) -> None:
+    def place_drifts(self) -> None:
         """Say where C lies, which may be in the scratch memory."""
 
     def launches(self, scratch: Scratch) -> list[Launch]:

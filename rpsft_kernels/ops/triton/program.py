@@ -214,7 +214,8 @@ class Run:
         """
         with self._scratch.lock:
             for operation in self._staged:
-                self._scratch.reserve(operation.sizes)
+                if not operation.is_bound(self._scratch):
+                    self._scratch.reserve(operation.sizes)
             for operation in self._staged:
                 operation.bind(self._scratch)
             for table in self._tables:

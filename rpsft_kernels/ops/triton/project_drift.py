@@ -179,6 +179,8 @@ class Projection(Operation[ProjectKey]):
         super().__init__(rows, device, profile)
         self._squares, self._number = squares, number
         self._drifts: list[int] | None = None
+        # The addresses that the C of this batch have in the scratch memory.
+        self.scratch_drifts: list[int] = []
 
     def stage(self, operands: Operands, drifts: list[int] | None) -> None:
         """Take the tensors of a call. ``drifts``: addresses for C (k, k) in float32; None: in the scratch memory."""
@@ -194,13 +196,8 @@ class Projection(Operation[ProjectKey]):
         self.move("WEIGHT", addresses)
         self._drifts = drifts
 
-    def drifts_in(self, scratch: Scratch) -> list[int]:
-        """The addresses that the C of this batch have in the scratch memory."""
-        first = scratch.drifts.data_ptr()
-        return [first + offset for offset in self._drift_offsets]
-
-    def place_drifts(self, scratch: Scratch) -> None:
-        self.move("DRIFT", self.drifts_in(scratch) if self._drifts is None else self._drifts)
+    def place_drifts(self) -> None:
+        self.move("DRIFT", self.scratch_drifts if self._drifts is None else self._drifts)
 
     def _cast(self, operands: Operands) -> Operands:
         cast = operands.cast_subspaces()
@@ -247,6 +244,8 @@ class Projection(Operation[ProjectKey]):
         self.move("BLOCK", addresses_of(operands.blocks) or nothing)
 
     def launches(self, scratch: Scratch) -> list[Launch]:
+        first_drift = scratch.drifts.data_ptr()
+        self.scratch_drifts = [first_drift + offset for offset in self._drift_offsets]
         self.move("NUMBER", list(range(self._number, self._number + self.rows.count)))
         found, begin = [], 0
         for group, plan in self._groups:

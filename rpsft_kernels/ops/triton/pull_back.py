@@ -159,18 +159,18 @@ class PullBack(Operation[PullKey]):
             self.move("RIGHT", [right.data_ptr() for _, right in turned])
         self.move("GRAD", addresses)
         self._drifts = drifts
-        if scales is not None:
+        if scales is not None and scales != self._numbers:
+            self._numbers = list(scales)
             self.move(SCALE, float_bits(scales))
 
     def expects(self, operands: Operands, grads: Sequence[Facts]) -> bool:
         """Whether it is prepared for gradients that lie like these."""
         return grads == self._facts
 
-    def place_drifts(self, scratch: Scratch) -> None:
+    def place_drifts(self) -> None:
         if isinstance(self._drifts, tuple):
             projection, members = self._drifts
-            addresses = projection.drifts_in(scratch)
-            self.move("DRIFT", [addresses[i] for i in members])
+            self.move("DRIFT", [projection.scratch_drifts[i] for i in members])
         else:
             self.move("DRIFT", self._drifts)
 
