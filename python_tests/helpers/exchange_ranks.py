@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rpsft_kernels as rk
 from rpsft_kernels.distributed import GroupCall
-from rpsft_kernels.evaluation import pairing, prepare
+from rpsft_kernels.evaluation import bucket as buckets
+from rpsft_kernels.evaluation import plan
 from rpsft_kernels.ops import BucketLimits
 from rpsft_kernels.private_names import default_store
 
@@ -145,19 +146,19 @@ def killed_before(wrapper: str, call: str) -> Outcome:
 def killed_inside(wrapper: str, call: str, bucket: int) -> Outcome:
     """The odd rank dies when it has sent the sums of ``bucket`` buckets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairing, "_CPU_LIMITS_OF_SHARDS", BucketLimits(drift_bytes=1, one_orientation=False))
+        patch.setattr(buckets, "_CPU_LIMITS_OF_SHARDS", BucketLimits(drift_bytes=1, one_orientation=False))
         model = ready(wrapper)
         if dist.get_rank() == ODD:
-            project = pairing.Bucket.project
-            projected: list[pairing.Bucket] = []
+            project = buckets.Bucket.project
+            projected: list[buckets.Bucket] = []
 
-            def until_dead(self: pairing.Bucket) -> Any:
+            def until_dead(self: buckets.Bucket, *arguments: Any) -> Any:
                 if len(projected) == bucket:
                     die()
                 projected.append(self)
-                return project(self)
+                return project(self, *arguments)
 
-            patch.setattr(pairing.Bucket, "project", until_dead)
+            patch.setattr(buckets.Bucket, "project", until_dead)
         return attempt(CALLS[call], model, whole_anchors())
 
 
@@ -197,7 +198,7 @@ def keeper_killed(inside: bool) -> Outcome:
     if dist.get_rank() == 0:
         if not inside:
             die()
-        setattr(pairing.Bucket, "project", die)  # noqa: B010
+        setattr(buckets.Bucket, "project", die)  # noqa: B010
     return attempt(accumulate, model, whole_anchors())
 
 
@@ -298,7 +299,7 @@ def _with_an_error_of_another_type(model: Any) -> Tensor:
         raise MemoryError("no memory for pairing")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "paired", broken)
+        patch.setattr(plan, "pair", broken)
         return accumulate(model, whole_anchors())
 
 
@@ -350,7 +351,7 @@ def missed_calls() -> Outcome:
             GroupCall(dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
     rk.rotation_penalty(model, anchors)
     if dist.get_rank() == ODD:
-        setattr(pairing.Bucket, "project", die)  # noqa: B010
+        setattr(buckets.Bucket, "project", die)  # noqa: B010
     return attempt(accumulate, model, anchors)
 
 

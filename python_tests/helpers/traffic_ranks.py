@@ -18,7 +18,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import rpsft_kernels as rk
 from rpsft_kernels.distributed import GroupCall, PendingSum
-from rpsft_kernels.evaluation import pairing
+from rpsft_kernels.evaluation import bucket as buckets
+from rpsft_kernels.evaluation.pairing import pair
 from rpsft_kernels.ops import BucketLimits
 
 # Whatever moves tensors or objects between ranks.
@@ -58,7 +59,7 @@ def _count(call: Callable[..., Tensor], model: Any, anchors: rk.Anchors) -> Traf
             function = getattr(dist, name)
             if callable(function):
                 patch.setattr(dist, name, _counting(traffic, name, function))
-        for owner, name in ((pairing.Bucket, "project"), (GroupCall, "start"), (GroupCall, "finish")):
+        for owner, name in ((buckets.Bucket, "project"), (GroupCall, "start"), (GroupCall, "finish")):
             patch.setattr(owner, name, _noting(traffic, name, getattr(owner, name)))
         with CommDebugMode() as mode:
             call(model, anchors)
@@ -95,14 +96,14 @@ def sharded(drift_bytes: int) -> Counted:
     """The small Llama under FSDP2."""
     with pytest.MonkeyPatch.context() as patch:
         limits = BucketLimits(drift_bytes=drift_bytes, one_orientation=False)
-        patch.setattr(pairing, "_CPU_LIMITS_OF_SHARDS", limits)
+        patch.setattr(buckets, "_CPU_LIMITS_OF_SHARDS", limits)
         model = wrapped(llama())
         anchors = rk.Anchors.from_model(model, RANK, progress=False, basis_dtype=torch.float32)
         task_loss(model, own_batch()).backward()
-        buckets = [bucket for bucket in pairing.buckets_of(pairing.paired(model, anchors)) if bucket.summed]
+        summed = [bucket for bucket in buckets.make_buckets(pair(model, anchors)) if bucket.summed]
         traffic = {name: _count(call, model, anchors) for name, call in CALLS.items()}
         projected = sum(anchor.form != "full" for anchor in anchors.values())
-        return Counted(traffic, len(buckets), projected)
+        return Counted(traffic, len(summed), projected)
 
 
 def replicated() -> Counted:

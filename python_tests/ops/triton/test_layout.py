@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rpsft_kernels.ops.triton.full_form import run_whole_backward, run_whole_forward
+from rpsft_kernels import ops
+from rpsft_kernels.ops import Operands
 from rpsft_kernels.ops.triton.layout import TYPE_NAMES
-from rpsft_kernels.ops.triton.project_drift import run_forward
 
 
 @pytest.mark.parametrize("weight_dtype", TYPE_NAMES, ids=str)
@@ -21,15 +21,16 @@ def test_the_drift_is_from_the_base_as_the_weight_would_hold_it(
     held = base.to(weight_dtype)
     difference = weight.double() - held.double()
     expected = left.double().T @ difference @ right.double()
-    (drift,), squares = run_forward([weight], [left], [right], [base], [])
+    (drift,), squares = ops.project_drift(Operands([weight], [left], [right], [base]), "triton")
     # The difference and T are rounded once to bfloat16.
     assert (drift - expected).norm() <= 0.01 * expected.norm()
     torch.testing.assert_close(squares, drift.square().sum().view(1))
-    _, squares = run_whole_forward([weight], [base])
+    empty, squares = ops.project_drift(Operands([weight], pretrained=[base]), "triton")
     torch.testing.assert_close(squares.double(), difference.square().sum().view(1), rtol=1e-5, atol=0)
     grad = torch.zeros(48, 40, device=device)
-    run_whole_backward([grad], [weight], [base], torch.full((1,), 2.0, device=device), False)
+    scales = torch.full((1,), 2.0, device=device)
+    ops.pull_back_([grad], Operands([weight], pretrained=[base]), empty, scales, False, "triton")
     torch.testing.assert_close(grad, 2 * (weight.float() - held.float()), rtol=1e-6, atol=0)
     # Where the model was only cast there is no drift at all.
-    (drift,), squares = run_forward([held], [left], [right], [base], [])
+    (drift,), squares = ops.project_drift(Operands([held], [left], [right], [base]), "triton")
     assert not drift.any() and not squares.any()
