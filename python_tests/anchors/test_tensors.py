@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rpsft_kernels.anchors.tensors as pieces
-from rpsft_kernels.anchors.tensors import base_copy, padded
+from rpsft_kernels.anchors.tensors import base_copy, exact_base_dtype, padded
 
 
 @pytest.mark.parametrize("rank", [1, 5, 15, 16, 17, 32, 40])
@@ -42,24 +42,24 @@ def test_base_in_bfloat16_only_where_exact(dtype: torch.dtype, trial: int, monke
     exact = torch.randn(9, 6, generator=torch.Generator().manual_seed(0)).bfloat16().half().to(dtype)
     exact = exact.bfloat16().to(dtype)
     exact[2, 3] = -0.0
-    small = base_copy(exact)
+    small = base_copy(exact, exact_base_dtype(exact))
     assert small.dtype == torch.bfloat16
     assert torch.equal(small.to(dtype), exact) and small[2, 3].signbit()
     exact[8, 5] += exact[8, 5] * 2**-9
-    kept = base_copy(exact)
+    kept = base_copy(exact, exact_base_dtype(exact))
     assert kept.dtype == dtype and torch.equal(kept, exact)
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(3.4e38, torch.float32), (1e-300, torch.float64), (1e300, torch.float64)])
 def test_base_beyond_bfloat16s_range_keeps_its_dtype(value: float, dtype: torch.dtype) -> None:
     weight = torch.full((3, 3), value, dtype=dtype)
-    assert base_copy(weight).dtype == dtype and torch.equal(base_copy(weight), weight)
+    assert exact_base_dtype(weight) == dtype and torch.equal(base_copy(weight, dtype), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_base_is_a_contiguous_copy(dtype: torch.dtype) -> None:
     weight = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     for source in (weight, weight.T, weight[::2, 1:4]):
-        copy = base_copy(source)
+        copy = base_copy(source, dtype)
         assert copy.is_contiguous() and copy.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
-        assert torch.equal(copy.to(dtype), source)
+        assert torch.equal(copy, source)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rpsft_kernels.costs import step_flops
-from rpsft_kernels.distributed.layout_plan import LAYOUTS, Layout, parts_of
+from rpsft_kernels.distributed.partition import LAYOUTS, Layout, plan_shards
 from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.tools.cli import main
 from rpsft_kernels.tools.models import MODELS
@@ -53,7 +53,7 @@ def test_flops_of_all_phases_are_those_of_the_model(model: str, rank: int) -> No
 def test_ranks_divide_the_flops_as_their_costs_say(layout: Layout, ranks: int) -> None:
     shapes = MODELS["qwen2.5-0.5b"].weights()
     job = Job(shapes, 256, H100, ranks, layout)
-    rows, costs = parts_of(shapes, 256, ranks, layout), shard_costs(shapes, 256, ranks, layout)
+    rows, costs = plan_shards(shapes, 256, ranks, layout), shard_costs(shapes, 256, ranks, layout)
     phases = [rank_phases(job, [row[i] for row in rows]) for i in range(ranks)]
     assert [sum(phase.flops for phase in mine) for mine in phases] == costs.flops
     busiest, ours = our_phases(job)

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Shard as Placement
 import rpsft_kernels as rk
 from rpsft_kernels.costs import anchor_bytes, step_flops
 from rpsft_kernels.distributed.dtensor import shard_spans
-from rpsft_kernels.distributed.layout_plan import LAYOUTS, Layout, parts_of
+from rpsft_kernels.distributed.partition import LAYOUTS, Layout, plan_shards
 from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.tools.cli import main
 from rpsft_kernels.tools.models import MODELS
@@ -59,13 +59,13 @@ def test_every_element_is_on_one_rank(model: str, layout: Layout, ranks: int) ->
 
 def test_rows_are_cut_like_those_of_dtensors() -> None:
     shapes = [(10, 7), (3, 9), (64, 5)]
-    for shape, parts in zip(shapes, parts_of(shapes, 2, 4, "shard0"), strict=True):
+    for shape, parts in zip(shapes, plan_shards(shapes, 2, 4, "shard0"), strict=True):
         for i, part in enumerate(parts):
             assert part == Shard.rectangle(shape, *shard_spans(shape, [Placement(0)], [4], [i]))
 
 
 def test_ranges_follow_each_other() -> None:
-    (parts,) = parts_of([(5, 7)], 2, 4, "flat")
+    (parts,) = plan_shards([(5, 7)], 2, 4, "flat")
     assert [part.flat for part in parts] == [(0, 9), (9, 18), (18, 27), (27, 35)]
     assert all(a.flat and b.flat and a.flat[1] == b.flat[0] for a, b in pairwise(parts))
 
@@ -97,7 +97,7 @@ def test_one_rank_and_uncut_weights_send_nothing() -> None:
     for layout in LAYOUTS:
         costs = shard_costs(LLAMA, 768, 1, layout)
         assert costs.buffer_bytes == costs.sent_bytes == costs.published_sent_bytes == 0
-    cut = sum(sum(part.numel > 0 for part in row) > 1 for row in parts_of(LLAMA, 768, 64, "replicated"))
+    cut = sum(sum(part.numel > 0 for part in row) > 1 for row in plan_shards(LLAMA, 768, 64, "replicated"))
     costs = shard_costs(LLAMA, 768, 64, "replicated")
     assert 0 < cut < len(LLAMA)
     assert costs.buffer_bytes == cut * BLOCK and costs.sent_bytes == 2 * 63 * cut * BLOCK // 64
@@ -109,7 +109,7 @@ def test_one_rank_and_uncut_weights_send_nothing() -> None:
 
 def test_only_what_a_rank_works_on_is_held() -> None:
     costs = shard_costs(LLAMA, 768, 8, "replicated", keep_base=False)
-    parts = parts_of(LLAMA, 768, 8, "replicated")
+    parts = plan_shards(LLAMA, 768, 8, "replicated")
     for i in range(8):
         held = sum(row[i].numel > 0 for row in parts)
         assert costs.drift_bytes[i] == held * BLOCK
@@ -157,11 +157,11 @@ def test_more_ranks_than_rows_leave_some_without_work() -> None:
     assert costs.flops[3:] == costs.traffic_bytes[3:] == costs.anchor_bytes[3:] == [0, 0]
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"ranks": 0}, {"layout": "shard1"}])
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"world_size": 0}, {"layout": "shard1"}])
 def test_wrong_arguments_are_refused(wrong: dict[str, object]) -> None:
-    arguments = {"rank": 2, "ranks": 2, "layout": "flat", **wrong}
+    arguments = {"rank": 2, "world_size": 2, "layout": "flat", **wrong}
     with pytest.raises(ValueError, match=f"rank, ranks, layout: got .*{next(iter(wrong.values()))}.*, expected"):
-        parts_of([(4, 4)], **arguments)  # type: ignore[arg-type]
+        plan_shards([(4, 4)], **arguments)  # type: ignore[arg-type]
 
 
 def test_command_prints_every_layout_and_the_published_way(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checks import DTYPES, check_basis_dtype, check_finite, check_rank, check_weight, dtype_name
-from ..costs import is_full
 from ..distributed.shard import Shard
-from .subspace import top_subspaces
-from .tensors import base_copy, computed_block, padded
+from .make import AnchorOptions, anchor_fields, solve
+from .tensors import computed_block, padded
 
 Form = Literal["base", "block", "full"]
 
@@ -64,9 +63,11 @@ class Anchor:
         self._check_scalars()
         self._check_form()
         self._check_pieces()
-        for name, piece in self.pieces().items():
-            laid_out = padded(piece) if name in ("left", "right") else piece.contiguous()
-            object.__setattr__(self, name, laid_out)
+        # Tensors made in inference mode could not be saved for a backward pass later.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, piece in self.pieces().items():
+                laid_out = padded(piece) if name in ("left", "right") else piece.contiguous()
+                object.__setattr__(self, name, laid_out)
 
     @classmethod
     def from_weight(
@@ -90,42 +91,10 @@ class Anchor:
         Raises:
             ValueError: an argument is not as described.
         """
-        check_weight(weight, "weight")
-        if weight.numel() == 0:
-            raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected at least one element; leave it out")
-        check_rank(rank)
-        check_basis_dtype(basis_dtype, weight.dtype, "basis_dtype")
-        weight = weight.detach()
-        check_finite(weight, "weight")
-        m, n = weight.shape
-        # Inference tensors could not be saved for a backward pass later.
-        with torch.inference_mode(False), torch.no_grad():
-            if is_full((m, n), rank):
-                return cls(
-                    base=base_copy(weight),
-                    shape=(m, n),
-                    weight_dtype=weight.dtype,
-                    rank=min(m, n),
-                    energy=1.0,
-                )
-            spaces = top_subspaces(weight, rank)
-            left, right = padded(spaces.left.to(basis_dtype)), padded(spaces.right.to(basis_dtype))
-            base = block = arithmetic = None
-            if keep_base:
-                base = base_copy(weight)
-            else:
-                block, arithmetic = computed_block(weight, left, right, Shard.whole((m, n)))
-            return cls(
-                left=left,
-                right=right,
-                base=base,
-                block=block,
-                shape=(m, n),
-                weight_dtype=weight.dtype,
-                rank=rank,
-                energy=spaces.energy,
-                arithmetic=arithmetic,
-            )
+        options = AnchorOptions(rank, keep_base, basis_dtype)
+        solution, basis = solve(weight, options)
+        whole = Shard.whole((weight.shape[0], weight.shape[1]))
+        return cls(**anchor_fields(weight, whole, solution, basis, options))
 
     @property
     def form(self) -> Form:

@@ -1,4 +1,4 @@
-"""Anchors made of a model's weights as they lie: each subspace computed once, each rank keeping its part."""
+"""Anchors of a model's weights as they lie: each subspace is computed once, each rank keeps the anchor of its shard."""
 
 from __future__ import annotations
 
@@ -10,38 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import check_basis_dtype, check_finite
+from ..costs import is_full
 from ..distributed import LocalWeight, ReplicatedWeight, Shard, Transfer
 from .anchor import Anchor
 from .fingerprint import Fingerprint
-from .subspace import top_subspaces
-from .tensors import base_copy, computed_block, padded
+from .make import AnchorOptions, Basis, Solution, anchor_fields, solve
 
 
-@dataclass(frozen=True)
-class Request:
-    """What every anchor is to be like."""
+def build_anchors(
+    weights: Mapping[str, LocalWeight], options: AnchorOptions
+) -> Iterator[tuple[str, Anchor, Fingerprint]]:
+    """Each weight's anchor, or that of the shard that lies here; collective where weights lie on several ranks.
 
-    rank: int
-    keep_base: bool
-    basis_dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """What the rank that computed a weight's subspaces tells the others; ``problem`` where it could not."""
-
-    fingerprint: Fingerprint | None = None
-    energy: float = 1.0
-    base_dtype: torch.dtype = torch.bfloat16
-    problem: str = ""
-
-
-def build_anchors(weights: Mapping[str, LocalWeight], request: Request) -> Iterator[tuple[str, Anchor, Fingerprint]]:
-    """Each weight's anchor, or that of the part that lies here; collective where weights lie on several ranks.
-
-    A weight that lies on several ranks is brought together on one of them, one weight per rank at a time, and the ranks
-    compute subspaces side by side; the rows of U and V that each rank needs are sent back.
+    A weight that lies on several ranks is gathered on one of them, one weight per rank at a time, and the ranks compute
+    subspaces side by side; the rows of U and V that each rank needs are sent back.
 
     Raises:
         ValueError: a weight cannot be anchored, here or on another rank; the message names it.
@@ -49,187 +31,182 @@ def build_anchors(weights: Mapping[str, LocalWeight], request: Request) -> Itera
     groups: dict[str, list[str]] = {}
     for name, weight in weights.items():
         if weight.group is not None:
-            groups.setdefault(weight.group.group_name, []).append(name)
+            groups.setdefault(weight.group_name, []).append(name)
             continue
         try:
             values = weight.values()
-            anchor = Anchor.from_weight(
-                values, request.rank, keep_base=request.keep_base, basis_dtype=request.basis_dtype
-            )
+            solution, basis = solve(values, options)
+            anchor = Anchor(**anchor_fields(values, weight.shard, solution, basis, options))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         yield name, anchor, Fingerprint.of(name, values)
     for names in groups.values():
-        yield from _build_together({name: weights[name] for name in names}, request)
+        yield from _build_together({name: weights[name] for name in names}, options)
 
 
-def _build_together(weights: dict[str, LocalWeight], request: Request) -> Iterator[tuple[str, Anchor, Fingerprint]]:
+def _build_together(
+    weights: dict[str, LocalWeight], options: AnchorOptions
+) -> Iterator[tuple[str, Anchor, Fingerprint]]:
     group = next(iter(weights.values())).group
     assert group is not None
-    parts: list[Any] = [None] * group.size()
-    dist.all_gather_object(parts, {name: weight.shard for name, weight in weights.items()}, group=group)
-    if any(list(other) != list(weights) for other in parts):
+    gathered: list[Any] = [None] * group.size()
+    dist.all_gather_object(gathered, {name: weight.shard for name, weight in weights.items()}, group=group)
+    if any(list(shards) != list(weights) for shards in gathered):
         raise ValueError(
             "model: got other parameters to anchor on other ranks, expected the same include and exclude on all"
         )
-    spread = {name: [of[name] for of in parts] for name in weights}
-    for jobs in _rounds(weights, spread):
-        yield from _one_round(jobs, weights, spread, request, group)
+    shards_by_rank = {name: [shards[name] for shards in gathered] for name in weights}
+    for solvers in _assign_solvers(weights, shards_by_rank):
+        yield from _Round(solvers, weights, shards_by_rank, options, group).run()
 
 
-def _rounds(weights: dict[str, LocalWeight], spread: dict[str, list[Shard]]) -> Iterator[dict[str, int]]:
-    """Which rank computes which weight's subspaces, at most one each at a time: dearest first, to the least busy."""
+def _assign_solvers(
+    weights: dict[str, LocalWeight], shards_by_rank: dict[str, list[Shard]]
+) -> Iterator[dict[str, int]]:
+    """For each round, the rank that solves each weight, at most one weight a rank: dearest first, to the least busy."""
 
     def cost(name: str) -> float:
         m, n = weights[name].shape
         return float(m * n * min(m, n) + 10 * min(m, n) ** 3)
 
-    busy = [0.0] * len(next(iter(spread.values())))
+    busy = [0.0] * len(next(iter(shards_by_rank.values())))
     queues: list[list[str]] = [[] for _ in busy]
     for name in sorted(weights, key=lambda name: (-cost(name), name)):
-        alone = [i for i, part in enumerate(spread[name]) if part.is_whole]
-        # Where one rank keeps the whole weight, nothing needs to be sent.
-        solver = alone[0] if alone else min(range(len(busy)), key=busy.__getitem__)
+        owners = [member for member, shard in enumerate(shards_by_rank[name]) if shard.is_whole]
+        # A rank that keeps the whole weight needs nothing sent to it.
+        solver = owners[0] if owners else min(range(len(busy)), key=busy.__getitem__)
         busy[solver] += cost(name)
         queues[solver].append(name)
     for i in range(max(map(len, queues))):
         yield {queue[i]: solver for solver, queue in enumerate(queues) if i < len(queue)}
 
 
-def _one_round(
-    jobs: dict[str, int],
-    weights: dict[str, LocalWeight],
-    spread: dict[str, list[Shard]],
-    request: Request,
-    group: dist.ProcessGroup,
-) -> Iterator[tuple[str, Anchor, Fingerprint]]:
-    me = group.rank()
-    whole = _brought_together(jobs, weights, spread, group)
-    mine: dict[str, _Solved] = {}
-    bases: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, tensor in whole.items():
-        try:
-            mine[name] = _solve(name, tensor, request, bases)
-        except ValueError as error:
-            mine[name] = _Solved(problem=f"{name}: {error}")
-    del whole
-    told: list[Any] = [None] * group.size()
-    dist.all_gather_object(told, mine, group=group)
-    solved: dict[str, _Solved] = {name: told[solver][name] for name, solver in jobs.items()}
-    for one in solved.values():
-        if one.problem:
-            raise ValueError(one.problem)
-    received = _sent_back(jobs, weights, spread, bases, request, group)
-    for name, one in solved.items():
-        weight = weights[name]
-        left, right = received.get(name, (None, None))
-        assert one.fingerprint is not None
-        yield name, _of_part(weight, spread[name][me], left, right, one, request), one.fingerprint
+@dataclass(frozen=True)
+class _Outcome:
+    """What a weight's solver tells the other ranks: the solution, or in ``problem`` why there is none."""
+
+    solution: Solution | None = None
+    fingerprint: Fingerprint | None = None
+    problem: str = ""
 
 
-def _brought_together(
-    jobs: dict[str, int], weights: dict[str, LocalWeight], spread: dict[str, list[Shard]], group: dist.ProcessGroup
-) -> dict[str, Tensor]:
-    """The whole weights that this rank is to compute."""
-    me, transfer = group.rank(), Transfer(group)
-    whole: dict[str, Tensor] = {}
-    for name, solver in jobs.items():
-        weight = weights[name]
-        if isinstance(weight, ReplicatedWeight):
-            if solver == me:
-                whole[name] = weight.parameter.detach()
-            continue
-        if solver != me:
-            values = weight.values().detach()
-            for _, view in weight.shard.views(values):
-                transfer.send(view, solver)
-            continue
-        tensor = whole[name] = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        for member, part in enumerate(spread[name]):
-            for tile in part.rects:
-                target = tensor[slice(*tile.rows), slice(*tile.cols)]
-                if member != me:
-                    transfer.receive(target, member)
-        for tile, view in weight.shard.views(weight.values().detach()):
-            tensor[slice(*tile.rows), slice(*tile.cols)] = view
-    transfer.run()
-    return whole
+@dataclass(frozen=True)
+class _Round:
+    """Weights of one process group that are solved side by side, at most one on each rank.
 
+    Attributes:
+        solvers: the rank (within the group) that solves each weight of the round; equal on all ranks.
+        weights: as they lie here.
+        shards_by_rank: of each weight, every rank's shard.
+        options: of all anchors.
+        group: the processes that hold the weights.
+    """
 
-def _solve(name: str, weight: Tensor, request: Request, bases: dict[str, tuple[Tensor, Tensor]]) -> _Solved:
-    check_basis_dtype(request.basis_dtype, weight.dtype, "basis_dtype")
-    check_finite(weight, "weight")
-    energy = 1.0
-    if request.rank < min(weight.shape):
-        spaces = top_subspaces(weight, request.rank)
-        bases[name] = spaces.left.to(request.basis_dtype), spaces.right.to(request.basis_dtype)
-        energy = spaces.energy
-    # The dtype is one for all ranks, though each keeps only its part.
-    return _Solved(Fingerprint.of(name, weight), energy, base_copy(weight).dtype)
+    solvers: dict[str, int]
+    weights: dict[str, LocalWeight]
+    shards_by_rank: dict[str, list[Shard]]
+    options: AnchorOptions
+    group: dist.ProcessGroup
 
+    def run(self) -> Iterator[tuple[str, Anchor, Fingerprint]]:
+        # The gathered weights are dropped before rows of U and V are received.
+        own, whole_bases = self._solve(self._gather())
+        outcomes = self._exchange(own)
+        bases = self._scatter(whole_bases)
+        for name, outcome in outcomes.items():
+            assert outcome.solution is not None and outcome.fingerprint is not None
+            yield name, self._anchor(name, outcome.solution, bases.get(name)), outcome.fingerprint
 
-def _sent_back(
-    jobs: dict[str, int],
-    weights: dict[str, LocalWeight],
-    spread: dict[str, list[Shard]],
-    bases: dict[str, tuple[Tensor, Tensor]],
-    request: Request,
-    group: dist.ProcessGroup,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """This rank's rows of U and V of every projected weight."""
-    me, transfer = group.rank(), Transfer(group)
-    received: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, solver in jobs.items():
-        weight = weights[name]
-        if request.rank >= min(weight.shape):
-            continue
-        if solver == me:
-            left, right = bases[name]
-            for member, part in enumerate(spread[name]):
-                pieces = left[slice(*part.rows)], right[slice(*part.cols)]
-                if member == me:
-                    received[name] = pieces
-                else:
-                    transfer.send(pieces[0], member)
-                    transfer.send(pieces[1], member)
+    def _gather(self) -> dict[str, Tensor]:
+        """The whole weights (m, n) that this rank solves."""
+        here, transfer = self.group.rank(), Transfer(self.group)
+        gathered: dict[str, Tensor] = {}
+        for name, solver in self.solvers.items():
+            weight = self.weights[name]
+            if isinstance(weight, ReplicatedWeight):
+                if solver == here:
+                    gathered[name] = weight.parameter.detach()
+                continue
+            views = weight.shard.views(weight.values().detach())
+            if solver != here:
+                for _, view in views:
+                    transfer.send(view, solver)
+                continue
+            whole = gathered[name] = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            for member, shard in enumerate(self.shards_by_rank[name]):
+                for rect in shard.rects:
+                    if member != here:
+                        transfer.receive(whole[slice(*rect.rows), slice(*rect.cols)], member)
+            for rect, view in views:
+                whole[slice(*rect.rows), slice(*rect.cols)] = view
+        transfer.run()
+        return gathered
+
+    def _solve(self, gathered: dict[str, Tensor]) -> tuple[dict[str, _Outcome], dict[str, Basis]]:
+        """The outcome of this rank's weights, and their bases where there are any."""
+        outcomes: dict[str, _Outcome] = {}
+        bases: dict[str, Basis] = {}
+        for name, whole in gathered.items():
+            try:
+                solution, basis = solve(whole, self.options)
+            except ValueError as error:
+                outcomes[name] = _Outcome(problem=f"{name}: {error}")
+                continue
+            outcomes[name] = _Outcome(solution, Fingerprint.of(name, whole))
+            if basis is not None:
+                bases[name] = basis
+        return outcomes, bases
+
+    def _exchange(self, own: dict[str, _Outcome]) -> dict[str, _Outcome]:
+        """Every weight's outcome, in the order of ``solvers``.
+
+        Raises:
+            ValueError: one of them could not be solved.
+        """
+        gathered: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(gathered, own, group=self.group)
+        outcomes: dict[str, _Outcome] = {name: gathered[solver][name] for name, solver in self.solvers.items()}
+        for outcome in outcomes.values():
+            if outcome.problem:
+                raise ValueError(outcome.problem)
+        return outcomes
+
+    def _scatter(self, whole_bases: dict[str, Basis]) -> dict[str, Basis]:
+        """This rank's rows of U and V of every weight that has them, sent by the ranks in whose ``whole_bases`` they
+        are."""
+        here, transfer = self.group.rank(), Transfer(self.group)
+        bases: dict[str, Basis] = {}
+        for name, solver in self.solvers.items():
+            weight = self.weights[name]
+            if is_full((weight.shape[0], weight.shape[1]), self.options.rank):
+                continue
+            if solver == here:
+                for member, shard in enumerate(self.shards_by_rank[name]):
+                    rows = whole_bases[name].of(shard)
+                    if member == here:
+                        bases[name] = rows
+                    else:
+                        transfer.send(rows.left, member)
+                        transfer.send(rows.right, member)
+            else:
+                rows = bases[name] = self._empty_basis(weight)
+                transfer.receive(rows.left, solver)
+                transfer.receive(rows.right, solver)
+        transfer.run()
+        return bases
+
+    def _empty_basis(self, weight: LocalWeight) -> Basis:
+        left, right = (
+            torch.empty((size, self.options.rank), dtype=self.options.basis_dtype, device=weight.device)
+            for size in weight.shard.bounds.shape
+        )
+        return Basis(left, right)
+
+    def _anchor(self, name: str, solution: Solution, basis: Basis | None) -> Anchor:
+        weight, shard = self.weights[name], self.shards_by_rank[name][self.group.rank()]
+        if shard.numel:
+            values = weight.values()
         else:
-            part = weight.shard
-            sizes = part.rows[1] - part.rows[0], part.cols[1] - part.cols[0]
-            rows, columns = (
-                torch.empty((size, request.rank), dtype=request.basis_dtype, device=weight.device) for size in sizes
-            )
-            transfer.receive(rows, solver)
-            transfer.receive(columns, solver)
-            received[name] = rows, columns
-    transfer.run()
-    return received
-
-
-@torch.no_grad()
-def _of_part(
-    weight: LocalWeight, part: Shard, left: Tensor | None, right: Tensor | None, solved: _Solved, request: Request
-) -> Anchor:
-    if part.numel:
-        values = weight.values().detach()
-    else:
-        values = torch.empty(part.local_shape, dtype=weight.dtype, device=weight.device)
-    base = block = arithmetic = None
-    if left is not None and right is not None:
-        left, right = padded(left), padded(right)
-    if left is None or request.keep_base:
-        base = values.to(solved.base_dtype, copy=True).contiguous()
-    elif right is not None:
-        block, arithmetic = computed_block(values, left, right, part)
-    m, n = weight.shape
-    return Anchor(
-        left=left,
-        right=right,
-        base=base,
-        block=block,
-        shape=(m, n),
-        weight_dtype=weight.dtype,
-        rank=min(request.rank, m, n),
-        energy=solved.energy,
-        arithmetic=arithmetic,
-        part=part,
-    )
+            # Some wrappers have no tensor for an empty shard.
+            values = torch.empty(shard.local_shape, dtype=weight.dtype, device=weight.device)
+        return Anchor(**anchor_fields(values, shard, solution, basis, self.options), part=shard)

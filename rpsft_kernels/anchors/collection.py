@@ -11,14 +11,15 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from .. import ops
-from ..checks import check_rank, dtype_name
-from ..distributed import LocalWeight, ReplicatedWeight, find_parameters, with_parts
-from ..distributed.layout_plan import Layout
+from ..checks import dtype_name
+from ..distributed import LocalWeight, assign_shards, find_parameters
+from ..distributed.partition import Layout
 from .anchor import Anchor
-from .build import Request, build_anchors
+from .build import build_anchors
 from .file_format import Contents, write_anchors
 from .fingerprint import Fingerprint
 from .load import read_anchors
+from .make import AnchorOptions
 from .memory import AnchorMemory, anchor_memory, in_units
 from .save import save_sharded
 from .select import Patterns, select_weights
@@ -102,13 +103,13 @@ class Anchors(Mapping[str, Anchor]):
             ValueError: a glob matches no parameter; nothing is left to anchor; a weight is on the meta device or not
                 finite (the message names it), or sharded in a way that is not known; or an argument is invalid.
         """
-        check_rank(rank)
+        options = AnchorOptions(rank, keep_base, basis_dtype)
         selection = select_weights(model, include, exclude)
-        weights = with_parts(selection.chosen, _ranks(selection.chosen, rank))
+        weights = assign_shards(selection.chosen, options.effective_ranks(selection.chosen))
         made: dict[str, tuple[Anchor, Fingerprint]] = {}
-        building = build_anchors(weights, Request(rank, keep_base, basis_dtype))
-        for name, *both in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
-            made[name] = both[0], both[1]
+        building = build_anchors(weights, options)
+        for name, anchor, fingerprint in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
+            made[name] = anchor, fingerprint
         # In the model's order, whatever order they were made in.
         return cls(
             {name: made[name][0] for name in weights},
@@ -142,12 +143,13 @@ class Anchors(Mapping[str, Anchor]):
             FileNotFoundError: there is no such file.
         """
 
-        def targets(ranks: Mapping[str, int]) -> Mapping[str, LocalWeight]:
+        def locate(anchor_ranks: Mapping[str, int]) -> Mapping[str, LocalWeight]:
             assert model is not None
-            found = find_parameters(model)
-            return with_parts({name: found[name].locate(name) for name in ranks if name in found}, ranks)
+            parameters = find_parameters(model)
+            weights = {name: parameters[name].locate(name) for name in anchor_ranks if name in parameters}
+            return assign_shards(weights, anchor_ranks)
 
-        contents = read_anchors(path, device, None if model is None else targets)
+        contents = read_anchors(path, device, None if model is None else locate)
         try:
             anchors = cls(contents.anchors, fingerprints=contents.fingerprints, skipped=contents.skipped)
         except ValueError as error:
@@ -206,9 +208,9 @@ class Anchors(Mapping[str, Anchor]):
         Raises:
             ValueError: as :meth:`from_model`; ``ranks`` is less than 1, or there is no such layout.
         """
-        check_rank(rank)
+        options = AnchorOptions(rank, keep_base, basis_dtype)
         chosen = select_weights(model, include, exclude).chosen
-        return anchor_memory(chosen, rank, keep_base, basis_dtype, ranks, layout)
+        return anchor_memory(chosen, options, world_size=ranks, layout=layout)
 
     def verify(self, model: nn.Module) -> None:
         """Check that ``model`` holds the very weights that were anchored, bit for bit.
@@ -296,18 +298,11 @@ class Anchors(Mapping[str, Anchor]):
         return Anchors(anchors, fingerprints=self._fingerprints, skipped=self._skipped)
 
 
-def _ranks(weights: Mapping[str, LocalWeight], rank: int) -> dict[str, int]:
-    return {name: min(rank, *weight.shape) for name, weight in weights.items()}
-
-
 def _located(anchors: Mapping[str, Anchor], model: nn.Module) -> dict[str, LocalWeight]:
     """The anchored weights that the model has, as they lie; of replicated ones the parts that the anchors are of."""
-    found = find_parameters(model)
+    parameters = find_parameters(model)
     located = {}
     for name, anchor in anchors.items():
-        if name in found:
-            weight = found[name].locate(name)
-            if isinstance(weight, ReplicatedWeight) and weight.group is not None and anchor.part is not None:
-                weight = weight.divided(anchor.part, weight.group.size())
-            located[name] = weight
+        if name in parameters:
+            located[name] = parameters[name].locate(name).with_work(anchor.part)
     return located

@@ -1,16 +1,15 @@
-"""What anchors take, before any is made."""
+"""Bytes of anchors, before any is made."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from ..checks import check_basis_dtype
 from ..costs import kept_bytes, subspace_bytes
-from ..distributed import LocalWeight, with_parts
-from ..distributed.layout_plan import Layout, parts_of
+from ..distributed import LocalWeight, assign_shards
+from ..distributed.partition import Layout, plan_shards
+from .make import AnchorOptions
 
 
 @dataclass(frozen=True)
@@ -39,28 +38,23 @@ class AnchorMemory:
 
 
 def anchor_memory(
-    weights: Mapping[str, LocalWeight],
-    rank: int,
-    keep_base: bool,
-    basis_dtype: torch.dtype,
-    ranks: int | None,
-    layout: Layout,
+    weights: Mapping[str, LocalWeight], options: AnchorOptions, world_size: int | None, layout: Layout
 ) -> AnchorMemory:
-    """Of the anchors of ``weights`` as they lie (this rank alone), or as they would over ``ranks``."""
-    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+    """Bytes of the anchors of ``weights`` as they lie (this rank alone), or as they would over ``world_size`` ranks."""
     for weight in weights.values():
-        check_basis_dtype(basis_dtype, weight.dtype, "basis_dtype")
-    if ranks is None:
-        held = with_parts(weights, {name: min(rank, *shape) for name, shape in shapes.items()})
-        rows = [[held[name].shard] for name in weights]
+        check_basis_dtype(options.basis_dtype, weight.dtype, "basis_dtype")
+    if world_size is None:
+        held = assign_shards(weights, options.effective_ranks(weights))
+        shards_by_weight = [[held[name].shard] for name in weights]
     else:
-        rows = parts_of(list(shapes.values()), rank, ranks, layout)
-    bases, kept = [0] * len(rows[0]), [0] * len(rows[0])
-    for weight, row in zip(weights.values(), rows, strict=True):
-        for i, part in enumerate(row):
-            bases[i] += subspace_bytes(part, rank, basis_dtype.itemsize)
-            kept[i] += kept_bytes(part, rank, keep_base, weight.dtype.itemsize)
-    return AnchorMemory(tuple(bases), tuple(kept))
+        shapes = [(weight.shape[0], weight.shape[1]) for weight in weights.values()]
+        shards_by_weight = plan_shards(shapes, options.rank, world_size, layout)
+    subspaces, kept = [0] * len(shards_by_weight[0]), [0] * len(shards_by_weight[0])
+    for weight, shards in zip(weights.values(), shards_by_weight, strict=True):
+        for i, shard in enumerate(shards):
+            subspaces[i] += subspace_bytes(shard, options.rank, options.basis_dtype.itemsize)
+            kept[i] += kept_bytes(shard, options.rank, options.keep_base, weight.dtype.itemsize)
+    return AnchorMemory(tuple(subspaces), tuple(kept))
 
 
 def in_units(count: int) -> str:

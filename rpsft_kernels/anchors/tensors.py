@@ -25,17 +25,19 @@ def padded(basis: Tensor) -> Tensor:
     return buffer[:, :rank]
 
 
-def base_copy(weight: Tensor) -> Tensor:
-    """A contiguous copy of ``weight``: in bfloat16 if that loses nothing, else in its own dtype."""
+def exact_base_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype to keep a weight (m, n) in: bfloat16 if that loses nothing, else its own."""
     if weight.dtype == torch.bfloat16:
-        return weight.clone(memory_format=torch.contiguous_format)
-    rows = max(1, _TRIAL_ELEMENTS // weight.shape[1])
-    small = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
-    for source, target in zip(torch.split(weight, rows), torch.split(small, rows), strict=True):
-        target.copy_(source)
-        if not torch.equal(target.to(weight.dtype), source):
-            return weight.clone(memory_format=torch.contiguous_format)
-    return small
+        return torch.bfloat16
+    for rows in torch.split(weight, max(1, _TRIAL_ELEMENTS // weight.shape[1])):
+        if not torch.equal(rows.to(torch.bfloat16).to(weight.dtype), rows):
+            return weight.dtype
+    return torch.bfloat16
+
+
+def base_copy(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy of ``values`` in ``dtype``."""
+    return torch.empty(values.shape, dtype=dtype, device=values.device).copy_(values)
 
 
 def computed_block(weight: Tensor, left: Tensor, right: Tensor, part: Shard) -> tuple[Tensor, str]:

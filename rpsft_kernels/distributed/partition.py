@@ -1,79 +1,126 @@
-"""The work on replicated weights, divided over ranks by its cost."""
+"""Which rank works on which shard: replicated weights, whose work is divided by its cost, and planned layouts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 from ..costs import step_flops
-from .shard import Shard
+from .shard import Shard, Span
 from .weight import LocalWeight, ReplicatedWeight
 
-# Of a rank's share: how far a boundary may move to fall between two weights. A weight that is not cut needs no sum of
-# its C over ranks.
+Layout = Literal["shard0", "replicated", "flat"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+# How far a boundary may move to fall between two weights, as a fraction of a rank's share: a weight that is not cut
+# needs no sum of its C over ranks.
 _SLACK = 0.03
 # Cut weights begin at multiples of this many rows or columns, whatever their dtype: kernels load 16 bytes at a time.
 _MULTIPLE = 64
 
 
-def divide(shapes: Sequence[tuple[int, int]], ranks: Sequence[int], size: int) -> list[list[Shard]]:
-    """Parts of every weight for each of ``size`` ranks, about equal in arithmetic: ``parts[weight][rank]``.
+def divide(shapes: Sequence[tuple[int, int]], anchor_ranks: Sequence[int], world_size: int) -> list[list[Shard]]:
+    """Shards of every weight for each process, about equal in FLOPs: ``shards[weight][process]``.
 
     Weights in their order are laid end to end and cut into equal lengths; a cut near a weight's end is moved there, any
-    other goes through the weight's longer side. It depends on nothing but its arguments.
+    other goes through the weight's longer side. The result depends on the arguments alone.
 
     Args:
         shapes: (m, n) of each weight.
-        ranks: k of each anchor.
-        size: number of processes, at least 1.
+        anchor_ranks: k of each anchor.
+        world_size: number of processes, at least 1.
     """
-    costs = [step_flops(shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]
-    share = sum(costs) / size
-    # cuts[i]: (process that ends here, fraction of weight i) in order.
-    ends: list[list[tuple[int, float]]] = [[] for _ in shapes]
+    costs = [step_flops(shape, rank) for shape, rank in zip(shapes, anchor_ranks, strict=True)]
+    shards, first = [], 0
+    for shape, cuts in zip(shapes, _cuts(costs, world_size), strict=True):
+        row = [Shard.nothing(shape) for _ in range(world_size)]
+        start = 0
+        # The process after the last cut works on the rest.
+        for process, fraction in [*enumerate(cuts, first), (first + len(cuts), 1.0)]:
+            stop = _boundary(max(shape), fraction)
+            if stop > start:
+                row[process] = _slab(shape, (start, stop))
+                start = stop
+        first += len(cuts)
+        if sum(shard.numel > 0 for shard in row) == 1:
+            row = [Shard.whole(shape) if shard.numel else Shard.nothing(shape, unsharded=True) for shard in row]
+        shards.append(row)
+    return shards
+
+
+def _cuts(costs: Sequence[int], world_size: int) -> list[list[float]]:
+    """For each weight the fractions of it at which one process's share ends and the next one's begins."""
+    share = sum(costs) / world_size
+    cuts: list[list[float]] = [[] for _ in costs]
     before, process = 0.0, 0
     for i, cost in enumerate(costs):
-        while process < size - 1 and share * (process + 1) <= before + cost + _SLACK * share:
+        while process < world_size - 1 and share * (process + 1) <= before + cost + _SLACK * share:
             inside = share * (process + 1) - before
             if inside < _SLACK * share:
                 inside = 0.0
             elif inside > cost - _SLACK * share:
                 inside = float(cost)
-            ends[i].append((process, inside / cost if cost else 0.0))
+            cuts[i].append(inside / cost if cost else 0.0)
             process += 1
         before += cost
-    current, parts = 0, []
-    for shape, cuts in zip(shapes, ends, strict=True):
-        row = [Shard.nothing(shape) for _ in range(size)]
-        longer = max(shape)
-        start = 0
-        for process, fraction in [*cuts, (-1, 1.0)]:
-            stop = longer if fraction >= 1.0 else min(longer, round(longer * fraction / _MULTIPLE) * _MULTIPLE)
-            if stop > start:
-                spans = ((start, stop), (0, shape[1])) if shape[0] >= shape[1] else ((0, shape[0]), (start, stop))
-                row[current] = Shard.rectangle(shape, *spans)
-                start = stop
-            if process >= 0:
-                current = process + 1
-        if sum(part.numel > 0 for part in row) == 1:
-            row = [Shard.whole(shape) if part.numel else Shard.nothing(shape, unsharded=True) for part in row]
-        parts.append(row)
-    return parts
+    return cuts
 
 
-def with_parts(weights: Mapping[str, LocalWeight], ranks: Mapping[str, int]) -> dict[str, LocalWeight]:
-    """The same weights; of replicated ones, this process's part of the work. ``ranks`` are k of their anchors."""
-    result = dict(weights)
-    groups: dict[str, list[ReplicatedWeight]] = {}
-    names: dict[str, list[str]] = {}
+def _boundary(length: int, fraction: float) -> int:
+    return length if fraction >= 1.0 else min(length, round(length * fraction / _MULTIPLE) * _MULTIPLE)
+
+
+def _slab(shape: tuple[int, int], span: Span) -> Shard:
+    """All of the shorter side, ``span`` of the longer one."""
+    m, n = shape
+    return Shard.rectangle(shape, span, (0, n)) if m >= n else Shard.rectangle(shape, (0, m), span)
+
+
+def assign_shards(weights: Mapping[str, LocalWeight], anchor_ranks: Mapping[str, int]) -> dict[str, LocalWeight]:
+    """The same weights; replicated ones with this process's shard of the work.
+
+    Args:
+        weights: by name; those that one group replicates are divided together, in their order.
+        anchor_ranks: k of each weight's anchor.
+    """
+    assigned = dict(weights)
+    replicated: dict[str, list[str]] = {}
     for name, weight in weights.items():
         if isinstance(weight, ReplicatedWeight) and weight.group is not None:
-            groups.setdefault(weight.group.group_name, []).append(weight)
-            names.setdefault(weight.group.group_name, []).append(name)
-    for key, members in groups.items():
-        group = members[0].group
+            replicated.setdefault(weight.group_name, []).append(name)
+    for names in replicated.values():
+        group = weights[names[0]].group
         assert group is not None
-        shapes = [(weight.shape[0], weight.shape[1]) for weight in members]
-        parts = divide(shapes, [ranks[name] for name in names[key]], group.size())
-        for name, weight, row in zip(names[key], members, parts, strict=True):
-            result[name] = weight.divided(row[group.rank()], group.size())
-    return result
+        shapes = [(weights[name].shape[0], weights[name].shape[1]) for name in names]
+        shards = divide(shapes, [anchor_ranks[name] for name in names], group.size())
+        for name, row in zip(names, shards, strict=True):
+            assigned[name] = weights[name].with_work(row[group.rank()])
+    return assigned
+
+
+def plan_shards(shapes: Sequence[tuple[int, int]], rank: int, world_size: int, layout: Layout) -> list[list[Shard]]:
+    """The shard of each weight (m, n) that each of N = ``world_size`` processes works on: ``shards[weight][process]``.
+
+    ``"shard0"``: chunks of ceil(m / N) rows (FSDP2). ``"replicated"``: weights whole, their work divided (DDP).
+    ``"flat"``: ranges of ceil(m n / N) elements of each weight (DeepSpeed ZeRO-3).
+
+    Raises:
+        ValueError: k = ``rank`` or ``world_size`` is less than 1, or the layout is none of these.
+    """
+    if rank < 1 or world_size < 1 or layout not in LAYOUTS:
+        raise ValueError(
+            f"rank, ranks, layout: got {rank}, {world_size}, {layout!r}, expected at least 1 each, and one of {LAYOUTS}"
+        )
+    if world_size == 1:
+        return [[Shard.whole(shape)] for shape in shapes]
+    if layout == "replicated":
+        return divide(shapes, [min(rank, *shape) for shape in shapes], world_size)
+    if layout == "shard0":
+        return [[Shard.rectangle((m, n), span, (0, n)) for span in _chunks(m, world_size)] for m, n in shapes]
+    return [[Shard.range((m, n), *span) for span in _chunks(m * n, world_size)] for m, n in shapes]
+
+
+def _chunks(length: int, count: int) -> list[Span]:
+    """Spans as torch.chunk cuts them, and empty ones at the end."""
+    size = -(-length // count)
+    return [(min(length, size * i), min(length, size * (i + 1))) for i in range(count)]

@@ -112,7 +112,7 @@ def _schedule(options: argparse.Namespace) -> int:
 
 
 def _shards(options: argparse.Namespace) -> int:
-    from ..distributed.layout_plan import LAYOUTS
+    from ..distributed.partition import LAYOUTS
     from .shards import shard_table
 
     for name, values in (("--rank", [options.rank]), ("--ranks", options.ranks)):

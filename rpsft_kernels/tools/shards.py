@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..costs import anchor_bytes, drift_bytes, is_full, shard_flops, step_bytes, step_flops
-from ..distributed.layout_plan import Layout, parts_of
+from ..distributed.partition import Layout, plan_shards
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class ShardCosts:
 def shard_costs(
     shapes: Sequence[tuple[int, int]], rank: int, ranks: int, layout: Layout, keep_base: bool = True
 ) -> ShardCosts:
-    """What each rank pays for weights of these shapes; arguments and errors as for :func:`parts_of`."""
-    parts = parts_of(shapes, rank, ranks, layout)
+    """What each rank pays for weights of these shapes; arguments and errors as for :func:`plan_shards`."""
+    parts = plan_shards(shapes, rank, ranks, layout)
     held = [[row[i] for row in parts if row[i].numel] for i in range(ranks)]
     projected = [row for row in parts if not is_full(row[0].shape, rank)]
     block = drift_bytes(rank)

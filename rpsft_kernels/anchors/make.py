@@ -1,0 +1,122 @@
+"""The one way to make an anchor: solve a whole weight once, then lay out what each of its shards keeps.
+
+A weight that lies in one process is the case of a single shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_basis_dtype, check_finite, check_rank, check_weight
+from ..costs import is_full
+from ..distributed import LocalWeight, Shard
+from .subspace import top_subspaces
+from .tensors import base_copy, computed_block, exact_base_dtype, padded
+
+
+@dataclass(frozen=True)
+class AnchorOptions:
+    """The properties that all anchors of one call share; documented at :meth:`Anchor.from_weight`.
+
+    Raises:
+        ValueError: ``rank`` is not a positive int.
+    """
+
+    rank: int
+    keep_base: bool = True
+    basis_dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+
+    def effective_ranks(self, weights: Mapping[str, LocalWeight]) -> dict[str, int]:
+        """k of each weight's anchor, by name."""
+        return {name: self.effective_rank(weight.shape) for name, weight in weights.items()}
+
+    def effective_rank(self, shape: tuple[int, ...]) -> int:
+        """k of the anchor of a weight (m, n): at most min(m, n)."""
+        return min(self.rank, *shape)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The facts of a whole weight that the anchors of all its shards record.
+
+    Attributes:
+        energy: share of ||W0||_F^2 in the k directions.
+        base_dtype: dtype in which W0 is kept; the same for all shards, though each keeps only its own elements.
+    """
+
+    energy: float
+    base_dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """Rows of U and V (rows, k), of a whole weight or of one shard, in the dtype that anchors keep them in."""
+
+    left: Tensor
+    right: Tensor
+
+    def of(self, shard: Shard) -> Basis:
+        """The rows that belong to ``shard``, as views of a whole weight's."""
+        return Basis(self.left[slice(*shard.rows)], self.right[slice(*shard.cols)])
+
+
+# Tensors made in inference mode could not be saved for a backward pass later.
+@torch.inference_mode(False)
+@torch.no_grad()
+def solve(weight: Tensor, options: AnchorOptions) -> tuple[Solution, Basis | None]:
+    """The subspaces of a whole weight (m, n); without a basis where its anchor has the full form.
+
+    Raises:
+        ValueError: the weight is not a dense, finite, non-empty floating point matrix, or ``basis_dtype`` does not suit
+            its dtype.
+    """
+    check_weight(weight, "weight")
+    if weight.numel() == 0:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected at least one element; leave it out")
+    check_basis_dtype(options.basis_dtype, weight.dtype, "basis_dtype")
+    weight = weight.detach()
+    check_finite(weight, "weight")
+    base_dtype = exact_base_dtype(weight)
+    if is_full((weight.shape[0], weight.shape[1]), options.rank):
+        return Solution(1.0, base_dtype), None
+    spaces = top_subspaces(weight, options.rank)
+    basis = Basis(spaces.left.to(options.basis_dtype), spaces.right.to(options.basis_dtype))
+    return Solution(spaces.energy, base_dtype), basis
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def anchor_fields(
+    values: Tensor, shard: Shard, solution: Solution, basis: Basis | None, options: AnchorOptions
+) -> dict[str, Any]:
+    """The arguments of :class:`Anchor` for one shard, except ``part``.
+
+    Args:
+        values: W0 of the shard, of ``shard.local_shape``. Nothing of the result shares its memory.
+        shard: the whole weight, or what one rank keeps of it.
+        solution: of the whole weight.
+        basis: the shard's rows of U and V; None in the full form.
+        options: of the call.
+    """
+    values = values.detach()
+    fields: dict[str, Any] = {
+        "shape": shard.shape,
+        "weight_dtype": values.dtype,
+        "rank": options.effective_rank(shard.shape),
+        "energy": solution.energy,
+    }
+    if basis is not None:
+        fields["left"], fields["right"] = padded(basis.left), padded(basis.right)
+    if basis is None or options.keep_base:
+        fields["base"] = base_copy(values, solution.base_dtype)
+    else:
+        fields["block"], fields["arithmetic"] = computed_block(values, fields["left"], fields["right"], shard)
+    return fields
