@@ -17,8 +17,8 @@ from .projection import Projection, gather_replicas
 # On the CPU nothing is gained by many weights in one call but the calls' own cost, which matters for small weights at
 # small ranks. The backward pass holds the gradients of a bucket. What travels between processes is better sent in few
 # pieces.
-_CPU_LIMITS = ops.BucketLimits(weights=8, drift_bytes=1 << 20, elements=16 << 20, one_orientation=False)
-_CPU_LIMITS_OF_SHARDS = ops.BucketLimits(weights=8, drift_bytes=16 << 20, one_orientation=False)
+CPU_LIMITS = ops.BucketLimits(weights=8, drift_bytes=1 << 20, elements=16 << 20, one_orientation=False)
+CPU_LIMITS_OF_SHARDS = ops.BucketLimits(weights=8, drift_bytes=16 << 20, one_orientation=False)
 
 
 class Gathered(NamedTuple):
@@ -202,7 +202,7 @@ def make_buckets(weights: Sequence[AnchoredWeight]) -> list[Bucket]:
     """
     limits = None
     if all(one.weight.device.type == "cpu" for one in weights):
-        limits = _CPU_LIMITS_OF_SHARDS if any(one.summed for one in weights) else _CPU_LIMITS
+        limits = CPU_LIMITS_OF_SHARDS if any(one.summed for one in weights) else CPU_LIMITS
     return list(_make(weights, ops.plan_buckets([_specification(one) for one in weights], limits)))
 
 
