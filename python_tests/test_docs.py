@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+
+from rpsft_kernels.tools.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,6 +66,14 @@ def test_every_environment_variable_has_a_row() -> None:
         read |= set(re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", source))
     assert read - listed == set()
     assert {name for name in listed if name.startswith("RPSFT_")} <= read
+
+
+def test_the_schedule_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    shown = re.search(r"^    \$ python -m rpsft_kernels (schedule .*)\n((?:    .*\n)+)", page, re.M)
+    assert shown is not None
+    assert main(shown[1].split()) == 0
+    assert capsys.readouterr().out == textwrap.dedent(shown[2])
 
 
 def _pins(name: str) -> dict[str, str]:
