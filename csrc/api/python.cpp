@@ -19,7 +19,7 @@ rpsft::Matrix matrix(std::uintptr_t address, rpsft::Dtype dtype, std::int64_t ro
 
 rpsft::Projection projection(const rpsft::Matrix& weight, const rpsft::Matrix& base, const rpsft::Matrix& left,
                              const rpsft::Matrix& right, std::uintptr_t block, std::uintptr_t drift,
-                             std::uintptr_t square) {
+                             std::uintptr_t square, std::int64_t head, std::int64_t tail) {
   return {weight,
           base,
           left,
@@ -27,12 +27,13 @@ rpsft::Projection projection(const rpsft::Matrix& weight, const rpsft::Matrix& b
           reinterpret_cast<const float*>(block),
           reinterpret_cast<float*>(drift),
           reinterpret_cast<float*>(square),
-          {}};
+          {head, tail}};
 }
 
 rpsft::Pullback pullback(const rpsft::Matrix& grad, const rpsft::Matrix& left, const rpsft::Matrix& right,
-                         const rpsft::Matrix& weight, const rpsft::Matrix& base, std::uintptr_t drift, float scale) {
-  return {grad, left, right, weight, base, reinterpret_cast<const float*>(drift), scale, {}};
+                         const rpsft::Matrix& weight, const rpsft::Matrix& base, std::uintptr_t drift, float scale,
+                         std::int64_t head, std::int64_t tail) {
+  return {grad, left, right, weight, base, reinterpret_cast<const float*>(drift), scale, {head, tail}};
 }
 
 }  // namespace
@@ -51,10 +52,10 @@ PYBIND11_MODULE(_native, module) {
            py::arg("row_stride"), py::arg("col_stride"));
   py::class_<rpsft::Projection>(module, "Projection", "One weight's arguments of project_drift.")
       .def(py::init(&projection), py::arg("weight"), py::arg("base"), py::arg("left"), py::arg("right"),
-           py::arg("block"), py::arg("drift"), py::arg("square"));
+           py::arg("block"), py::arg("drift"), py::arg("square"), py::arg("head") = 0, py::arg("tail") = 0);
   py::class_<rpsft::Pullback>(module, "Pullback", "One weight's arguments of pull_back.")
       .def(py::init(&pullback), py::arg("grad"), py::arg("left"), py::arg("right"), py::arg("weight"), py::arg("base"),
-           py::arg("drift"), py::arg("scale"));
+           py::arg("drift"), py::arg("scale"), py::arg("head") = 0, py::arg("tail") = 0);
 
   module.def("instruction_sets", &rpsft::instruction_sets,
              "Instruction sets that the engine can use here, best first.");

@@ -29,7 +29,7 @@ struct Matrix {
 // The elements of a weight that are in memory: all except the first `head` of its first row and the last `tail` of its
 // last row. A contiguous shard of a row-major weight is passed as the rows that it touches, and head and tail say what
 // the outer two rows lack. The data pointers of weight, base and gradient point to where element (0, 0) is or would be.
-// Only the C API sets this: the Python package passes such shards as up to three whole matrices.
+// The C API and the bindings take it. The Python package passes such shards as up to three whole matrices instead.
 struct Cut {
   std::int64_t head = 0, tail = 0;
 };
