@@ -9,7 +9,8 @@ from itertools import product
 
 import torch
 from accuracy import check_drifts, check_pulled
-from emulation import Emulator, planned_for
+from emulation import Emulator, profile_of
+from planned import planned_for
 from support import Problem, exact_drift, operands_of, random_matrix, relative_error
 from torch import Tensor
 
@@ -238,7 +239,7 @@ def cases(architecture: str, way: str, rank: int) -> list[Case]:
 def asked(architecture: str, case: Case) -> set[Variant]:
     """The variants that a case launches."""
     launched: set[Variant] = set()
-    with planned_for(architecture, lambda variant, programs, arguments: launched.add(variant)):
+    with planned_for(profile_of(architecture), lambda variant, programs, arguments: launched.add(variant)):
         case.plan()
     return launched
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from compiling import Compiler
+from planned import planned_for
 from ptxrun import GlobalMemory, Stats, region_of, run
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rpsft_kernels.ops.triton import full_form, project_drift, pull_back
 from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.variants import ARGUMENTS, Variant
@@ -28,29 +27,12 @@ MULTIPROCESSORS = 3
 COMPILER = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("triton"))[:2])) if find_spec("triton") else ()
 NEWEST = COMPILER >= (3, 9) and not torch.cuda.is_available()
 WHY_NEWEST = "kernels of Triton 3.9 and newer are emulated, and where there is a GPU the kernels themselves run"
-_MODULES = (project_drift, pull_back, full_form)
 _ALLOCATIONS = {"empty", "new_empty", "empty_like"}
-Launch = Callable[[Variant, int, tuple[Tensor, ...]], None]
 
 
-@contextmanager
-def planned_for(architecture: str, launch: Launch) -> Iterator[None]:
-    """What is computed on the CPU is planned for an architecture, and every launch handed to ``launch``."""
-    profile = Profile(architecture, MULTIPROCESSORS, DESCRIPTORS[architecture])
-
-    def started(variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
-        if programs:
-            launch(variant, programs, arguments)
-
-    before = [(module, name, getattr(module, name)) for module in _MODULES for name in ("device_profile", "launch")]
-    for module in _MODULES:
-        module.device_profile = lambda _: profile
-        module.launch = started
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
+def profile_of(architecture: str) -> Profile:
+    """An architecture with few multiprocessors."""
+    return Profile(architecture, MULTIPROCESSORS, DESCRIPTORS[architecture])
 
 
 class Emulator(TorchFunctionMode):
@@ -77,7 +59,7 @@ class Emulator(TorchFunctionMode):
         return int(np.count_nonzero(~self._written(tensor)))
 
     def __enter__(self) -> Emulator:
-        self._planned = planned_for(self._architecture, self._launch)
+        self._planned = planned_for(profile_of(self._architecture), self._launch)
         self._planned.__enter__()
         super().__enter__()
         return self

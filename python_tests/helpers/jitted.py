@@ -70,7 +70,7 @@ def main() -> None:
             said = []
             for _ in range(2):
                 try:
-                    jit.launch_jit(variant, 1, torch.device("cuda", 0), arguments)
+                    jit.bind_jit(variant, 1, torch.device("cuda", 0), arguments)()
                 except ValueError as error:
                     said.append(str(error))
             results.append({"label": variant.label(), "launches": driver.launches, "said": said})

@@ -19,12 +19,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rpsft_kernels import ops
 from rpsft_kernels.ops import products, torch_ops
 from rpsft_kernels.ops.selftest import gate
 from rpsft_kernels.ops.triton import backend as triton_backend
 from rpsft_kernels.ops.triton import device as triton_device
-from rpsft_kernels.ops.triton import full_form, jit, project_drift, pull_back, upload
+from rpsft_kernels.ops.triton import jit, upload
+from rpsft_kernels.ops.triton import launch as triton_launch
 
 DEVICE = torch.device("cuda", 0)
 _BODIES: dict[Any, Callable[..., Any]] = {
@@ -232,12 +232,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(upload, "_room", upload._Room())
     interpreter = triton_device.Profile("interpreter", 3, False)
     monkeypatch.setattr(triton_device, "device_profile", lambda _: interpreter)
-    for module in (project_drift, pull_back, full_form):
-        monkeypatch.setattr(module, "device_profile", lambda _: interpreter)
-        monkeypatch.setattr(module, "launch", _launcher(device))
+    monkeypatch.setattr(triton_launch, "find_start", _starter(device))
     monkeypatch.setattr(triton_backend, "unavailable", lambda device, dtype: None)
-    # What has passed its self-test is not tested again, and what has all its kernels rehearses nothing.
-    monkeypatch.setattr(ops, "may_refuse", lambda _: False)
+    # What has passed its self-test is not tested again.
     monkeypatch.setattr(gate, "_passed", {DEVICE})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
@@ -251,7 +248,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 class _Stream(SimpleNamespace):
     def __init__(self, device: StandIn) -> None:
-        super().__init__(device=device)
+        super().__init__(device=device, cuda_stream=0)
 
     def record_event(self) -> object:
         if self.device.capturing:
@@ -262,13 +259,14 @@ class _Stream(SimpleNamespace):
         self.device.waits.append("synchronize")
 
 
-def _launcher(device: StandIn) -> Callable[..., None]:
+def _starter(device: StandIn) -> Callable[..., Callable[[], None]]:
     cpu = torch.device("cpu")
 
-    def launch(variant: Any, programs: int, where: torch.device, *arguments: Tensor) -> None:
+    def find_start(
+        variant: Any, programs: int, where: torch.device, arguments: tuple[Tensor, ...]
+    ) -> Callable[[], None]:
         assert where == DEVICE and all(isinstance(argument, OnGpu) for argument in arguments)
-        held = tuple(argument.inner for argument in arguments)  # type: ignore[attr-defined]
-        if programs:
-            device.launch(lambda: jit.launch_jit(variant, programs, cpu, held))
+        start = jit.bind_jit(variant, programs, cpu, tuple(map(_inner, arguments)))
+        return lambda: device.launch(start)
 
-    return launch
+    return find_start

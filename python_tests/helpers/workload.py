@@ -14,15 +14,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from planned import profiled
 from torch import Tensor
 
-from rpsft_kernels.ops.triton import full_form, project_drift, pull_back
+from rpsft_kernels.ops import Operands
+from rpsft_kernels.ops.triton import backend
+from rpsft_kernels.ops.triton import launch as triton_launch
 from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.variants import Variant
 
 DEVICE, STREAM, MULTIPROCESSORS = 1, 0x7700, 8
-Launch = Callable[[Variant, int, tuple[Tensor, ...]], None]
 
 
 class Workload:
@@ -44,24 +46,17 @@ class Workload:
         names = ("weights", "bases", "lefts", "rights", "grads")
         return {name: [tensor.data_ptr() for tensor in getattr(self, name)] for name in names}
 
-    def run(self, table: str, launch: Launch) -> None:
-        profile = Profile(table, MULTIPROCESSORS, DESCRIPTORS[table])
-        replaced: list[tuple[Any, str, Any]] = []
-        for module in (project_drift, pull_back, full_form):
-            for name, new in (
-                ("device_profile", lambda _: profile),
-                ("launch", lambda variant, programs, _, *arguments: launch(variant, programs, arguments)),
-            ):
-                replaced.append((module, name, getattr(module, name)))
-                setattr(module, name, new)
-        try:
-            drifts, _ = project_drift.run_forward(self.weights, self.lefts, self.rights, self.bases, [])
-            pull_back.run_backward(self.grads, self.lefts, self.rights, drifts, self.scales, True)
-            full_form.run_whole_forward([self.full], [self.full_base])
-            full_form.run_whole_backward([self.full_grad], [self.full], [self.full_base], self.scales[:1], True)
-        finally:
-            for module, name, old in replaced:
-                setattr(module, name, old)
+    def run(self) -> None:
+        drifts, _ = backend.project_drift(Operands(self.weights, self.lefts, self.rights, self.bases))
+        subspaces = Operands(lefts=self.lefts, rights=self.rights)
+        backend.pull_back_into(self.grads, subspaces, drifts, self.scales, True)
+        full = Operands([self.full], pretrained=[self.full_base])
+        backend.project_drift(full)
+        backend.pull_back_into([self.full_grad], full, [torch.empty(0, 0)], self.scales[:1], True)
+
+
+def profile_of(table: str) -> Profile:
+    return Profile(table, MULTIPROCESSORS, DESCRIPTORS[table])
 
 
 def main(folder: str, table: str, driver: str) -> None:
@@ -88,23 +83,33 @@ def main(folder: str, table: str, driver: str) -> None:
     )
     torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=STREAM + device.index)  # type: ignore
 
-    def launch(variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None:
-        if not programs:
-            return
+    def find_start(
+        variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]
+    ) -> Callable[[], None]:
         before = len(scratch)
-        assert aot_dispatch.start(variant, programs, torch.device("cuda", DEVICE), arguments)
-        launches.append(
-            {
-                "label": variant.label(),
-                "programs": programs,
-                "arguments": {n: t.data_ptr() for n, t in zip(ARGUMENTS[variant.kernel], arguments, strict=True)},
-                "table": arguments[0].tolist(),
-                "scratch": [(memory.data_ptr(), memory.numel()) for memory in scratch[before:]],
-            }
-        )
+        start = aot_dispatch.bind(variant, programs, torch.device("cuda", DEVICE), arguments)
+        assert start is not None
+        own_scratch = [(memory.data_ptr(), memory.numel()) for memory in scratch[before:]]
+        names = ARGUMENTS[variant.kernel]
+
+        def noted() -> None:
+            start()
+            launches.append(
+                {
+                    "label": variant.label(),
+                    "programs": programs,
+                    "arguments": {n: t.data_ptr() for n, t in zip(names, arguments, strict=True)},
+                    "table": arguments[0].tolist(),
+                    "scratch": own_scratch,
+                }
+            )
+
+        return noted
 
     workload = Workload()
-    workload.run(table, launch)
+    triton_launch.find_start = find_start
+    with profiled(profile_of(table)):
+        workload.run()
     stub = ctypes.CDLL(driver)
     text = ctypes.create_string_buffer(stub.stub_log(None, 0) + 1)
     stub.stub_log(text, len(text))

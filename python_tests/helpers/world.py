@@ -16,12 +16,17 @@ from rpsft_kernels.ops.triton import jit, toolchain
 from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.ops.triton.aot import loader as aot_loader
 from rpsft_kernels.ops.triton.aot.library import MANIFEST, SCHEMA, Device, Library, kernel_id, source_digest
-from rpsft_kernels.ops.triton.launch import launch
+from rpsft_kernels.ops.triton.launch import Launch
 from rpsft_kernels.ops.triton.variants import ARGUMENT_TYPES, ARGUMENTS, Variant, squares_variant
 
 DEVICE = torch.device("cuda", 0)
 SQUARES = squares_variant()
 PULL = Variant("pull", (("BASIS_TYPE", "bf16"), ("BLOCK_M", 64)), 4, 2)
+
+
+def launch(variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
+    """Prepare a launch and queue it."""
+    Launch(variant, programs, device, *arguments)()
 
 
 class Recorder:
@@ -69,7 +74,7 @@ class World:
         for cause in ("triton_missing", "compiler_missing"):
             monkeypatch.setattr(toolchain, cause, lambda: None)
         monkeypatch.setattr(aot_dispatch, "_scratch", self._scratch)
-        monkeypatch.setattr(jit, "launch_jit", lambda variant, *_: self.compiled.append(variant))
+        monkeypatch.setattr(jit, "bind_jit", lambda variant, *_: lambda: self.compiled.append(variant))
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
         self.device(90)

@@ -136,42 +136,46 @@ def test_a_wrong_backend_fails(backend: str, name: str, fault: str, monkeypatch:
     assert "FAILED" in printed and result.failures[0] in printed
 
 
-Start = Callable[[Variant, int, torch.device, tuple[Tensor, ...]], None]
+Start = Callable[[], None]
+FindStart = Callable[[Variant, int, torch.device, tuple[Tensor, ...]], Start]
 
 
-def wrong_start(start: Start, kernel: str, fault: str) -> Start:
-    """The launcher with a fault planted in one kernel's launches."""
+def plant_fault(find: FindStart, kernel: str, fault: str) -> FindStart:
+    """``find`` with a fault planted in one kernel's launches."""
     calls: list[int] = []
 
-    def planted(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> None:
+    def planted(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> Start:
         if variant.kernel != kernel:
-            start(variant, programs, device, arguments)
-            return
-        calls.append(1)
-        named = dict(zip(ARGUMENTS[kernel], (argument.clone() for argument in arguments), strict=True))
-        fields = named["table"].view(-1, WIDTH)
-        if fault == "wrong offset":
-            # One element too far, at the first of the weights.
-            piece = {
-                "project": "WEIGHT",
-                "drift": "LEFT",
-                "pull": "DRIFT",
-                "gradient": "RIGHT",
-                "full_gradient": "BASE",
-            }
-            fields[0, INDEX[piece[kernel]]] += 4 if kernel == "pull" else 2
-        if fault == "missing tile":
-            named["runs"].view(-1, 3)[-1, 2] -= 1
-        # What is not the planted argument is the caller's: kernels write to some of them.
-        changed = tuple(
-            named[name] if name in ("table", "runs") else argument
-            for name, argument in zip(ARGUMENTS[kernel], arguments, strict=True)
-        )
-        start(variant, programs, device, changed)
-        if fault == "random bit" and len(calls) % 3 == 0:
-            column = {"project": "PLANES", "drift": "DRIFT", "pull": "PLANES"}.get(kernel, "GRAD")
-            address = int(fields[0, INDEX[column]])
-            ctypes.c_uint8.from_address(address).value ^= 1
+            return find(variant, programs, device, arguments)
+
+        def start() -> None:
+            calls.append(1)
+            named = dict(zip(ARGUMENTS[kernel], (argument.clone() for argument in arguments), strict=True))
+            fields = named["table"].view(-1, WIDTH)
+            if fault == "wrong offset":
+                # One element too far, at the first of the weights.
+                piece = {
+                    "project": "WEIGHT",
+                    "drift": "LEFT",
+                    "pull": "DRIFT",
+                    "gradient": "RIGHT",
+                    "full_gradient": "BASE",
+                }
+                fields[0, INDEX[piece[kernel]]] += 4 if kernel == "pull" else 2
+            if fault == "missing tile":
+                named["runs"].view(-1, 3)[-1, 2] -= 1
+            # What is not the planted argument is the caller's: kernels write to some of them.
+            changed = tuple(
+                named[name] if name in ("table", "runs") else argument
+                for name, argument in zip(ARGUMENTS[kernel], arguments, strict=True)
+            )
+            find(variant, programs, device, changed)()
+            if fault == "random bit" and len(calls) % 3 == 0:
+                column = {"project": "PLANES", "drift": "DRIFT", "pull": "PLANES"}.get(kernel, "GRAD")
+                address = int(fields[0, INDEX[column]])
+                ctypes.c_uint8.from_address(address).value ^= 1
+
+        return start
 
     return planted
 
@@ -190,7 +194,7 @@ def wrong_start(start: Start, kernel: str, fault: str) -> Start:
     ],
 )
 def test_a_wrong_kernel_fails(name: str, kernel: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_start", wrong_start(launch._start, kernel, fault))
+    monkeypatch.setattr(launch, "find_start", plant_fault(launch.find_start, kernel, fault))
     # What is not written holds what was there before: another case's numbers.
     result = tried("triton", CASES[name])
     assert result.failures
@@ -203,21 +207,27 @@ def test_a_wrong_kernel_fails(name: str, kernel: str, fault: str, monkeypatch: p
 @pytest.mark.parametrize("form", ["bare", "gradient"])
 def test_a_lost_part_fails(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third bfloat16 part of an intermediate is below every bound, but not below equality."""
-    start = launch._start
+    find = launch.find_start
 
-    def losing(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> None:
-        start(variant, programs, device, arguments)
-        if variant.kernel in ("project", "pull"):
+    def losing(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> Start:
+        start = find(variant, programs, device, arguments)
+        if variant.kernel not in ("project", "pull"):
+            return start
+
+        def start_and_lose() -> None:
+            start()
             for row in arguments[0].view(-1, WIDTH).tolist():
                 size = 2 * row[INDEX["PLANES_ROW"]] * row[INDEX["PLANES_ROWS"]]
                 ctypes.memset(row[INDEX["PLANES"]] + 2 * size, 0, size)
+
+        return start_and_lose
 
     wide = torch.float32
     case = Case("drift", "bare", wide, None, HALF, None, 32, "ragged", False)
     if form == "gradient":
         case = Case("gradient", "any", None, None, wide, wide, 32, "ragged", False)
     assert tried("triton", case).passed
-    monkeypatch.setattr(launch, "_start", losing)
+    monkeypatch.setattr(launch, "find_start", losing)
     result = tried("triton", case)
     assert result.failures and all("expected exactly" in failure for failure in result.failures)
 
@@ -225,14 +235,14 @@ def test_a_lost_part_fails(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @interpreted
 @pytest.mark.usefixtures("small_weights")
 def test_a_kernel_that_is_not_there_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = launch._start
+    find = launch.find_start
 
-    def refusing(variant: Variant, *arguments: Any) -> None:
+    def refusing(variant: Variant, *arguments: Any) -> Start:
         if variant.kernel == "project":
             raise ValueError(f"{variant.label()} is not launched: its compiler is not to be trusted")
-        start(variant, *arguments)
+        return find(variant, *arguments)
 
-    monkeypatch.setattr(launch, "_start", refusing)
+    monkeypatch.setattr(launch, "find_start", refusing)
     result = tried("triton", CASES["drift"], CASES["full"])
     assert result.passed
     assert [variant.kernel for variant in result.absent] == ["project"]
@@ -243,10 +253,10 @@ def test_a_kernel_that_is_not_there_is_no_failure(monkeypatch: pytest.MonkeyPatc
 @interpreted
 @pytest.mark.usefixtures("small_weights")
 def test_an_error_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments: Any) -> None:
+    def broken() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(launch, "_start", broken)
+    monkeypatch.setattr(launch, "find_start", lambda *_: broken)
     result = tried("triton", CASES["drift"])
     assert [failure.split(": ", 1)[1] for failure in result.failures] == [
         "RuntimeError: an illegal memory access was encountered"

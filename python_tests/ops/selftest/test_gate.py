@@ -134,9 +134,7 @@ def test_what_a_pass_depends_on_brings_it_back(
     elif changed == "launcher":
         # Without one Triton compiles; with one, kernels that were there already are launched.
         before, version = record.loader.launcher(), record._driver_version()
-        monkeypatch.setattr(
-            record.loader, "launcher", lambda: SimpleNamespace() if before is None else None
-        )
+        monkeypatch.setattr(record.loader, "launcher", lambda: SimpleNamespace() if before is None else None)
         monkeypatch.setattr(record, "_driver_version", lambda: version)
     else:
         (tmp_path / "tiles.json").write_text("{}")

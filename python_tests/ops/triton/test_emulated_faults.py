@@ -103,10 +103,10 @@ def test_planes_that_are_not_padded_are_seen(module: Any, compiler: Compiler, mo
 
 @newest
 def test_alignment_that_is_only_claimed_is_seen(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    claimed = project_drift.lies
+    claimed = project_drift.layout_of
     monkeypatch.setattr(
         project_drift,
-        "lies",
+        "layout_of",
         lambda matrix, transposed: claimed(matrix, transposed)._replace(pointer=True, descriptor=True),
     )
     case = Forward(torch.bfloat16, torch.bfloat16, False, torch.bfloat16, 32, "aligned", False)

@@ -23,7 +23,8 @@ from support import (
 from torch import Tensor
 
 from rpsft_kernels import ops
-from rpsft_kernels.ops.triton import full_form, project_drift, pull_back, variants
+from rpsft_kernels.ops.triton import device as triton_device
+from rpsft_kernels.ops.triton import project_drift, pull_back, variants
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.tile_table import TileConfig
 
@@ -184,8 +185,7 @@ def test_gradients_of_another_dtype_than_the_drift(device: torch.device) -> None
 def aligned_profile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> bool:
     """On the CPU: an architecture that reads aligned operands by pointers, or by tensor descriptors."""
     if device.type == "cpu":
-        for module in (project_drift, pull_back, full_form):
-            monkeypatch.setattr(module, "device_profile", lambda _: Profile("interpreter", 3, request.param))
+        monkeypatch.setattr(triton_device, "device_profile", lambda _: Profile("interpreter", 3, request.param))
     return bool(request.param)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from planned import planned_for
 from support import laid_out
 from torch import Tensor, nn
 
@@ -23,7 +24,6 @@ from rpsft_kernels.anchors.anchor import Anchor
 from rpsft_kernels.anchors.tensors import computed_block, padded
 from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.ops.triton import backend as triton_backend
-from rpsft_kernels.ops.triton import full_form, project_drift, pull_back
 from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
@@ -52,23 +52,25 @@ KINDS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
 class Asked:
     """The variants that were asked for, each with the first call that did."""
 
-    def __init__(self, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, architecture: str) -> None:
         self.architecture, self.descriptors = architecture, DESCRIPTORS.get(architecture, False)
         self.by: dict[Variant, Any] = {}
         self.call: Any = None
+
+    @classmethod
+    def of(cls, architecture: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+        """For the time of a test."""
+        found = cls(architecture)
         # Nothing is launched, so nothing has to be there: not even the interpreter.
         monkeypatch.setattr(triton_backend, "unavailable", lambda device, dtype: None)
-        for module in (project_drift, pull_back, full_form):
-            monkeypatch.setattr(module, "device_profile", lambda _: Profile(architecture, 8, self.descriptors))
-            monkeypatch.setattr(module, "launch", self._note)
+        with planned_for(Profile(architecture, 8, found.descriptors), found._note):
+            yield found
 
-    def _note(self, variant: Variant, programs: int, device: torch.device, table: Tensor, *_: Tensor) -> None:
-        if not programs:
-            return
+    def _note(self, variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None:
         self.by.setdefault(variant, self.call)
         if variant.kernel == "drift":
             # Nothing computes C here, and an anchor refuses a block that is not finite.
-            for row in table.reshape(-1, WIDTH).tolist():
+            for row in arguments[0].reshape(-1, WIDTH).tolist():
                 ctypes.memset(row[INDEX["DRIFT"]], 0, 4 * row[INDEX["RANK"]] ** 2)
 
     def listed(self) -> set[Variant]:
@@ -80,13 +82,13 @@ class Asked:
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Asked:
-    return Asked(request.param, monkeypatch)
+def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+    yield from Asked.of(request.param, monkeypatch)
 
 
 @pytest.fixture(params=["sm_80", "sm_90"])
-def one_of_each(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Asked:
-    return Asked(request.param, monkeypatch)
+def one_of_each(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+    yield from Asked.of(request.param, monkeypatch)
 
 
 def lying(shape: tuple[int, int], dtype: torch.dtype, kind: str) -> Tensor:

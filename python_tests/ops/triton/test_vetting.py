@@ -19,19 +19,15 @@ import pytest
 import torch
 from sass_text import BROKEN, TRITONS, cubin
 from triton.runtime.cache import FileCacheManager
-from world import DEVICE, World
+from world import DEVICE, World, launch
 
 from rpsft_kernels.ops.triton import jit, toolchain, vetting
-from rpsft_kernels.ops.triton import launch as launcher
-from rpsft_kernels.ops.triton.device import Profile
-from rpsft_kernels.ops.triton.launch import launch
 from rpsft_kernels.ops.triton.machine_code.cubin import disassembler
-from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import ARGUMENTS, Variant, list_variants
 
 pytestmark = pytest.mark.xdist_group("aot")
 REPOSITORY = Path(__file__).resolve().parents[3]
-LAUNCH_JIT = jit.launch_jit
+BIND_JIT = jit.bind_jit
 IN_REGISTERS = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r2}, {%r3,%r4,%r5,%r6}, %rd1, 1, 1, 1, 0;"
 IN_SHARED_MEMORY = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r2}, %rd1, %rd2, %p1, 1, 1, 0, 1;"
 _LISTED = list(list_variants("sm_90", True, (768,)))
@@ -91,16 +87,16 @@ class Hopper(World):
 @pytest.fixture
 def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hopper:
     hopper = Hopper(tmp_path, monkeypatch)
-    monkeypatch.setattr(jit, "launch_jit", LAUNCH_JIT)
+    monkeypatch.setattr(jit, "bind_jit", BIND_JIT)
     monkeypatch.setattr(jit.triton, "set_allocator", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    launcher.is_vetted.cache_clear()
+    jit.is_vetted.cache_clear()
     yield hopper
-    launcher.is_vetted.cache_clear()
+    jit.is_vetted.cache_clear()
 
 
 def no_scan(image: bytes) -> list[str]:
@@ -155,52 +151,6 @@ def test_a_kernel_compiled_ahead_of_time_serves_what_is_ruled_out(
     monkeypatch.setenv("RPSFT_AOT", "0")
     assert "is not launched" in hopper.start("project")
     assert len(hopper.native.launches) == 1
-
-
-def test_only_kernels_for_all_of_a_device_s_launches_make_a_rehearsal_needless(
-    hopper: Hopper, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is not served ahead of time is Triton's, and may be refused."""
-    hopper.triton("3.6.0")
-    monkeypatch.setattr(launcher, "own_profile", lambda _: Profile("sm_90", 132, True))
-    every = {"only": "", "ranks": list(rank_classes())}
-    assert launcher.may_refuse(DEVICE)
-    # For another device, for some ranks, for some names, and all of it.
-    project = VARIANTS["project"]
-    some = [every | {"ranks": [768]}, every | {"only": "pull*"}]
-    for arch, extra in [("sm_100a", every), *(("sm_90a", each) for each in some)]:
-        hopper.install((project, arch), **extra)
-        assert launcher.may_refuse(DEVICE)
-    hopper.left_out = [{"id": "1", "label": "pull", "arch": "sm_100a", "reason": "spills"}]
-    hopper.install((project, "sm_90a"), (project, "sm_100a"), **every)
-    assert not launcher.may_refuse(DEVICE)
-    hopper.left_out[0]["arch"] = "sm_90a"
-    hopper.install((project, "sm_90a"), **every)
-    assert launcher.may_refuse(DEVICE)
-    hopper.left_out.clear()
-    hopper.install((project, "sm_90a"), **every)
-    assert not launcher.may_refuse(DEVICE)
-    # Other tiles than those that the kernels were compiled with.
-    monkeypatch.setattr(launcher, "tuned_architecture", lambda: "sm_90")
-    assert launcher.may_refuse(DEVICE)
-
-
-@pytest.mark.parametrize("obstacle", ["only", "no compiler"])
-def test_other_devices_are_rehearsed_where_nothing_compiles(
-    obstacle: str, hopper: Hopper, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(launcher, "own_profile", lambda _: Profile("sm_80", 108, False))
-    hopper.device(80)
-    hopper.install((VARIANTS["project"], "sm_80"), only="project*", ranks=list(rank_classes()))
-    assert not launcher.may_refuse(DEVICE)
-    if obstacle == "only":
-        monkeypatch.setenv("RPSFT_AOT", "only")
-    else:
-        monkeypatch.setattr(toolchain, "compiler_missing", lambda: "there is no C compiler")
-    assert launcher.may_refuse(DEVICE)
-    hopper.install((VARIANTS["project"], "sm_80"), only="", ranks=list(rank_classes()))
-    assert not launcher.may_refuse(DEVICE)
 
 
 @pytest.mark.parametrize(("version", "broken"), [("3.8.0", True), ("3.9.0", False)])

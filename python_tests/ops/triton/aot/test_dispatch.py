@@ -6,12 +6,11 @@ import logging
 
 import pytest
 import torch
-from world import DEVICE, PULL, SQUARES, World
+from world import DEVICE, PULL, SQUARES, World, launch
 
 from rpsft_kernels.ops.triton import backend, toolchain
 from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.ops.triton.aot.library import kernel_id
-from rpsft_kernels.ops.triton.launch import launch
 
 LIMIT = 99 << 10
 

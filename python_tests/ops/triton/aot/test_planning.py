@@ -8,10 +8,16 @@ import sys
 
 import pytest
 import torch
+from planned import planned_for
+from torch import Tensor
 
 from rpsft_kernels import ops
-from rpsft_kernels.ops.triton import full_form, pull_back, toolchain
+from rpsft_kernels.ops import Operands
+from rpsft_kernels.ops.triton import toolchain
 from rpsft_kernels.ops.triton.device import Profile
+from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
+from rpsft_kernels.ops.triton.program import Program
+from rpsft_kernels.ops.triton.variants import Variant
 
 WITHOUT_TRITON = """
 import sys
@@ -37,7 +43,8 @@ def run_without_triton(program: str, **environment: str) -> str:
 def test_planning_imports_no_triton() -> None:
     program = """
 from rpsft_kernels.ops.triton import (
-    device, fields, full_form, launch, layout, project_drift, pull_back, schedule, tile_table, upload, variants
+    backend, device, fields, full_form, launch, layout, operation, program, project_drift, pull_back, schedule, scratch,
+    table, tile_table, upload, variants
 )
 from rpsft_kernels.ops.triton.aot import build, dispatch
 from rpsft_kernels.tools import schedule as report, tune
@@ -50,19 +57,26 @@ print(tile_table.interpreted())
     assert run_without_triton(program, TRITON_INTERPRET="1").split() == ["True", "5", "True"]
 
 
-def test_numbers_that_start_off_a_boundary_reach_kernels_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_numbers_that_start_off_a_boundary_reach_kernels_on_one(on_device: bool) -> None:
     """Views such as a slice of all scales: the kernels read vectors of 16 bytes."""
     seen: list[int] = []
-    for module in (pull_back, full_form):
-        monkeypatch.setattr(module, "device_profile", lambda _: Profile("sm_80", 8, False))
-        monkeypatch.setattr(module, "launch", lambda variant, n, d, *rest: seen.append(rest[-1].data_ptr()))
+
+    def note(variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None:
+        seen.extend(argument.data_ptr() for argument in arguments)
+        if variant.kernel == "pull":
+            seen.extend(arguments[0].view(-1, WIDTH)[:, INDEX["DRIFT"]].tolist())
+
     weight, basis = torch.zeros(64, 64), torch.zeros(64, 16)
-    scales = torch.ones(9)[1:2]
-    assert scales.data_ptr() % 16
-    pull_back.run_backward([weight], [basis], [basis], [torch.zeros(257)[1:].view(16, 16)], scales, True)
-    pulled = seen[0]
-    full_form.run_whole_backward([weight], [weight], [weight], scales, True)
-    assert pulled % 16 == seen[-1] % 16 == 0
+    drift, scales = torch.zeros(257)[1:].view(16, 16), torch.ones(9)[1:2]
+    assert drift.data_ptr() % 16 and scales.data_ptr() % 16
+    factors = scales if on_device else scales.tolist()
+    for operands in (Operands(lefts=[basis], rights=[basis]), Operands([weight], pretrained=[weight])):
+        with planned_for(Profile("sm_80", 8, False), note), Program(weight.device, [1]).run() as run:
+            staged = run.stage_pull_back(0, [0], operands, [weight], factors, True, [drift])
+            run.send()
+            run.pull_back_(staged, factors)
+    assert len(seen) > 10 and all(address % 16 == 0 for address in seen)
 
 
 @pytest.mark.parametrize(("version", "words"), [("3.2.0", "3.2.0 is too old"), ("3.6.0", ""), ("3.10.1+git", "")])

@@ -6,18 +6,22 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from planned import profiled
+from torch import Tensor
 from world import DEVICE, SQUARES, World
 
+from rpsft_kernels.ops import Operands
+from rpsft_kernels.ops.triton import backend, tile_table
 from rpsft_kernels.ops.triton import device as triton_device
-from rpsft_kernels.ops.triton import project_drift, pull_back, tile_table
+from rpsft_kernels.ops.triton import launch as triton_launch
 from rpsft_kernels.ops.triton.aot import library as aot_library
 from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS, Compatibility, Generation, cuda_architecture
-from rpsft_kernels.ops.triton.launch import launch
 from rpsft_kernels.ops.triton.tile_table import rank_classes
-from rpsft_kernels.ops.triton.variants import list_variants
+from rpsft_kernels.ops.triton.variants import Variant, list_variants
 from rpsft_kernels.tools import tune
 
 # Bytes of shared memory that a block of these capabilities may have.
@@ -52,15 +56,19 @@ def wheel(world: World, *architectures: str, shared: int = LARGEST) -> None:
 
 def step(world: World) -> list[str]:
     """One weight's forward and backward pass at two ranks; the files that were launched."""
-    for module in (project_drift, pull_back):
-        world.monkeypatch.setattr(module, "device_profile", lambda _: triton_device.device_profile(DEVICE))
-        world.monkeypatch.setattr(module, "launch", lambda variant, n, _, *rest: launch(variant, n, DEVICE, *rest))
+    find = triton_launch.find_start
+
+    def find_start(variant: Variant, programs: int, _: torch.device, arguments: tuple[Tensor, ...]) -> Any:
+        return find(variant, programs, DEVICE, arguments)
+
     before = len(world.native.launches)
-    for rank in (32, 144):
-        weight = torch.zeros(256, 320, dtype=torch.bfloat16)
-        left, right = (torch.zeros(size, rank, dtype=torch.bfloat16) for size in weight.shape)
-        drifts, _ = project_drift.run_forward([weight], [left], [right], [weight.clone()], [])
-        pull_back.run_backward([torch.zeros(256, 320)], [left], [right], drifts, torch.ones(1), True)
+    with profiled(triton_device.device_profile(DEVICE)), mock.patch.object(triton_launch, "find_start", find_start):
+        for rank in (32, 144):
+            weight = torch.zeros(256, 320, dtype=torch.bfloat16)
+            left, right = (torch.zeros(size, rank, dtype=torch.bfloat16) for size in weight.shape)
+            drifts, _ = backend.project_drift(Operands([weight], [left], [right], [weight.clone()]))
+            subspaces = Operands(lefts=[left], rights=[right])
+            backend.pull_back_into([torch.zeros(256, 320)], subspaces, drifts, torch.ones(1), True)
     return sorted({image.decode().split("-")[1] for image, *_ in world.native.launches[before:]})
 
 
