@@ -47,9 +47,9 @@ COMPILE = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextr
 COMPILE += ["-fno-math-errno", "-ffp-contract=fast", "-pthread", "-DNDEBUG", "-Icsrc", "-Icsrc/include"]
 # Python's own symbols come from the interpreter that loads the module.
 LINK = ["-shared", "-pthread", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ldl"])]
-# Refuses what it does not know before anything is built.
+# Raises for unknown architectures before anything is built.
 WANTED = AOT_WANTED.wanted(os.environ)
-# A wheel of kernels that nothing in it can launch is a mistake, unless it was asked for.
+# A wheel whose kernels nothing in it can launch is a mistake, unless the user asked for it.
 REQUIRED = WISH == "1" or (WISH != "0" and WANTED.required and WANTED.launched)
 
 
@@ -161,7 +161,7 @@ class BuildNative(build_ext):
         if not WANTED.targets:
             print(*WANTED.notes, sep="\n", flush=True)
             return
-        # After the engine, which takes a minute: what stands against it is found before the kernels take many.
+        # The engine comes first: fail on a missing compiler before spending minutes on kernels.
         engine = bool(self.extensions) or not WANTED.launched or WISH == "0"
         failure = build_kernels(folder) if engine else "the CPU engine, which launches them, was not built"
         if failure and WANTED.required:
@@ -176,11 +176,11 @@ class BuildNative(build_ext):
             )
 
 
-def build_kernels(folder: Path) -> str:
-    """Why there are none in the folder afterwards; "" where there are."""
-    # In a process of its own, where Triton gets an environment of its own.
+def build_kernels(folder: Path) -> str | None:
+    """Compile kernels into the folder; returns why that failed, or None."""
+    # A process of its own, because Triton needs an environment of its own.
     command = [sys.executable, str(Path("build_tools", "compile_kernels.py").resolve())]
-    # A list is read from its variable, so that what is wrong with it names that.
+    # The process reads the list from its variable, so that errors in the list name the variable.
     command += ["--output", str(folder)] + ([] if os.environ.get(VARIABLE, "").strip() else ["--arch", WANTED.words])
     command += ["--prebuilt", PREBUILT] if PREBUILT else []
     sys.stdout.flush()
@@ -190,10 +190,10 @@ def build_kernels(folder: Path) -> str:
         for line in process.stderr:
             print(line, end="", file=sys.stderr, flush=True)
             said = line.strip() or said
-    return "" if process.returncode == 0 else said or f"their compilation ended with status {process.returncode}"
+    return None if process.returncode == 0 else said or f"their compilation ended with status {process.returncode}"
 
 
-# Only what is certain before they are compiled.
+# The keywords are fixed before kernels are compiled, so they name only kernels without which the build fails.
 HELD = [f"kernels-{target.arch}" for target in WANTED.targets if WANTED.required]
 
 setup(

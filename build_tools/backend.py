@@ -1,8 +1,8 @@
-"""setuptools' hooks, and what they need for kernels: these are for wheels alone.
+"""setuptools' hooks, extended by what kernels need. Only wheels carry kernels.
 
-A source distribution holds no kernels, and an editable install has its folder of them in the source tree, which
-``python -m rpsft_kernels kernels --build native`` fills. So neither needs a compiler of kernels, nor says in its
-keywords what is not inside.
+A source distribution holds no kernels, and an editable install has its folder of kernels in the source tree, which
+``python -m rpsft_kernels kernels --build native`` fills. So neither needs a compiler of kernels, and neither names
+kernels in its keywords.
 """
 
 from __future__ import annotations
@@ -33,21 +33,20 @@ Settings = Mapping[str, Any] | None
 
 _aot_wanted = load("ops.triton.aot.wanted")
 
-# The oldest that keeps the rules of Hopper's tensor cores, as scans of its code show: see
-# rpsft_kernels/ops/triton/toolchain.py.
+# The oldest Triton whose code keeps the rules of Hopper's tensor cores: see rpsft_kernels/ops/triton/toolchain.py.
 _COMPILE = "triton>=3.9"
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     asked = _aot_wanted.wanted(os.environ)
     compiled = bool(asked.targets) and not os.environ.get("RPSFT_AOT_PREBUILT", "").strip()
-    # A requirement that no registry has would break an installation that can do without.
+    # A requirement that no registry can serve would break an installation that can do without it.
     needed = [_COMPILE] if compiled and (asked.required or _has_triton()) else []
     return build_meta.get_requires_for_build_wheel(config_settings) + needed
 
 
 def _has_triton() -> bool:
-    """Whether there is a wheel of that Triton for this Python and system: for Linux with glibc 2.27 on two machines."""
+    """Whether that Triton has a wheel for this Python and system; its wheels need Linux with glibc 2.27 or newer."""
     library, number = platform.libc_ver()
     free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
     return (

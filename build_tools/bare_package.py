@@ -1,6 +1,6 @@
-"""Makes the package's modules importable where torch and the package's other requirements are not.
+"""Makes the package's modules importable without torch and the package's other requirements.
 
-Its ``__init__`` files import all of these; what setup.py asks, and what compiles kernels, needs none of them.
+The package's ``__init__`` files import these; setup.py and the compilation of kernels need none of them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 def load(name: str) -> ModuleType:
     """The package's module of that name (``"ops.triton.aot.build"``), from the source tree around this file.
 
-    From the first call on, the process has the package and its subpackages without what their ``__init__`` files do: it
-    is for processes that build the package.
+    From the first call on, the process has the package and its subpackages without the contents of their ``__init__``
+    files, so this is only for processes that build the package.
     """
     if _PACKAGES[0] not in sys.modules:
         for package in _PACKAGES:

@@ -24,6 +24,11 @@ NO_COMPILER = (
 
 
 @pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch)
+
+
+@pytest.fixture
 def two(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """A machine with an H100 and an RTX 4090."""
     capabilities = ((9, 0, "H100"), (8, 9, "RTX 4090"))

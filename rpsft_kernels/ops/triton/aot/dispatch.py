@@ -36,7 +36,7 @@ class NoKernel(RuntimeError):
 
 
 class ImageRefused(RuntimeError):
-    """The driver does not take a kernel's image; another one of the same kernel may serve."""
+    """The driver refuses a kernel's image; another image of the same kernel may serve."""
 
 
 _MODES = ("0", "1", "only")
@@ -183,14 +183,15 @@ def _unmatched(library: Library, variant: Variant, facts: Device, refused: Refus
 def bind(
     variant: Variant, programs: int, device: torch.device, arguments: Sequence[Tensor]
 ) -> Callable[[], None] | None:
-    """The function that starts ``programs`` > 0 programs of a variant on what is now the current stream of a GPU, where
-    a kernel serves the launch; None where Triton is to compile it. Its tensors must outlive it.
+    """The function that starts ``programs`` > 0 programs of a variant on the stream of a GPU that is current now; None
+    if no kernel serves the launch and Triton is to compile it. The tensors must outlive the function.
 
     Raises (binding):
-        NoKernel: no kernel serves the launch, and nothing may or can compile it.
+        NoKernel: no kernel serves the launch, and no kernel may or can be compiled.
+        RuntimeError: the kernel's file is missing, or is not the one that the manifest describes.
 
     Raises (starting):
-        ImageRefused: the driver does not take the kernel's image, which is passed over from now on: bind anew.
+        ImageRefused: the driver refuses the kernel's image, which is skipped from now on: bind anew.
         RuntimeError: the driver could not start it.
     """
     index = _index(device)
@@ -216,12 +217,15 @@ def bind(
     scratch, size, alignment = None, match.entry["scratch"]["size"], match.entry["scratch"]["alignment"]
     if size:
         scratch = _scratch(size * programs + alignment, torch.device("cuda", index))
-    # Triton's two parameters behind the declared ones: scratch memory, and that of its profiler.
+    # Triton adds two parameters after the declared ones: scratch memory, and the profiler's memory.
     values += [0 if scratch is None else -(-scratch.data_ptr() // alignment) * alignment, 0]
-    start = kernel(library, match, variant.label()).launch
+    how = _describe(match, facts)
+    try:
+        start = kernel(library, match, variant.label()).launch
+    except RuntimeError as error:
+        raise _with_origin(error, how) from error
     stream, grid = torch.cuda.current_stream(device).cuda_stream, (programs, 1, 1)
     load_error = launcher().LoadError
-    how = _describe(match, facts)
     served = f"cuda:{index}: kernels compiled ahead of time, {how}"
 
     def queue() -> None:
@@ -231,14 +235,17 @@ def bind(
             _skip_image(index, match, facts, str(error))
             raise ImageRefused(str(error)) from error
         except RuntimeError as error:
-            raise RuntimeError(
-                f"{error} (compiled ahead of time, {how}; RPSFT_AOT=0 leaves kernels to Triton)"
-            ) from error
+            raise _with_origin(error, how) from error
         _log_once(index, match.compatibility.value, served)
         # The closure keeps the scratch memory, whose address is among the values.
         _ = scratch
 
     return queue
+
+
+def _with_origin(error: RuntimeError, how: str) -> RuntimeError:
+    """The error with a note on where the code came from, and the way out."""
+    return RuntimeError(f"{error} (compiled ahead of time, {how}; RPSFT_AOT=0 leaves kernels to Triton)")
 
 
 def _scratch(size: int, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
-"""Where control can go in NVIDIA machine code: the edges between instructions that any path may take.
+"""The control flow of NVIDIA machine code: the edges between instructions that any path may take.
 
-A thread's predicates are not followed: a branch that may be taken is taken and not taken.
+Predicates are not followed: a branch that may be taken counts as taken and as not taken.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from .sass import JUMPS, Instruction, Program, Unknown
 
 
 def edges(program: Program) -> dict[int, tuple[int, ...]]:
-    """For each instruction that can be reached, by its number: those that can come next.
+    """The instructions that can follow each reachable instruction, all by their numbers.
 
     Raises:
-        Unknown: it cannot be told.
+        Unknown: the code does not tell where control goes.
     """
     return _Flow(program).edges()
 
 
 class Worklist:
-    """Numbers to look at, the smallest first, each once until it is added again: a later part of a program is looked at
-    when all that is known of the earlier ones is known.
+    """Numbers to visit, the smallest first, each once until it is added again. The order means that a later part of a
+    program is visited after the earlier parts are complete.
     """
 
     def __init__(self, numbers: Iterable[int]) -> None:
@@ -43,8 +43,10 @@ class Worklist:
 
 
 class _Flow:
-    """``BSSY B0, label`` begins a region at whose end ``BSYNC B0`` waits for all threads of it; control goes on at the
-    label. So which regions may have begun is carried along: one bit for a barrier and the BSSY that set it last.
+    """Computes the edges.
+
+    ``BSSY B0, label`` begins a region; ``BSYNC B0`` at its end waits for all its threads, and control continues at the
+    label. So the state carries the regions that may have begun: one bit for each barrier and the BSSY that set it last.
     """
 
     def __init__(self, program: Program) -> None:
@@ -86,7 +88,7 @@ class _Flow:
             place = self.barriers[each.operands[0]] * len(self.begins) + self.begins.index(each)
             return kept | 1 << place
         if each.name == "BMOV" and each.operands[0] in self.barriers:
-            # Put back from a register: any of them.
+            # The barrier is restored from a register, so it may be any of them.
             return state | self._of_barrier(each.operands[0])
         return state
 
@@ -94,7 +96,7 @@ class _Flow:
         falls = True
         if each.name in ("BRA", "JMP"):
             yield self._label(each)
-            # Also an operand can be a condition: BRA.U !UP0, BRA P1, BRA.DIV.
+            # An operand can be a condition too: BRA.U !UP0, BRA P1, BRA.DIV.
             falls = each.guarded or len(each.operands) != 1 or "DIV" in each.modifiers
         elif each.name == "WARPSYNC" and each.target is not None:
             yield self._label(each)
@@ -136,9 +138,7 @@ class _Flow:
         return place
 
     def _check_return(self, call: Instruction) -> None:
-        """A call returns where an address in a register says: some instruction has to have put there what is behind
-        the call.
-        """
+        """Check that some instruction puts the address after a call into a register, which is where a call returns."""
         behind = f"{call.address + 16:#x}"
         names = [re.escape(name) for name, place in self.program.labels.items() if place == call.number + 1]
         label = re.compile(rf"(?:{'|'.join(names)})(?![\w.$])") if names else None

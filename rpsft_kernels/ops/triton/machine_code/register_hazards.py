@@ -6,9 +6,9 @@ and its accumulators neither written nor read, but by a later product on the sam
 product that names gsb0 ends a group; the wait leaves at most the N newest groups running. Nothing in the hardware holds
 back an instruction that breaks this: the product computes with whatever is there. Compilers have broken it.
 
-The analysis is over all paths: which products may be pending, with the number of groups ended since, is carried along
-branches and around loops until nothing changes. Predicates are not followed, so every path of the text counts. What is
-not understood, an instruction or where a jump goes, is a finding too: no finding means that the rule is kept.
+The analysis covers all paths: it carries the products that may be pending, each with the number of groups ended since,
+along branches and around loops until nothing changes. It does not follow predicates, so every path of the text counts.
+An instruction or a jump target that it does not understand is a finding too: no finding means that the rule is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .control_flow import Worklist, edges
 from .cubin import disassemble
 from .sass import PRODUCTS, Instruction, Program, Unknown, parse, register
 
-# Grows with every change of what is found: what an older version passed is looked at again.
+# Increase this with every change of the rules: code that an older version passed is then scanned again.
 RULES = 1
 # A register operand A of every shape: 64 rows of 16 bytes of K, over 128 threads.
 _OPERAND_REGISTERS = 4
@@ -32,7 +32,7 @@ _PRODUCT = re.compile(rf"\b(?:{'|'.join(sorted(PRODUCTS))})\b")
 
 
 def scan_cubin(image: bytes) -> list[str]:
-    """:func:`find_hazards` of a cubin.
+    """Apply :func:`find_hazards` to a cubin.
 
     Raises:
         ValueError: there is no disassembler, or it cannot read the file.
@@ -47,9 +47,9 @@ def scan_cubin(image: bytes) -> list[str]:
 
 
 def find_hazards(sass: str) -> list[str]:
-    """What breaks the rule, or cannot be told not to, in what nvdisasm prints of a kernel: a line each; [] if nothing.
+    """The places in nvdisasm's output that break the rule or may break it, a line each; [] if there are none.
 
-    Text that holds no asynchronous product is clean, whatever else it holds.
+    Text without an asynchronous product is clean, whatever else it contains.
     """
     if not _PRODUCT.search(sass):
         return []
@@ -58,13 +58,13 @@ def find_hazards(sass: str) -> list[str]:
     except Unknown as error:
         return [str(error)]
     except (LookupError, ValueError) as error:
-        # Operands where none were expected, or the other way round.
+        # An operand is missing, or there is one where none was expected.
         return [f"the machine code is of a form that is not known here: {type(error).__name__}: {error}"]
 
 
 @dataclass(frozen=True)
 class _Product:
-    """A product's registers: ``read`` must stay as they are, ``accumulators`` must not be touched, until the wait."""
+    """A product. Until the wait, ``read`` registers must not change and ``accumulators`` must not be touched."""
 
     instruction: Instruction
     shape: str
@@ -76,7 +76,7 @@ class _Product:
     def of(cls, each: Instruction) -> _Product:
         """
         Raises:
-            Unknown: its operands are not as expected.
+            Unknown: the operands are not as expected.
         """
         size = next((found for m in each.modifiers if (found := re.fullmatch(r"64x(\d+)x\d+", m))), None)
         descriptors = [i for i, operand in enumerate(each.operands) if operand.startswith("gdesc[")]
@@ -85,21 +85,21 @@ class _Product:
         if size is None or not descriptors or first is None or barriers not in ([], ["gsb0"]):
             raise Unknown(f"{each} is a product of a form that is not known here")
         types = each.modifiers[each.modifiers.index(size[0]) + 1 :]
-        # A thread holds 1/128 of 64 x N values of 4 bytes; of 2 bytes where they are summed in half precision.
+        # A thread holds 1/128 of the 64 x N sums, which have 4 bytes, or 2 bytes in half precision.
         count = int(size[1]) // (4 if types[:1] == ("F16",) else 2)
         accumulators = frozenset(range(first, first + count))
         read = set[int]()
         for operand in each.operands[1 : descriptors[0]]:
             read |= _span(register(operand), _OPERAND_REGISTERS)
         for position, operand in enumerate(each.operands[descriptors[-1] + 1 :]):
-            # The sum that is added to, the accumulators themselves as a rule; behind it a sparse product's positions.
+            # The sum to add to, which is usually the accumulators; after it the positions of a sparse product.
             if position or register(operand) != first:
                 read |= _span(register(operand), 1 if position else count)
         shape = f"{each.name}.{size[0]}.{'.'.join(types[:1])}"
         return cls(each, shape, accumulators, frozenset(read), bool(barriers))
 
     def continues(self, other: _Product) -> bool:
-        """Whether it may follow on another's accumulators without a wait."""
+        """Whether it may use the accumulators of another product without a wait."""
         return self.accumulators == other.accumulators and self.shape == other.shape
 
 
@@ -108,8 +108,8 @@ def _span(first: int | None, count: int) -> set[int]:
 
 
 class _Analysis:
-    """Pending products as a bit set: one bit for a product and the number of groups that ended since it began, up to
-    the number that all waits of the program cover.
+    """Represents pending products as a bit set: one bit for each product and each number of groups that ended since it
+    began, up to the number that all waits of the program cover.
     """
 
     def __init__(self, program: Program) -> None:
@@ -135,7 +135,7 @@ class _Analysis:
 
     @cached_property
     def _no_write(self) -> dict[int, int]:
-        """By register the products that it must not be written under."""
+        """By register, the products during which it must not be written."""
         found: dict[int, int] = {}
         for number, product in self.products.items():
             for each in product.read | product.accumulators:
@@ -151,7 +151,7 @@ class _Analysis:
         return found
 
     def _after(self, number: int, state: int) -> int:
-        """What may be pending behind an instruction."""
+        """The products that may be pending after an instruction."""
         product, left = self.products.get(number), self.waits.get(number)
         if left is not None:
             remaining = state & self._kept[left]
@@ -168,7 +168,7 @@ class _Analysis:
         return {left: self._of_ages(0, left + 1) for left in self.waits.values()}
 
     def _states(self) -> dict[int, int]:
-        """What may be pending before each instruction that can be reached."""
+        """The products that may be pending before each reachable instruction."""
         following = edges(self.program)
         states = dict.fromkeys(self.program.entries, 0)
         work = Worklist(self.program.entries)
@@ -249,7 +249,7 @@ def _range(first: int, last: int) -> str:
 
 
 def _ranges(registers: list[int]) -> str:
-    """R4-R7, R9."""
+    """Registers as text, such as ``R4-R7, R9``."""
     spans: list[list[int]] = []
     for each in registers:
         if spans and spans[-1][1] == each - 1:

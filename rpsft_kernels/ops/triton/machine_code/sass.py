@@ -1,7 +1,7 @@
-"""NVIDIA machine code of compute capability 9.0 as text: its instructions, and which registers each reads and writes.
+"""NVIDIA machine code of compute capability 9.0 as text: its instructions, and the registers that they read and write.
 
-Read from what ``nvdisasm -c`` prints. What is not known here is said so (``Unknown``), never guessed: who asks whether
-registers are safe has to be told where the answer is open.
+The text is the output of ``nvdisasm -c``. Anything that is not known here raises ``Unknown`` and is never guessed,
+because a caller that asks whether registers are safe must learn when the answer is open.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ _PREDICATE = re.compile(r"!?U?P(?:\d+|T)$")
 _ALWAYS = ("", "PT", "UPT")
 _MATRICES = ("HMMA", "IMMA", "BMMA", "QMMA")
 _ATOMICS = ("ATOM", "ATOMS", "ATOMG", "RED", "REDG", "REDAS", "LDGMC")
-# What says that an atomic instruction takes or gives more than one register. "16x2" is one.
+# Modifiers with which an atomic instruction reads or writes more than one register. "16x2" is one register.
 _WIDE_ATOMIC = re.compile(r"CAS|CAST|\d*64|128|(?:F32|16)x[24]|x4|x8|V\d|VEC.*")
 _DOUBLES = ("DADD", "DFMA", "DMUL", "DMNMX", "DSETP")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line. ``number``: its place in the program; ``function``: the section that it is in."""
+    """One line of the text. ``number``: its place in the program; ``function``: its section."""
 
     number: int
     function: str
@@ -71,7 +71,7 @@ class Instruction:
     guard: str
     opcode: str
     rest: str
-    # Of an indirect branch, where nvdisasm says so: the labels that it may go to.
+    # The labels that an indirect branch may go to, if nvdisasm prints them.
     targets: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -107,10 +107,10 @@ class Instruction:
 
     @cached_property
     def writes(self) -> frozenset[int]:
-        """General registers that it writes, if it is executed; of no product.
+        """General registers that it writes if it is executed; not for products.
 
         Raises:
-            Unknown: an instruction that is not in the tables.
+            Unknown: the instruction is not in the tables.
         """
         self.check_known()
         place = self._destination()
@@ -119,7 +119,7 @@ class Instruction:
 
     @cached_property
     def reads(self) -> frozenset[int]:
-        """General registers that it reads, or may read where its text does not say how wide an operand is."""
+        """General registers that it reads, or may read if its text does not tell how wide an operand is."""
         self.check_known()
         place, found = self._destination(), set[int]()
         for index, operand in enumerate(self.operands):
@@ -187,18 +187,18 @@ class Instruction:
         return _plain_width(modifiers)
 
     def _width_of_atomic(self) -> int:
-        # The widest that there is, where it is more than one register: they say it in many ways.
+        # Modifiers spell widths in many ways, so anything wider than one register counts as the widest.
         return 4 if self.name == "LDGMC" or any(map(_WIDE_ATOMIC.fullmatch, self.modifiers)) else 1
 
 
 def register(operand: str) -> int | None:
-    """The number of a register that stands alone; None for RZ and for anything else."""
+    """The number of an operand that is a single register; None for RZ and for anything else."""
     found = _BARE.match(operand)
     return int(found[1]) if found and found[1] else None
 
 
 def _matrices(modifiers: Sequence[str]) -> int:
-    """How many 8 x 8 matrices are moved, a register each."""
+    """How many 8 x 8 matrices are moved, with one register each."""
     return 4 if "4" in modifiers else 2 if "2" in modifiers else 1
 
 
@@ -208,9 +208,7 @@ def _plain_width(modifiers: Sequence[str]) -> int:
 
 @dataclass
 class Program:
-    """Instructions of all sections, in order; by label the number of the instruction that it stands before; where
-    sections begin.
-    """
+    """Instructions of all sections, in order; the number of the instruction after each label; where sections begin."""
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -220,7 +218,7 @@ class Program:
 def parse(text: str) -> Program:
     """
     Raises:
-        Unknown: a line that is none of an instruction, a label, a directive or a comment.
+        Unknown: a line is no instruction, label, directive or comment.
     """
     program, function = Program(), ""
     for line in text.splitlines():
@@ -234,9 +232,14 @@ def parse(text: str) -> Program:
             rest, _, remark = found[4].partition("(*")
             targets = _TARGETS.match(remark)
             instruction = Instruction(
-                number, function, address, found[2] or "", found[3], rest.rstrip(),
-                tuple(targets[1].split(",")) if targets else (),
-            )  # fmt: skip
+                number=number,
+                function=function,
+                address=address,
+                guard=found[2] or "",
+                opcode=found[3],
+                rest=rest.rstrip(),
+                targets=tuple(targets[1].split(",")) if targets else (),
+            )
             program.instructions.append(instruction)
             continue
         label = _LABEL.match(line)
