@@ -53,17 +53,22 @@ def rotation_penalty(
     (of earlier micro-batches) then have a second set beside them, as large as the anchored weights.
     :func:`accumulate_rotation_grad_` needs neither.
     """
-    with open_call(weights, anchors, _check_differentiable) as call:
-        return torch.zeros(()) if call is None else call.penalty()
+    call = open_call(weights, anchors, _check_differentiable)
+    if call is None:
+        return torch.zeros(())
+    try:
+        return call.penalty()
+    finally:
+        call.close()
 
 
 def _check_differentiable(weights: Sequence[AnchoredWeight]) -> None:
     if not torch.is_grad_enabled():
         return
-    for name, weight, _ in weights:
-        if not weight.differentiable and weight.requires_grad:
+    for one in weights:
+        if not one.weight.differentiable and one.weight.requires_grad:
             raise ValueError(
-                f"{name}: got a flat shard (FSDP1 or DeepSpeed ZeRO-3), which autograd cannot reach, expected a "
+                f"{one.name}: got a flat shard (FSDP1 or DeepSpeed ZeRO-3), which autograd cannot reach, expected a "
                 "call that needs no gradient: use accumulate_rotation_grad_ after backward, or torch.no_grad() to "
                 "evaluate R alone"
             )
@@ -117,8 +122,14 @@ def accumulate_rotation_grad_(
         if found:
             _check_gradients(found, whole_module)
 
-    with torch.no_grad(), open_call(weights, anchors, check, coeff) as call:
-        return torch.zeros(()) if call is None else call.accumulate_()
+    with torch.no_grad():
+        call = open_call(weights, anchors, check, coeff)
+        if call is None:
+            return torch.zeros(())
+        try:
+            return call.accumulate_()
+        finally:
+            call.close()
 
 
 def _check_coeff(coeff: object) -> None:
@@ -127,7 +138,8 @@ def _check_coeff(coeff: object) -> None:
 
 
 def _check_gradients(weights: Sequence[AnchoredWeight], whole_module: bool) -> None:
-    for name, weight, _ in weights:
+    for one in weights:
+        name, weight = one.name, one.weight
         parameter = weight.parameter
         if not whole_module and not (parameter.requires_grad and parameter.is_leaf):
             raise ValueError(
@@ -135,7 +147,7 @@ def _check_gradients(weights: Sequence[AnchoredWeight], whole_module: bool) -> N
                 "call weight.requires_grad_(), or use rotation_penalty"
             )
         weight.check_gradient(name)
-    if not any(weight.requires_grad for _, weight, _ in weights):
+    if not any(one.weight.requires_grad for one in weights):
         raise ValueError(
             "model: every anchored parameter is frozen, expected at least one that requires grad; "
             "use rotation_penalty to evaluate the penalty alone"

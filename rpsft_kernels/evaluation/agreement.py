@@ -29,7 +29,8 @@ def members_of(weights: Sequence[AnchoredWeight], group_name: str) -> list[Ancho
 def describe_call(weights: Sequence[AnchoredWeight], buckets: Iterable[Bucket], group_name: str) -> bytes:
     """The digest of a group's weights, anchors and buckets: of what stays the same from call to call."""
     words = []
-    for name, weight, anchor in members_of(weights, group_name):
+    for one in members_of(weights, group_name):
+        name, weight, anchor = one.name, one.weight, one.anchor
         dtypes = [f"{piece}:{dtype_name(tensor.dtype)}" for piece, tensor in anchor.pieces().items()]
         content = _content(anchor) if anchor.part is None else None
         words.append(f"{name} {anchor.shape} {anchor.rank} {weight.dtype} {dtypes} {anchor.energy!r} {content}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +43,12 @@ class Bucket:
         busy: places of the weights that have work here; others' C and norms are another process's.
         counts: of each busy weight, how many matrices make up its shard.
         plain: each of them is one matrix, and its anchor's tensors are read as they are.
-        program, batch: what computes it, and its place there. None under a graph compiler and for tensors without
-            memory (fake ones, say), which take the torch operators.
+        place: among the plan's buckets.
+        program, batch: what computes it, by its place in the plan, and its place there. None under a graph compiler and
+            for tensors without memory (fake ones, say), which take the torch operators.
     """
 
+    place: int
     members: list[int]
     backend: str
     device: torch.device
@@ -56,7 +58,7 @@ class Bucket:
     busy: list[int]
     counts: list[int]
     plain: bool
-    program: ops.Program | None = field(default=None, repr=False)
+    program: int | None = None
     batch: int = 0
 
     @property
@@ -82,7 +84,9 @@ class Bucket:
                 return [values[i] for i in self.busy], joint
         return [weights[i].weight.values() for i in self.busy], None
 
-    def project(self, run: ops.Run | None, gathered: Gathered, weights: Sequence[AnchoredWeight]) -> Projected:
+    def project(
+        self, program: ops.Program | None, run: ops.Run | None, gathered: Gathered, weights: Sequence[AnchoredWeight]
+    ) -> Projected:
         """C (k, k) of each weight's shard, and the squared norms of the busy ones (of full anchors: of W - W0).
 
         C is (0, 0) where it is not needed: of full anchors, and of weights that another process works on alone.
@@ -94,11 +98,11 @@ class Bucket:
         if not operands.weights:
             drifts: list[Tensor] = []
             squares = nothing.new_zeros(0)
-        elif run is None or self.program is None:
+        elif run is None or program is None:
             drifts, squares = ops.project_drift(operands, self.backend)
         elif torch.is_grad_enabled() and any(matrix.requires_grad for matrix in operands.weights):
             squares, *drifts = Projection.apply(  # type: ignore[no-untyped-call, unused-ignore]
-                self.program, run, self.batch, self.backend, operands, *operands.weights
+                program, run, self.batch, self.backend, operands, *operands.weights
             )
             drifts = drifts or [nothing] * len(operands.weights)
         else:
@@ -207,10 +211,11 @@ def make_buckets(weights: Sequence[AnchoredWeight]) -> list[Bucket]:
 
 
 def _make(weights: Sequence[AnchoredWeight], planned: Sequence[list[int]]) -> Iterator[Bucket]:
-    for members in planned:
+    for place, members in enumerate(planned):
         first = weights[members[0]]
         busy = [i for i in members if weights[i].weight.shard.numel or not weights[i].weight.shard.unsharded]
         yield Bucket(
+            place=place,
             members=members,
             backend=ops.resolve_backend(first.weight.device, first.weight.dtype),
             device=first.weight.device,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +24,15 @@ Check = Callable[[Sequence[AnchoredWeight]], None]
 
 class Call:
     """A call that every rank has checked, and in which all ranks agree. Nothing is computed before :meth:`penalty` or
-    :meth:`accumulate_`.
+    :meth:`accumulate_`; :meth:`close` ends it.
     """
 
-    def __init__(self, found: Found, stack: ExitStack, coeff: float | None) -> None:
+    def __init__(self, found: Found, coeff: float | None) -> None:
         self.weights, self._plan = found
         self._coeff = coeff
         self.group_calls: dict[str, GroupCall] = {}
         self.gradients = Gradients(self.weights, coeff or 0.0, self._plan.tied)
-        self._runs = {id(program): stack.enter_context(program.run()) for program in self._plan.programs}
+        self._runs: list[ops.Run] = []
         buckets = self._plan.buckets
         # C of weights that lie over several processes travel while the rest is computed.
         self._shared = [bucket for bucket in buckets if bucket.group_name]
@@ -44,7 +43,7 @@ class Call:
         self._checksums: dict[str, int] = {}
 
     def _run(self, bucket: Bucket) -> ops.Run | None:
-        return None if bucket.program is None else self._runs[id(bucket.program)]
+        return None if bucket.program is None else self._runs[bucket.program]
 
     # -- before ranks agree -----------------------------------------------------------------------------------
 
@@ -54,12 +53,14 @@ class Call:
         Raises:
             NoKernel, ValueError: an operation cannot be computed here. Nothing has been computed.
         """
+        for program in self._plan.programs:
+            self._runs.append(program.begin())
         if self._coeff is not None:
             # Before new gradients, of zeros, are among them.
             for name in self._plan.descriptions:
                 self._checksums[name] = gradient_checksum(members_of(self.weights, name))
         for bucket in (*self._shared, *self._local):
-            gathered = self._gathered[id(bucket)] = bucket.gather(self.weights)
+            gathered = self._gathered[bucket.place] = bucket.gather(self.weights)
             run = self._run(bucket)
             if run is not None:
                 keep = bool(bucket.group_name) or (self._coeff is None and torch.is_grad_enabled())
@@ -68,7 +69,7 @@ class Call:
                     self._stage_backward(run, bucket, gathered)
             if self._coeff is not None:
                 self._stage_gradients(run, bucket, gathered)
-        for run in self._runs.values():
+        for run in self._runs:
             run.send()
 
     def _stage_backward(self, run: ops.Run, bucket: Bucket, gathered: Gathered) -> None:
@@ -80,9 +81,16 @@ class Call:
             run.prepare_new_gradients(bucket.batch, wanted, operands, matrices[0].dtype)
 
     def _stage_gradients(self, run: ops.Run | None, bucket: Bucket, gathered: Gathered) -> None:
-        pulls = self._pulls[id(bucket)] = self.gradients.pull_backs(bucket, gathered)
+        pulls = self._pulls[bucket.place] = self.gradients.pull_backs(bucket, gathered)
         if run is not None:
-            self._staged[id(bucket)] = [pull.stage(run, bucket, None) for pull in pulls]
+            self._staged[bucket.place] = [pull.stage(run, bucket, None) for pull in pulls]
+
+    def close(self) -> None:
+        """Let go of what the call uses; gradients that it has made go again where none was computed."""
+        self.gradients.drop_made()
+        for program, run in zip(self._plan.programs, self._runs, strict=False):
+            program.end(run)
+        self._runs = []
 
     # -- between ranks ------------------------------------------------------------------------------------------
 
@@ -97,7 +105,7 @@ class Call:
         # A weight may be listed under one name only: those of lists are numbered.
         shards = {one.name: one.weight.shard for one in members}
         described = digest(self._plan.descriptions.get(name, b""), members, self._coeff)
-        checksums = group_call.agree(described, shards, self._checksums.get(name, 0))
+        checksums = group_call.check_consistent(described, shards, self._checksums.get(name, 0))
         if checksums[0] and len(set(checksums)) == 1:
             raise ValueError(
                 f"{members[0].name}.grad: got gradients that are averaged over ranks already, expected those before "
@@ -120,10 +128,12 @@ class Call:
         for projected in shared:
             self._pull_back_shared(projected)
         squares = [self._project_and_pull_back(bucket) for bucket in self._local]
+        self.gradients.keep_made()
         return self._total(squares + summands)
 
     def _project(self, bucket: Bucket) -> Projected:
-        return bucket.project(self._run(bucket), self._gathered[id(bucket)], self.weights)
+        program = None if bucket.program is None else self._plan.programs[bucket.program]
+        return bucket.project(program, self._run(bucket), self._gathered[bucket.place], self.weights)
 
     def _project_shared(self) -> tuple[list[Projected], list[Tensor]]:
         """The buckets whose weights lie over several processes, and R of these in summands."""
@@ -150,7 +160,7 @@ class Call:
         if run is None:
             self._pull_back_directly(bucket, projected.drifts)
             return
-        staged = [pull.stage(run, bucket, projected.drifts) for pull in self._pulls[id(bucket)]]
+        staged = [pull.stage(run, bucket, projected.drifts) for pull in self._pulls[bucket.place]]
         run.send()
         self._pull_back(run, bucket, staged)
 
@@ -163,19 +173,19 @@ class Call:
             return projected.squares
         with run.turn():
             squares = self._project(bucket).squares
-            self._pull_back(run, bucket, self._staged[id(bucket)])
+            self._pull_back(run, bucket, self._staged[bucket.place])
         return squares
 
     def _pull_back(self, run: ops.Run, bucket: Bucket, staged: Sequence[Any]) -> None:
         self.gradients.keep_made()
-        for pull, operation in zip(self._pulls[id(bucket)], staged, strict=True):
+        for pull, operation in zip(self._pulls[bucket.place], staged, strict=True):
             run.pull_back_(operation, pull.scales)
             self._write_back(pull)
 
     def _pull_back_directly(self, bucket: Bucket, drifts: Sequence[Tensor]) -> None:
         """Where nothing could be prepared."""
         self.gradients.keep_made()
-        for pull in self._pulls[id(bucket)]:
+        for pull in self._pulls[bucket.place]:
             chosen = [drifts[i] for i in pull.owners]
             scales = torch.tensor(pull.scales, dtype=chosen[0].dtype)
             ops.pull_back_(pull.targets, pull.operands, chosen, scales, pull.accumulate, bucket.backend)
@@ -191,8 +201,7 @@ class Call:
         return torch.cat([summand.reshape(-1).to(device) for summand in summands]).sum()
 
 
-@contextmanager
-def open_call(weights: object, anchors: object, check: Check, coeff: float | None = None) -> Iterator[Call | None]:
+def open_call(weights: object, anchors: object, check: Check, coeff: float | None = None) -> Call | None:
     """The call, checked by every rank and agreed on by all; None for an empty list of weights.
 
     Args:
@@ -203,39 +212,35 @@ def open_call(weights: object, anchors: object, check: Check, coeff: float | Non
         ValueError: what pairing and ``check`` raise; or another rank refused, or ranks differ in their anchors; or what
             Triton compiles here for the GPU may compute wrong numbers. Nothing has changed.
     """
-    found_before = known(weights, anchors)
+    seen = known(weights, anchors)
     parameters = None
-    if found_before is not None:
-        groups = found_before[1]
+    if seen is not None:
+        groups = seen[1]
     else:
         parameters = find_parameters(weights) if isinstance(weights, nn.Module) else None
         groups = groups_of(weights, parameters)
     group_calls = {group.process_group.group_name: GroupCall(*group) for group in groups}
-    with ExitStack() as stack:
-        failure: Exception | None = None
-        call: Call | None = None
-        try:
-            found = prepare(weights, anchors, parameters, groups) if found_before is None else found_before[0]
-            check(found.weights)
-            if found.weights:
-                call = Call(found, stack, coeff)
-                call.group_calls = group_calls
-                call.stage()
-                for message in foreign_blocks(found):
-                    warnings.warn(message, UserWarning, stacklevel=4)
-        except Exception as error:
-            if call is not None:
-                call.gradients.drop_made()
-            if not group_calls:
-                raise
-            failure = error
-        try:
-            _propagate_refusals(call, group_calls, failure)
-            yield call
-        except BaseException:
-            if call is not None:
-                call.gradients.drop_made()
-            raise
+    failure: Exception | None = None
+    call: Call | None = None
+    try:
+        found = prepare(weights, anchors, parameters, groups) if seen is None else seen[0]
+        check(found.weights)
+        if found.weights:
+            call = Call(found, coeff)
+            call.group_calls = group_calls
+            call.stage()
+            for message in foreign_blocks(found):
+                # For the caller of the public function that calls this one.
+                warnings.warn(message, UserWarning, stacklevel=3)
+    except Exception as error:
+        failure = error
+    try:
+        _propagate_refusals(call, group_calls, failure)
+    except BaseException:
+        if call is not None:
+            call.close()
+        raise
+    return call
 
 
 def _propagate_refusals(call: Call | None, group_calls: dict[str, GroupCall], failure: Exception | None) -> None:
@@ -246,7 +251,7 @@ def _propagate_refusals(call: Call | None, group_calls: dict[str, GroupCall], fa
         for group_call in group_calls.values():
             try:
                 if failure is not None:
-                    group_call.agree(0, {}, failed=True)
+                    group_call.check_consistent(0, {}, failed=True)
                 elif call is not None:
                     call.agree(group_call)
             except ValueError as error:

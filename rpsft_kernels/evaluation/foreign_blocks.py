@@ -21,7 +21,8 @@ def foreign_blocks(found: Found) -> Iterator[str]:
         return
     found.plan.looked_for_foreign_blocks = True
     for bucket in found.plan.buckets:
-        for name, weight, anchor in (found.weights[i] for i in bucket.members):
+        for one in (found.weights[i] for i in bucket.members):
+            name, weight, anchor = one.name, one.weight, one.anchor
             if anchor.block is None or not anchor.block.numel() or anchor in _reported:
                 continue
             arithmetic = ops.arithmetic_id(bucket.backend, weight.device, weight.dtype)

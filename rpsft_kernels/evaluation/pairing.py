@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ class Matrix(NamedTuple):
     base: Tensor | None
 
 
-class AnchoredWeight(NamedTuple):
+@dataclass(slots=True)
+class AnchoredWeight:
     """One weight with its anchor, under the name that messages give it."""
 
     name: str

@@ -66,9 +66,9 @@ class Plan:
                 placed.setdefault((bucket.backend, bucket.device), []).append(bucket)
         for (backend, device), buckets in placed.items():
             program = ops.prepare_program(backend, device, [bucket.matrices for bucket in buckets])
-            self.programs.append(program)
             for batch, bucket in enumerate(buckets):
-                bucket.program, bucket.batch = program, batch
+                bucket.program, bucket.batch = len(self.programs), batch
+            self.programs.append(program)
 
 
 def _has_memory(weight: LocalWeight) -> bool:
@@ -201,9 +201,10 @@ def prepare(
 def _facts(weights: Sequence[AnchoredWeight]) -> Hashable:
     # By the anchors' addresses: plans go when one of their anchors does.
     found = []
-    for name, weight, anchor in weights:
+    for one in weights:
+        weight = one.weight
         place = type(weight), weight.shard, weight.group_name, weight.grad_scale
-        found.append((name, weight.identity, place, weight.state(), id(anchor)))
+        found.append((one.name, weight.identity, place, weight.state(), id(one.anchor)))
     return tuple(found)
 
 

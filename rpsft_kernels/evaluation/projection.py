@@ -62,7 +62,7 @@ def _pull_back(
         # A gradient of the gradient is wanted: the operator has one.
         return ops.pull_back(operands, drifts, factors, ctx.dtype, ctx.backend)
     grads = ops.empty_grads(operands, ctx.dtype)
-    with ctx.program.run() as run:
+    with ops.running(ctx.program) as run:
         staged = run.stage_pull_back(ctx.batch, wanted, operands, grads, factors, False, drifts)
         run.send()
         run.pull_back_(staged, factors)

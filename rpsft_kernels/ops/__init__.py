@@ -8,7 +8,7 @@ few launches.
 from .buckets import BucketLimits, WeightSpec, plan_buckets
 from .dispatch import arithmetic_id, available_backends, requested_backend, resolve_backend, use_backend
 from .operands import Operands
-from .programs import Program, Run, prepare_program
+from .programs import Program, Run, prepare_program, running
 from .reference import accumulation_dtype
 from .torch_ops import empty_grads, make_ready, mix_drifts, project_drift, pull_back, pull_back_
 
@@ -31,5 +31,6 @@ __all__ = [
     "pull_back_",
     "requested_backend",
     "resolve_backend",
+    "running",
     "use_backend",
 ]

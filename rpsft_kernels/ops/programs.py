@@ -62,7 +62,23 @@ class Run(Protocol):
 
 
 class Program(Protocol):
-    def run(self) -> AbstractContextManager[Run]: ...
+    """Any number of threads and streams may run a program at a time."""
+
+    def begin(self) -> Run:
+        """What one call uses, on the device's current stream, and no other call before :meth:`end`."""
+
+    def end(self, run: Any) -> None:
+        """Give it back."""
+
+
+@contextmanager
+def running(program: Program) -> Iterator[Run]:
+    """One run of a program."""
+    run = program.begin()
+    try:
+        yield run
+    finally:
+        program.end(run)
 
 
 def prepare_program(backend: str, device: torch.device, counts: Sequence[int]) -> Program:
@@ -85,9 +101,11 @@ class _DirectProgram:
     def __init__(self, backend: Backend, device: torch.device) -> None:
         self._backend, self._device = backend, device
 
-    @contextmanager
-    def run(self) -> Iterator[Run]:
-        yield _DirectRun(self._backend, self._device)
+    def begin(self) -> Run:
+        return _DirectRun(self._backend, self._device)
+
+    def end(self, run: Run) -> None:
+        pass
 
 
 class _Pull(NamedTuple):

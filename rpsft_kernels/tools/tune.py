@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.operands import Operands
+from ..ops.programs import running
 from ..ops.triton.device import own_profile
 from ..ops.triton.program import Program
 from ..ops.triton.project_drift import plan_forward
@@ -131,7 +132,7 @@ def _workload(
         program = Program(device, [len(shapes)])
 
         def run() -> None:
-            with program.run() as step:
+            with running(program) as step:
                 step.stage_projection(0, operands, keep=False)
                 step.send()
                 step.project(0)
@@ -142,7 +143,7 @@ def _workload(
         program = Program(device, [len(shapes)])
 
         def run() -> None:
-            with program.run() as step:
+            with running(program) as step:
                 staged = step.stage_pull_back(
                     0, range(len(shapes)), operands.for_pull_back(), grads, scales, True, drifts
                 )

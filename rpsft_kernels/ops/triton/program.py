@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from .upload import capturing, reserve_for_captures
 
 # More operations than a step can need mean that what is asked for keeps changing: they are dropped then.
 _MOST_OPERATIONS = 4096
-# States kept for each stream; concurrent calls have one each.
-_MOST_STATES = 2
+# Runs kept for each stream; concurrent calls have one each.
+_MOST_RUNS = 2
 _MOST_STREAMS = 4
 
 
@@ -35,33 +35,32 @@ class Program:
         self._device, self._counts = device, list(counts)
         self._free: dict[int, list[Run]] = {}
 
-    @contextmanager
-    def run(self) -> Iterator[Run]:
-        """What one call uses, on the device's current stream, and no other call meanwhile."""
+    def begin(self) -> Run:
+        """What one call uses, on the device's current stream, and no other call before :meth:`end`."""
         device = self._device
+        circumstances = _circumstances(device)
         if capturing(device):
             # The graph's own: nothing that the program keeps may be written at a replay.
-            yield Run(device, self._counts, Scratch(device), _circumstances(device))
-            return
-        stream, circumstances = _stream(device), _circumstances(device)
-        free = self._free.get(stream, [])
+            return Run(device, self._counts, Scratch(device), circumstances, None)
+        stream = _stream(device)
+        free = self._free.get(stream)
         run = free.pop() if free else None
         if run is None or run.circumstances != circumstances:
-            run = Run(device, self._counts, scratch_of(device, stream), circumstances)
-        before = len(run.operations)
-        try:
-            yield run
-        finally:
-            run.end()
-            if device.type == "cuda" and len(run.operations) != before:
-                reserve_for_captures()
-            self._keep(stream, run)
+            run = Run(device, self._counts, scratch_of(device, stream), circumstances, stream)
+        return run
 
-    def _keep(self, stream: int, run: Run) -> None:
-        if stream not in self._free and len(self._free) >= _MOST_STREAMS:
+    def end(self, run: Run) -> None:
+        """Give it back, to be used by a later call on its stream."""
+        run.end()
+        if run.stream is None:
+            return
+        if run.grew and self._device.type == "cuda":
+            reserve_for_captures()
+            run.grew = False
+        if run.stream not in self._free and len(self._free) >= _MOST_STREAMS:
             self._free.clear()
-        free = self._free.setdefault(stream, [])
-        if len(free) < _MOST_STATES:
+        free = self._free.setdefault(run.stream, [])
+        if len(free) < _MOST_RUNS:
             free.append(run)
 
 
@@ -80,12 +79,20 @@ class Run:
     Attributes:
         squares: float32, the squares of every batch's matrices, behind each other; valid until the next run.
         circumstances: what it was made under.
+        stream: the handle of its stream; None for one that a captured graph owns.
+        grew: whether there are operations for which captures have no memory yet.
     """
 
     def __init__(
-        self, device: torch.device, counts: Sequence[int], scratch: Scratch, circumstances: tuple[Any, ...]
+        self,
+        device: torch.device,
+        counts: Sequence[int],
+        scratch: Scratch,
+        circumstances: tuple[Any, ...],
+        stream: int | None,
     ) -> None:
-        self.circumstances = circumstances
+        self.circumstances, self.stream = circumstances, stream
+        self.grew = False
         self.operations: dict[Any, Operation[Any]] = {}
         self._device, self._profile, self._scratch = device, circumstances[0], scratch
         self._offsets = [0]
@@ -114,6 +121,7 @@ class Run:
             if not self._tables[-1].has_room(count):
                 self._tables.append(Table(self._device, max(count, 3 * self._offsets[-1])))
             found = self.operations[key] = make(self._tables[-1].take(count))
+            self.grew = True
         return found
 
     # -- what is to be computed -----------------------------------------------------------------------------
