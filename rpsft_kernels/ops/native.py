@@ -26,10 +26,10 @@ _READABLE = frozenset(product(_DTYPES, _DTYPES))
 
 
 @lru_cache(maxsize=1)
-def _load() -> tuple[Any, str]:
+def _load() -> tuple[Any, str | None]:
     """The compiled module, or None and the reason why there is none."""
     try:
-        return importlib.import_module("rpsft_kernels._native"), ""
+        return importlib.import_module("rpsft_kernels._native"), None
     except ImportError as error:
         if error.name == "rpsft_kernels._native":
             built = Path(__file__).parent.parent / "_native_build.txt"
@@ -45,8 +45,8 @@ def instruction_sets() -> tuple[str, ...]:
     return () if module is None else tuple(module.instruction_sets())
 
 
-def missing() -> str:
-    """Why there is no engine; "" where there is one."""
+def missing() -> str | None:
+    """Why there is no engine."""
     return _load()[1]
 
 

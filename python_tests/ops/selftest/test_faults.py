@@ -28,7 +28,10 @@ CASES = {
     "gradient": Case("gradient", "any", None, None, HALF, HALF, 32, "ragged", True, True),
     "full": Case("gradient", "full", HALF, HALF, None, torch.float32, 0, "odd", False),
 }
-BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(bool(native.missing()), reason=native.missing()))]
+BACKENDS = [
+    "torch",
+    pytest.param("native", marks=pytest.mark.skipif(bool(native.missing()), reason=str(native.missing()))),
+]
 FAULTS = ("wrong offset", "missing tile", "random bit")
 
 
