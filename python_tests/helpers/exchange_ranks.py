@@ -146,7 +146,7 @@ def killed_before(wrapper: str, call: str) -> Outcome:
 def killed_inside(wrapper: str, call: str, bucket: int) -> Outcome:
     """The odd rank dies when it has sent the sums of ``bucket`` buckets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "_CPU_LIMITS_OF_SHARDS", BucketLimits(drift_bytes=1, one_orientation=False))
+        patch.setattr(buckets, "CPU_LIMITS_OF_SHARDS", BucketLimits(drift_bytes=1, one_orientation=False))
         model = ready(wrapper)
         if dist.get_rank() == ODD:
             project = buckets.Bucket.project
@@ -169,13 +169,13 @@ def one_is_late() -> Outcome:
         die()
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 0:
-            lost = GroupCall._lost
+            lost = GroupCall._diagnose_failure
 
             def told(self: GroupCall, error: RuntimeError) -> RuntimeError:
                 default_store().set("failed", "1")
                 return lost(self, error)
 
-            patch.setattr(GroupCall, "_lost", told)
+            patch.setattr(GroupCall, "_diagnose_failure", told)
         else:
             default_store().wait(["failed"])
         return attempt(accumulate, model, whole_anchors())

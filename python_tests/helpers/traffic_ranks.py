@@ -96,7 +96,7 @@ def sharded(drift_bytes: int) -> Counted:
     """The small Llama under FSDP2."""
     with pytest.MonkeyPatch.context() as patch:
         limits = BucketLimits(drift_bytes=drift_bytes, one_orientation=False)
-        patch.setattr(buckets, "_CPU_LIMITS_OF_SHARDS", limits)
+        patch.setattr(buckets, "CPU_LIMITS_OF_SHARDS", limits)
         model = wrapped(llama())
         anchors = rk.Anchors.from_model(model, RANK, progress=False, basis_dtype=torch.float32)
         task_loss(model, own_batch()).backward()
