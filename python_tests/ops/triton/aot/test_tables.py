@@ -129,7 +129,7 @@ def test_tuning_is_about_the_own_table(world: World, tmp_path: Path) -> None:
         seen.add(triton_device.device_profile(DEVICE).architecture)
 
     world.monkeypatch.setattr(tune, "own_profile", triton_device.own_profile)
-    world.monkeypatch.setattr(tune, "_workload", lambda *_: (run, run))
+    world.monkeypatch.setattr(tune, "_workload", lambda *_: (lambda: run, lambda: run))
     table = tune.tune([(256, 320)], 144, DEVICE, candidates=[], timer=lambda run: 1.0)
     assert (table["architecture"], seen) == ("sm_86", {"sm_86"})
     assert triton_device.device_profile(DEVICE).architecture == "sm_80"
