@@ -51,6 +51,8 @@ class Plan:
         self.programs: list[ops.Program] = []
         self.looked_for_foreign_blocks = False
         if not torch.compiler.is_compiling():
+            # Facts name objects by their addresses, which another may have by now.
+            self._objects = [weakref.ref(owner) for owner in _owners(weights)]
             for bucket in self.buckets:
                 # Here, where all ranks hear of a failure, not in the middle of a step.
                 ops.make_ready(bucket.backend, bucket.device)
@@ -58,6 +60,12 @@ class Plan:
                 self._prepare_programs()
         names = dict.fromkeys(one.weight.group_name for one in weights if one.weight.group is not None)
         self.descriptions = {name: describe_call(weights, self.buckets, name) for name in names}
+
+    def serves(self, weights: Sequence[AnchoredWeight], facts: Hashable) -> bool:
+        """Whether it was made for these very weights and anchors, which are like they were then."""
+        return facts == self.facts and all(
+            reference() is owner for reference, owner in zip(self._objects, _owners(weights), strict=True)
+        )
 
     def _prepare_programs(self) -> None:
         placed: dict[tuple[str, torch.device], list[Bucket]] = {}
@@ -78,6 +86,10 @@ def _has_memory(weight: LocalWeight) -> bool:
         return values.data_ptr() != 0 or not values.numel()
     except RuntimeError:
         return False
+
+
+def _owners(weights: Sequence[AnchoredWeight]) -> list[Any]:
+    return [owner for one in weights for owner in (one.weight.parameter, one.anchor)]
 
 
 class Sighting:
@@ -191,7 +203,7 @@ def prepare(
         return Found(found, Plan(found, None))
     key = _key(weights, anchors)
     facts = _facts(found)
-    same = [sighting.plan for sighting in _sightings_of(key) if sighting.plan.facts == facts]
+    same = [sighting.plan for sighting in _sightings_of(key) if sighting.plan.serves(found, facts)]
     plan = same[0] if same else Plan(found, facts)
     if key is not None:
         _remember(key, Sighting(weights, found, plan, groups), weights, found)

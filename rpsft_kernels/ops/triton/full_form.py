@@ -48,9 +48,9 @@ class _FullOperation(Operation[FullKey]):
         weights, pretrained = operands.weights, operands.pretrained
         facts = facts_of(weights)
         alike = self.is_alike(facts if grads is None else [*facts, *grads])
-        if not alike or self._held:
+        if not alike or self._casts:
             bases = [cast_base(weight, base, READABLE) for weight, base in zip(weights, pretrained, strict=True)]
-            self._held = [new for new, old in zip(bases, pretrained, strict=True) if new is not old]
+            self.hold_casts(bases, pretrained)
             if not alike:
                 targets: Sequence[Facts | None] = [None] * len(weights) if grads is None else grads
                 described = map(describe, facts, facts_of(bases), targets)

@@ -6,7 +6,7 @@ addresses, that lie alike, cost their columns of the table; all else is planned 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -46,7 +46,8 @@ class Operation(Generic[Key]):
         # The scales as they were last written.
         self._numbers: list[float] | None = None
         self._launches: list[Launch] = []
-        # What the launches read beside the weights and the anchors: casts of these, and drifts of other makers.
+        # Whether anchors are cast at every call, and the casts of this one, which the launches read.
+        self._casts = False
         self._held: list[Tensor] = []
 
     def is_alike(self, facts: Sequence[Facts]) -> bool:
@@ -57,6 +58,15 @@ class Operation(Generic[Key]):
         self._columns.clear()
         self._numbers = None
         return False
+
+    def hold_casts(self, read: Iterable[Tensor], given: Iterable[Tensor]) -> None:
+        """Keep the tensors that are read in place of the given ones until :meth:`release`."""
+        self._held = [new for new, old in zip(read, given, strict=True) if new is not old]
+        self._casts = bool(self._held)
+
+    def release(self) -> None:
+        """Let go of the casts of a call, all of whose launches are queued."""
+        self._held = []
 
     def order(self, groups: Sequence[Group[Key]]) -> None:
         """Give the groups their rows, one behind the other."""

@@ -43,8 +43,11 @@ class Program:
             # The graph's own: nothing that the program keeps may be written at a replay.
             return Run(device, self._counts, Scratch(device), circumstances, None)
         stream = _stream(device)
-        free = self._free.get(stream)
-        run = free.pop() if free else None
+        try:
+            # Another thread may take the last one at the same time.
+            run = self._free[stream].pop()
+        except (KeyError, IndexError):
+            run = None
         if run is None or run.circumstances != circumstances:
             run = Run(device, self._counts, scratch_of(device, stream), circumstances, stream)
         return run
@@ -54,9 +57,8 @@ class Program:
         run.end()
         if run.stream is None:
             return
-        if run.grew and self._device.type == "cuda":
+        if self._device.type == "cuda":
             reserve_for_captures()
-            run.grew = False
         if run.stream not in self._free and len(self._free) >= _MOST_STREAMS:
             self._free.clear()
         free = self._free.setdefault(run.stream, [])
@@ -80,7 +82,6 @@ class Run:
         squares: float32, the squares of every batch's matrices, behind each other; valid until the next run.
         circumstances: what it was made under.
         stream: the handle of its stream; None for one that a captured graph owns.
-        grew: whether there are operations for which captures have no memory yet.
     """
 
     def __init__(
@@ -92,7 +93,6 @@ class Run:
         stream: int | None,
     ) -> None:
         self.circumstances, self.stream = circumstances, stream
-        self.grew = False
         self.operations: dict[Any, Operation[Any]] = {}
         self._device, self._profile, self._scratch = device, circumstances[0], scratch
         self._offsets = [0]
@@ -108,6 +108,8 @@ class Run:
 
     def end(self) -> None:
         """Let go of the call's tensors."""
+        for operation in self._staged:
+            operation.release()
         self._staged.clear()
         self._drifts.clear()
         self._held.clear()
@@ -121,7 +123,6 @@ class Run:
             if not self._tables[-1].has_room(count):
                 self._tables.append(Table(self._device, max(count, 3 * self._offsets[-1])))
             found = self.operations[key] = make(self._tables[-1].take(count))
-            self.grew = True
         return found
 
     # -- what is to be computed -----------------------------------------------------------------------------

@@ -187,11 +187,11 @@ class Projection(Operation[ProjectKey]):
         weights = operands.weights
         addresses = [weight.data_ptr() for weight in weights]
         alike = self.is_alike(facts_of(weights))
-        if not alike or self._held:
+        if not alike or self._casts:
             operands = self._cast(operands)
         if not alike:
             self._plan(operands)
-        if not alike or self._held:
+        if not alike or self._casts:
             self._place_anchors(operands)
         self.move("WEIGHT", addresses)
         self._drifts = drifts
@@ -205,8 +205,7 @@ class Projection(Operation[ProjectKey]):
             cast_base(w, base, READABLE) for w, base in zip(operands.weights, operands.pretrained, strict=False)
         ]
         cast = cast._replace(pretrained=pretrained, blocks=[vectors(block) for block in operands.blocks])
-        pairs = zip(chain(*cast[1:]), chain(*operands[1:]), strict=True)
-        self._held = [new for new, old in pairs if new is not old]
+        self.hold_casts(chain(*cast[1:]), chain(*operands[1:]))
         return cast
 
     def _plan(self, operands: Operands) -> None:

@@ -146,11 +146,10 @@ class PullBack(Operation[PullKey]):
                 gradients' places in its batch.
         """
         alike = self.is_alike(grads)
-        if not alike or self._held:
+        if not alike or self._casts:
             cast = operands.cast_subspaces()
             lefts, rights = cast.lefts, cast.rights
-            pairs = zip((*lefts, *rights), (*operands.lefts, *operands.rights), strict=True)
-            self._held = [new for new, old in pairs if new is not old]
+            self.hold_casts((*lefts, *rights), (*operands.lefts, *operands.rights))
             if not alike:
                 self._plan(lefts, rights, grads)
             transposed = {i: group.key.transposed for group, _ in self._groups for i in group.members}
