@@ -1,4 +1,4 @@
-"""What a weight must be before any operation sees it."""
+"""Checks of arguments: weights, ranks and dtypes, before any operation sees them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def check_basis_dtype(dtype: torch.dtype, weight_dtype: torch.dtype, name: str) 
 def check_finite(tensor: Tensor, name: str) -> None:
     if not tensor.numel():
         return
-    # aminmax hands NaN on, and needs no mask as large as the tensor.
+    # aminmax propagates NaN, and needs no mask as large as the tensor.
     low, high = (float(bound) for bound in torch.aminmax(tensor))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name}: got NaN or infinity, expected finite values only; check where it was loaded from")

@@ -1,4 +1,4 @@
-"""Anchors of parts written by the ranks that hold them: one file each, and an index."""
+"""Sharded anchors, written by the ranks that hold them: one file each, and an index."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
         raise ValueError(problem)
     name = f"rank-{rank:05d}-of-{size:05d}.safetensors"
     try:
-        write_anchors(folder / name, contents, _left_out(held, rank), save_id)
+        write_anchors(folder / name, contents, _written_earlier(held, rank), save_id)
     except (OSError, ValueError) as error:
         problem = f"rank {rank}: {error}"
     outcomes: list[Any] = [None] * size
@@ -66,15 +66,15 @@ def _make_folder(folder: Path) -> None:
     (folder / INDEX).unlink(missing_ok=True)
 
 
-def _left_out(held: list[dict[str, Shard]], rank: int) -> set[tuple[str, str]]:
+def _written_earlier(held: list[dict[str, Shard]], rank: int) -> set[tuple[str, str]]:
     """(weight, piece) that an earlier rank writes."""
     left_out = set()
-    for name, part in held[rank].items():
+    for name, shard in held[rank].items():
         earlier = [other[name] for other in held[:rank] if name in other]
-        if any(other.rows == part.rows for other in earlier):
+        if any(other.rows == shard.rows for other in earlier):
             left_out.add((name, "left"))
-        if any(other.cols == part.cols for other in earlier):
+        if any(other.cols == shard.cols for other in earlier):
             left_out.add((name, "right"))
-        if part in earlier:
+        if shard in earlier:
             left_out |= {(name, "base"), (name, "block")}
     return left_out

@@ -1,4 +1,4 @@
-"""The tensors that an anchor is made of: what they must be, and how they are laid out."""
+"""The tensors that an anchor is made of, and how they are laid out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def padded(basis: Tensor) -> Tensor:
     """``basis`` (rows, k) as the first k columns of a zero-padded buffer with aligned rows."""
     rows, rank = basis.shape
     stride = padded_columns(rank)
-    # Of a view with padding already, nothing tells that the padding is zero.
+    # The padding of a view that already has some may not be zero: copy it.
     if rank == stride and basis.stride() == (stride, 1) and basis.data_ptr() % 16 == 0:
         return basis
     buffer = basis.new_zeros((rows, stride))
@@ -40,15 +40,15 @@ def base_copy(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(values.shape, dtype=dtype, device=values.device).copy_(values)
 
 
-def computed_block(weight: Tensor, left: Tensor, right: Tensor, part: Shard) -> tuple[Tensor, str]:
+def computed_block(weight: Tensor, left: Tensor, right: Tensor, shard: Shard) -> tuple[Tensor, str]:
     """B = U^T W0 V by the operation that will compute U^T W V, so that they cancel to the last bit.
 
-    ``weight`` is the part at hand, ``left`` and ``right`` its rows of U and V.
+    ``weight`` has the values of ``shard``, ``left`` and ``right`` its rows of U and V.
     """
     backend = ops.resolve_backend(weight.device, weight.dtype)
     block = left.new_zeros((0, 0), dtype=ops.accumulation_dtype(weight.dtype))
-    for i, (tile, view) in enumerate(part.views(weight)):
-        rows, cols = tile.within(part.bounds)
+    for i, (rect, view) in enumerate(shard.views(weight)):
+        rows, cols = rect.within(shard.bounds)
         drifts, _ = ops.project_drift(ops.Operands([view], [left[rows]], [right[cols]]), backend)
         block = block + drifts[0] if i else drifts[0]
     return block, ops.arithmetic_id(backend, weight.device, weight.dtype)

@@ -1,4 +1,4 @@
-"""Whether a model holds the weights that were anchored, each rank reading its own part."""
+"""Checks that a model holds the weights that were anchored; each rank reads its own shard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WRAP = 1 << 64
 def differences(
     anchors: Mapping[str, Anchor], fingerprints: Mapping[str, Fingerprint], weights: Mapping[str, LocalWeight]
 ) -> list[str]:
-    """What distinguishes each weight from the anchored one, in words, for those that differ.
+    """A line for each weight that differs from the anchored one, saying how.
 
     Collective where weights lie on several ranks; every rank then has the same answer.
     """
@@ -37,7 +37,7 @@ def differences(
         elif dtype_name(weight.dtype) != fingerprint.dtype:
             problems[name] = f"got dtype {dtype_name(weight.dtype)}, anchored in {fingerprint.dtype}"
         else:
-            pending.setdefault("" if weight.group is None else weight.group.group_name, []).append(name)
+            pending.setdefault(weight.group_name, []).append(name)
     for names in pending.values():
         for name, total in zip(names, _sums([weights[name] for name in names]), strict=True):
             if f"{total:016x}" != fingerprints[name].checksum:
@@ -48,10 +48,10 @@ def differences(
 
 
 def _sums(weights: list[LocalWeight]) -> list[int]:
-    """The whole weights' checksums; all of one group."""
-    own = [part_sum(weight) for weight in weights]
+    """Checksums of whole weights that lie in one group."""
+    own = [shard_sum(weight) for weight in weights]
     group = weights[0].group
-    # A replica's whole is at hand: it is read here where its parts are not known.
+    # A replica lies whole on every rank: read all of it where no shards were assigned.
     if group is None or (isinstance(weights[0], ReplicatedWeight) and all(w.shard.is_whole for w in weights)):
         return own
     signed = [value - _WRAP if value >= _WRAP // 2 else value for value in own]
@@ -61,10 +61,10 @@ def _sums(weights: list[LocalWeight]) -> list[int]:
     return [value % _WRAP for value in table.tolist()]
 
 
-def part_sum(weight: LocalWeight) -> int:
-    """The share of a part in its weight's checksum."""
+def shard_sum(weight: LocalWeight) -> int:
+    """What the shard adds to its weight's checksum."""
     if not weight.shard.numel:
         return 0
     columns = weight.shape[1]
     views = weight.shard.views(weight.values().detach())
-    return sum(content_sum(view, tile.rows[0] * columns + tile.cols[0], columns) for tile, view in views) % _WRAP
+    return sum(content_sum(view, rect.rows[0] * columns + rect.cols[0], columns) for rect, view in views) % _WRAP

@@ -1,4 +1,4 @@
-"""How a weight lies over processes, and what they tell each other. Knows no kernel and no anchor."""
+"""How weights lie over processes, and how these agree and add up results. Knows no kernel and no anchor."""
 
 from .discover import ParameterRef, find_parameters, locate_tensor
 from .group_call import GroupCall, PendingSum

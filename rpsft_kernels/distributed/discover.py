@@ -22,7 +22,7 @@ from .zero3 import locate_zero3
 
 @dataclass(frozen=True)
 class ParameterRef:
-    """One parameter: what the whole is like, and how to reach what of it lies here (2-D ones alone)."""
+    """One parameter as a whole, and ``locate``, which finds the shard of a 2-D one that lies here."""
 
     identity: int
     shape: tuple[int, ...]
@@ -45,29 +45,29 @@ def find_parameters(model: nn.Module) -> dict[str, ParameterRef]:
     Raises:
         ValueError: ``model`` is not a module, or two different parameters have one canonical name.
     """
-    shown_now = named_weights(model)
+    visible = named_weights(model)
     flattened = {
         canonical_name(path): ParameterRef(weight.identity, shape, weight.dtype, weight.parameter, _always(weight))
         for path, shape, weight in find_flat_parameters(model)
     }
-    behind: dict[int, Tensor] = {id(shown): held for shown, held in gathered_by_fsdp2(model)}
+    sharded_by_visible: dict[int, Tensor] = {id(shown): sharded for shown, sharded in gathered_by_fsdp2(model)}
     replicas = _replicas(model)
-    found = {}
-    for name, parameter in shown_now.items():
+    refs = {}
+    for name, parameter in visible.items():
         if name in flattened or is_fsdp1_flat(parameter):
             continue
-        tensor = behind.get(id(parameter), parameter)
+        tensor = sharded_by_visible.get(id(parameter), parameter)
         locate = replicas.get(id(tensor), locate_tensor) if not is_dtensor(tensor) else locate_tensor
-        found[name] = _found(tensor, locate)
-    found.update(flattened)
-    return found
+        refs[name] = _reference(tensor, locate)
+    refs.update(flattened)
+    return refs
 
 
 def _always(weight: LocalWeight) -> Callable[[str], LocalWeight]:
     return lambda name: weight
 
 
-def _found(tensor: Tensor, locate: Callable[[Tensor, str], LocalWeight]) -> ParameterRef:
+def _reference(tensor: Tensor, locate: Callable[[Tensor, str], LocalWeight]) -> ParameterRef:
     zero3 = Zero3Parameter.of(tensor)
     if zero3 is not None:
         return ParameterRef(id(tensor), zero3.shape, tensor.dtype, tensor, lambda name: locate_zero3(zero3))
@@ -77,7 +77,7 @@ def _found(tensor: Tensor, locate: Callable[[Tensor, str], LocalWeight]) -> Para
 
 
 def _replicas(model: nn.Module) -> dict[int, Callable[[Tensor, str], LocalWeight]]:
-    """How to locate the parameters that DistributedDataParallel or DeepSpeed ZeRO-1/2 keep equal on several ranks."""
+    """By id, how to locate each parameter that DistributedDataParallel or DeepSpeed ZeRO-1/2 replicate."""
     located: dict[int, Callable[[Tensor, str], LocalWeight]] = {}
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
@@ -85,7 +85,7 @@ def _replicas(model: nn.Module) -> dict[int, Callable[[Tensor, str], LocalWeight
             replica = _replica_of(module.process_group)
             kept = [p for name, p in module.module.named_parameters() if name not in ignored]
         elif is_deepspeed(module) and module.zero_optimization_stage() < 3:  # type: ignore[operator]
-            replica = _replica_of(averaging_group(module), _unreachable(module))
+            replica = _replica_of(averaging_group(module), _gradient_error(module))
             # Experts are averaged over other groups: each rank does all of their work.
             kept = [p for p in module.module.parameters() if getattr(p, "allreduce", True)]  # type: ignore[union-attr]
         else:
@@ -95,7 +95,7 @@ def _replicas(model: nn.Module) -> dict[int, Callable[[Tensor, str], LocalWeight
     return located
 
 
-def _unreachable(engine: Any) -> str:
+def _gradient_error(engine: Any) -> str:
     return (
         f"got a parameter whose gradient DeepSpeed ZeRO-{engine.zero_optimization_stage()} keeps to itself, expected "
         "one that can be added to; put rotation_penalty into the loss of engine.backward"
@@ -103,7 +103,7 @@ def _unreachable(engine: Any) -> str:
 
 
 def _replica_of(group: Any, gradient_error: str = "") -> Callable[[Tensor, str], LocalWeight] | None:
-    """None where there is but one rank."""
+    """How to locate the replicas of ``group``; None where it has one rank only."""
     if group.size() == 1:
         return None
 

@@ -66,7 +66,7 @@ class DTensorWeight(LocalWeight):
 
 
 def locate_dtensor(tensor: Tensor, name: str) -> DTensorWeight:
-    """What of a DTensor (m, n) lies here.
+    """The shard of a DTensor (m, n) that lies here.
 
     Raises:
         ValueError: its placements are not shards and replicas, or its local tensor is not what they say.
@@ -82,17 +82,17 @@ def locate_dtensor(tensor: Tensor, name: str) -> DTensorWeight:
     split = [i for i, placement in enumerate(placements) if not placement.is_replicate() and sizes[i] > 1]
     rows, cols = shard_spans(shape, placements, sizes, coordinate)
     if not split:
-        part, group = Shard.whole(shape), None  # type: ignore[arg-type]
+        shard, group = Shard.whole(shape), None  # type: ignore[arg-type]
     else:
-        part, group = Shard.rectangle(shape, rows, cols), _group(mesh, split)  # type: ignore[arg-type]
+        shard, group = Shard.rectangle(shape, rows, cols), _group(mesh, split)  # type: ignore[arg-type]
     with torch.no_grad():
         local = dtensor.to_local()
-    if local.numel() != part.numel or (part.numel and tuple(local.shape) != part.local_shape):
+    if local.numel() != shard.numel or (shard.numel and tuple(local.shape) != shard.local_shape):
         raise ValueError(
-            f"{name}: got a local tensor of shape {tuple(local.shape)}, expected {part.local_shape} for placements "
+            f"{name}: got a local tensor of shape {tuple(local.shape)}, expected {shard.local_shape} for placements "
             f"{placements} of {shape} on a mesh of {tuple(sizes)}"
         )
-    return DTensorWeight(tensor, shape, part, group)
+    return DTensorWeight(tensor, shape, shard, group)
 
 
 def shard_spans(

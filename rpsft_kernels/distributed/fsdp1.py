@@ -99,7 +99,7 @@ class FlatParameterWeight(LocalWeight):
 
 
 def find_flat_parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], LocalWeight]]:
-    """(path from the FSDP1 module on, shape of the whole, what of it lies here) of all that FSDP1 flattens.
+    """(path, shape of the whole, weight as it lies here) of every parameter that FSDP1 flattens.
 
     Tied weights come once under each of their names.
     """
@@ -108,19 +108,19 @@ def find_flat_parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...
         if handle is None:
             continue
         prefix = path + "." if path else ""
-        weights = {place.name: (place.shape, _located(handle, place)) for place in handle.weights}
+        weights = {place.name: (place.shape, _locate(handle, place)) for place in handle.weights}
         for name, primary in handle.tied:
             weights[name] = weights[primary]
         for name, (shape, weight) in weights.items():
             yield prefix + name, shape, weight
 
 
-def _located(handle: Fsdp1Handle, place: Fsdp1Weight) -> LocalWeight:
+def _locate(handle: Fsdp1Handle, place: Fsdp1Weight) -> LocalWeight:
     if len(place.shape) != 2:
-        # Of what is no matrix only the shape is ever asked for.
-        part = Shard.whole((1, 1)) if handle.group is None else Shard.nothing((1, 1))
+        # Only the shape is ever asked for of a parameter that is no matrix.
+        shard = Shard.whole((1, 1)) if handle.group is None else Shard.nothing((1, 1))
     elif handle.group is None:
-        part = Shard.whole((place.shape[0], place.shape[1]))
+        shard = Shard.whole((place.shape[0], place.shape[1]))
     else:
-        part = Shard.range((place.shape[0], place.shape[1]), place.begin, place.end)
-    return FlatParameterWeight(handle.parameter, place.shape, part, handle.group, handle=handle, place=place)
+        shard = Shard.range((place.shape[0], place.shape[1]), place.begin, place.end)
+    return FlatParameterWeight(handle.parameter, place.shape, shard, handle.group, handle=handle, place=place)

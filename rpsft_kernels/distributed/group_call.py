@@ -1,13 +1,14 @@
-"""What the ranks of a group tell each other: that they mean the same call, and sums of what each computed.
+"""Agreement and sums within one process group: the ranks check that they make the same call, then add up results.
 
 Sums are all-reduces of the process group. Their order is the backend's: fixed for a given backend, group and buffer
 size, and every rank receives the same bits.
 
 On a GPU a step with weights in such groups waits for it, on purpose: what ranks agree on decides what they do. For each
-group it waits in :meth:`GroupCall.agree`, before anything is launched (for what the GPU was doing till then; a rank in
-several groups agrees twice in each), and once for :meth:`GroupCall.check_health`, before any gradient is touched (for
-the projections and the sums). Gradients of replicated weights (DDP) that exist cost one more wait, for a checksum of
-the smallest. Such a step cannot be captured in a CUDA graph. Groups of one rank, and weights in none, wait for nothing.
+group the step waits in :meth:`GroupCall.check_consistent`, before anything is launched (for the work that the GPU had
+queued; a rank in several groups checks twice in each), and once for :meth:`GroupCall.check_health`, before any gradient
+is touched (for the projections and the sums). Gradients of replicated weights (DDP) that exist cost one more wait, for
+a checksum of the smallest. Such a step cannot be captured in a CUDA graph. Groups of one rank, and weights in none,
+wait for nothing.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from ..private_names import default_store
 from .coverage import MODULUS, measure
 from .shard import Shard
 
-# Calls of this process by group. Every rank of a group makes the same ones in the same order; one that missed some
-# takes up the others' count when it next agrees with them.
+# Number of calls of this process, by group. Every rank of a group makes the same calls in the same order; a rank that
+# missed some adopts the others' count at its next consistency check.
 _calls: Counter[str] = Counter()
-# Once a group has failed, how long its ranks wait for each other's word. Those that are only late, or learn of it
-# later, are else taken for the one that is gone.
-_PATIENCE = 3.0
-_POLL = 0.02
+# Seconds that ranks wait for each other's report after their group failed. With less, ranks that are only late, or that
+# hear of the failure later, would be taken for the one that is gone.
+_REPORT_SECONDS = 3.0
+_POLL_SECONDS = 0.02
 
 
 @dataclass
 class PendingSum:
-    """A sum on its way; ``tensor`` holds it once :meth:`GroupCall.finish` has returned."""
+    """A sum that has been started; ``tensor`` holds it once :meth:`GroupCall.finish` has returned."""
 
     tensor: Tensor
     work: Any
@@ -59,24 +60,29 @@ class GroupCall:
         self._call = _calls[group.group_name]
         self._report()
 
-    def agree(self, digest: int, parts: Mapping[str, Shard], sample: int = 0, failed: bool = False) -> list[int]:
-        """Refuse together to go on where ranks disagree; costs one all-reduce of 3 integers per rank, and 3.
+    def check_consistent(
+        self, digest: int, shards: Mapping[str, Shard], gradient_checksum: int = 0, failed: bool = False
+    ) -> list[int]:
+        """Raise on every rank where ranks disagree; costs one all-reduce of 3 integers per rank, and 3 more.
 
         Args:
-            digest: of everything that must be the same on all ranks, in [0, 2^62).
-            parts: what this rank works on of each weight; together they must make up the weights.
-            sample: anything in [0, 2^62), returned from every rank.
-            failed: this rank refuses for a reason of its own, which the caller will raise.
+            digest: hash of everything that must be equal on all ranks, in [0, 2^62).
+            shards: this rank's shard of each weight; the ranks' shards together must make up the weights.
+            gradient_checksum: a number in [0, 2^62) for the caller to compare.
+            failed: this rank has an error of its own, which the caller will raise.
+
+        Returns:
+            Every rank's ``gradient_checksum``; empty where this rank ``failed``.
 
         Raises:
             ValueError: another rank failed, digests differ (the message names the ranks), or elements are covered
                 twice or not at all (it names the weights).
         """
         table = torch.zeros(self.size + 1, 3, dtype=torch.int64)
-        table[self.rank] = torch.tensor([digest, sample, 2 * self._call + failed])
-        table[self.size, 0] = sum(self._excess(name, part) for name, part in parts.items()) % MODULUS
+        table[self.rank] = torch.tensor([digest, gradient_checksum, 2 * self._call + failed])
+        table[self.size, 0] = sum(self._coverage_excess(name, shard) for name, shard in shards.items()) % MODULUS
         rows = self.finish(self.start(table.to(self.device))).tolist()
-        self._catch_up(max(row[2] // 2 for row in rows[: self.size]))
+        self._adopt_count(max(row[2] // 2 for row in rows[: self.size]))
         if failed:
             return []
         refusing = [i for i in range(self.size) if rows[i][2] % 2]
@@ -95,7 +101,7 @@ class GroupCall:
                 "of them"
             )
         if rows[self.size][0] % MODULUS:
-            self._refuse_parts(parts)
+            self._raise_uncovered(shards)
         return [row[1] for row in rows[: self.size]]
 
     def start(self, tensor: Tensor) -> PendingSum:
@@ -103,14 +109,14 @@ class GroupCall:
         try:
             return PendingSum(tensor, dist.all_reduce(tensor, group=self.group, async_op=True))
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self._diagnose_failure(error) from error
 
     def finish(self, pending: PendingSum) -> Tensor:
         """Wait for the sum (on a GPU: make the current stream wait)."""
         try:
             pending.work.wait()
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self._diagnose_failure(error) from error
         return pending.tensor
 
     def check_health(self, health: Sequence[float]) -> None:
@@ -119,24 +125,24 @@ class GroupCall:
         Raises:
             ValueError: names the ranks whose weights are not.
         """
-        sick = [i for i, value in enumerate(health) if not abs(value) < float("inf")]
-        if sick:
+        non_finite = [i for i, value in enumerate(health) if not abs(value) < float("inf")]
+        if non_finite:
             raise ValueError(
-                f"weights: got NaN or infinity in the drifts of {self._named(sick)}, expected finite weights on every "
-                "rank; no gradient was changed"
+                f"weights: got NaN or infinity in the drifts of {self._named(non_finite)}, expected finite weights on "
+                "every rank; no gradient was changed"
             )
 
-    def _excess(self, name: str, part: Shard) -> int:
-        """The measure of this rank's part less its share of the whole weight's: 0 in the sum over ranks."""
-        return measure(name, part) - (measure(name, Shard.whole(part.shape)) if self.rank == 0 else 0)
+    def _coverage_excess(self, name: str, shard: Shard) -> int:
+        """The shard's measure, on the first rank less that of the whole weight: sums to 0 where shards tile it."""
+        return measure(name, shard) - (measure(name, Shard.whole(shard.shape)) if self.rank == 0 else 0)
 
-    def _refuse_parts(self, parts: Mapping[str, Shard]) -> None:
-        # All ranks get here, with the same names: their digests were equal.
-        own = [[self._excess(name, part) % MODULUS, part.numel] for name, part in parts.items()]
-        found = self.finish(self.start(torch.tensor(own, dtype=torch.int64).to(self.device))).tolist()
+    def _raise_uncovered(self, shards: Mapping[str, Shard]) -> None:
+        # All ranks get here, with the same names, because their digests were equal.
+        own = [[self._coverage_excess(name, shard) % MODULUS, shard.numel] for name, shard in shards.items()]
+        totals = self.finish(self.start(torch.tensor(own, dtype=torch.int64).to(self.device))).tolist()
         wrong = [
-            f"{name} ({count} of {part.shape[0] * part.shape[1]} elements)"
-            for (name, part), (excess, count) in zip(parts.items(), found, strict=True)
+            f"{name} ({count} of {shard.shape[0] * shard.shape[1]} elements)"
+            for (name, shard), (excess, count) in zip(shards.items(), totals, strict=True)
             if excess % MODULUS
         ]
         shown = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
@@ -154,56 +160,56 @@ class GroupCall:
         return f"rpsft_kernels/{self.group.group_name}/{dist.get_global_rank(self.group, member)}"
 
     def _report(self) -> None:
-        """Leave word in the job's store that this rank has come as far as this call."""
+        """Record in the job's store that this rank reached this call."""
         store = default_store()
         try:
             if store is not None:
                 store.set(self._key(self.rank), str(self._call))
         except RuntimeError:
-            # Who keeps the store is gone. The sum will fail, and say more.
+            # The process that keeps the store is gone. The sum will fail with a fuller message.
             pass
 
-    def _catch_up(self, call: int) -> None:
+    def _adopt_count(self, call: int) -> None:
         if call > self._call:
             _calls[self.group.group_name] = self._call = call
             self._report()
 
-    def _lost(self, error: RuntimeError) -> RuntimeError:
-        """What to raise when the group failed, by what the ranks leave in the store."""
-        found: list[str] = []
-        # On a thread: a store whose keeper is gone may not answer at all.
-        thread = threading.Thread(target=lambda: found.append(self._whereabouts()), daemon=True)
+    def _diagnose_failure(self, error: RuntimeError) -> RuntimeError:
+        """The error to raise when the group failed; it names the missing ranks as far as the job's store knows them."""
+        answers: list[str] = []
+        # Ask on a thread: a store whose keeper is gone may never answer.
+        thread = threading.Thread(target=lambda: answers.append(self._missing_ranks()), daemon=True)
         thread.start()
-        thread.join(2 * _PATIENCE)
-        who = found[0] if found else "the job's store, which rank 0 or the launcher keeps, does not answer"
+        thread.join(2 * _REPORT_SECONDS)
+        who = answers[0] if answers else "the job's store, which rank 0 or the launcher keeps, does not answer"
         return RuntimeError(
             f"rotation penalty: the sum over {self.size} ranks failed on rank {dist.get_rank()}: {who}; no gradient "
             f"was changed. The process group said: {error}"
         )
 
-    def _whereabouts(self) -> str:
+    def _missing_ranks(self) -> str:
         store = default_store()
         if store is None:
             return "which rank is missing is not known"
         others = [member for member in range(self.size) if member != self.rank]
-        # Ranks that live fail as this one does, and say so.
-        words = {member: f"{self._key(member)}/{self._call}/lost" for member in range(self.size)}
+        # Ranks that are alive fail as this one does, and report it under these keys.
+        reports = {member: f"{self._key(member)}/{self._call}/lost" for member in range(self.size)}
         absent: list[int] = []
         silent: list[int] = []
         try:
-            store.set(words[self.rank], "1")
-            until = time.monotonic() + _PATIENCE
-            while not store.check([words[member] for member in others]) and time.monotonic() < until:
-                time.sleep(_POLL)
+            store.set(reports[self.rank], "1")
+            until = time.monotonic() + _REPORT_SECONDS
+            while not store.check([reports[member] for member in others]) and time.monotonic() < until:
+                time.sleep(_POLL_SECONDS)
             for member in others:
-                if not store.check([words[member]]):
+                if not store.check([reports[member]]):
                     key = self._key(member)
                     came = store.check([key]) and int(store.get(key)) >= self._call
                     (silent if came else absent).append(member)
         except RuntimeError:
             if not absent and not silent:
                 return "the job's store, which rank 0 or the launcher keeps, is gone too"
-        # Those that are silent may only wait, for what the backend has not told them yet.
+        # Silent ranks may only be waiting: their backend has not reported the failure to them yet.
         if absent:
             return f"{self._named(absent)} never came to this call"
         if len(silent) == 1:

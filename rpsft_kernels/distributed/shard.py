@@ -22,7 +22,7 @@ class Rect:
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
     def common(self, other: Rect) -> Rect | None:
-        """What both hold, or None."""
+        """The rectangle that both share, or None."""
         rows = max(self.rows[0], other.rows[0]), min(self.rows[1], other.rows[1])
         cols = max(self.cols[0], other.cols[0]), min(self.cols[1], other.cols[1])
         return Rect(rows, cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
@@ -35,12 +35,12 @@ class Rect:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank holds of a weight of ``shape`` (m, n).
+    """The elements that one rank holds of a weight of ``shape`` (m, n).
 
     Make one with :meth:`whole`, :meth:`nothing`, :meth:`rectangle` or :meth:`range`. ``rows`` and ``cols`` are the
     spans that it touches, of U and V respectively; both (0, 0) where it is empty. ``flat`` is the half-open range of
-    row-major indices where the part is no rectangle. ``unsharded`` says that one rank, this or another, holds the whole
-    weight, so that its C need not be summed.
+    row-major indices where the shard is no rectangle. ``unsharded`` says that one rank, this or another, holds the
+    whole weight, so that its C need not be summed.
     """
 
     shape: tuple[int, int]
@@ -90,7 +90,7 @@ class Shard:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Of the tensor that holds it: two sizes, or one for a flat range."""
+        """Shape of the tensor that holds it: two sizes, or one for a flat range."""
         if self.flat is not None:
             return (self.numel,)
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
@@ -104,29 +104,29 @@ class Shard:
             return [Rect(self.rows, self.cols)]
         (begin, end), n = self.flat, self.shape[1]
         body = -(-begin // n), end // n
-        tiles = []
+        rects = []
         if begin % n:
-            tiles.append(Rect((body[0] - 1, body[0]), (begin % n, n)))
+            rects.append(Rect((body[0] - 1, body[0]), (begin % n, n)))
         if body[0] < body[1]:
-            tiles.append(Rect(body, (0, n)))
+            rects.append(Rect(body, (0, n)))
         if end % n:
-            tiles.append(Rect((body[1], body[1] + 1), (0, end % n)))
-        return tiles
+            rects.append(Rect((body[1], body[1] + 1), (0, end % n)))
+        return rects
 
     def views(self, local: Tensor) -> Iterator[tuple[Rect, Tensor]]:
-        """Each tile with its matrix in ``local``, a tensor of :attr:`local_shape`."""
+        """Each rectangle with its matrix in ``local``, a tensor of :attr:`local_shape`."""
         if self.flat is None:
             if self.numel:
                 yield self.rects[0], local
             return
         offset = 0
-        for tile in self.rects:
-            rows, cols = tile.shape
-            yield tile, local[offset : offset + rows * cols].view(rows, cols)
+        for rect in self.rects:
+            rows, cols = rect.shape
+            yield rect, local[offset : offset + rows * cols].view(rows, cols)
             offset += rows * cols
 
     def of(self, whole: Tensor) -> Tensor:
-        """This part of a tensor (m, n): a view, but for a flat range of a tensor that is not contiguous."""
+        """This shard of a tensor (m, n): a view, but for a flat range of a tensor that is not contiguous."""
         if self.flat is not None:
             return whole.reshape(-1)[self.flat[0] : self.flat[1]]
         if self.is_whole:

@@ -23,8 +23,8 @@ class LocalWeight:
     Attributes:
         parameter: the tensor whose gradient is meant; what is tied has one of them.
         shape: (m, n) of the whole weight.
-        shard: what of it this process works on.
-        group: the processes whose parts make up the whole; None where this one works on all of it.
+        shard: the elements that this process works on.
+        group: the processes whose shards make up the whole; None where this one works on all of it.
         grad_scale: what the gradient of this process's shard is to be multiplied by.
     """
 
@@ -92,7 +92,7 @@ class LocalWeight:
         return self
 
     def values(self) -> Tensor:
-        """The part, of ``part.local_shape``."""
+        """The shard's values, of ``shard.local_shape``."""
         return self.parameter
 
     @property
@@ -108,7 +108,7 @@ class LocalWeight:
         return self.dtype if dtype is None else dtype
 
     def check_gradient(self, name: str) -> None:
-        """Raise a ValueError unless the part of the gradient can be added to now."""
+        """Raise a ValueError unless the shard of the gradient can be added to now."""
         grad = self.parameter.grad
         if grad is not None and grad.layout != torch.strided:
             raise ValueError(
@@ -117,7 +117,7 @@ class LocalWeight:
             )
 
     def gradient(self) -> Tensor:
-        """The part of the gradient, of ``part.local_shape``, to be added to; where there was none, new and unset."""
+        """The shard of the gradient, of ``shard.local_shape``, to be added to; newly made ones are not initialised."""
         if self.parameter.grad is None:
             self.parameter.grad = torch.empty_like(self.parameter, dtype=self.gradient_dtype)
         return self.parameter.grad
@@ -127,7 +127,7 @@ class LocalWeight:
         self.parameter.grad = None
 
     def ensure_gradient(self) -> None:
-        """Called in place of :meth:`gradient` where the part is empty, for gradients that must exist all the same."""
+        """Called in place of :meth:`gradient` where the shard is empty, for gradients that must exist all the same."""
 
     def write_back(self, gradient: Tensor) -> None:
         """Take back what :meth:`gradient` gave, where that was a copy."""
@@ -137,7 +137,7 @@ class LocalWeight:
 class ReplicatedWeight(LocalWeight):
     """A weight that every rank of ``group`` holds whole and whose gradients are averaged over them by others.
 
-    The work is divided: this rank's part is computed here alone, and its gradient multiplied by the group's size.
+    The work is divided: this rank computes its shard alone, and multiplies that shard's gradient by the group's size.
     ``gradient_error`` says why gradients cannot be added to.
     """
 
@@ -153,7 +153,7 @@ class ReplicatedWeight(LocalWeight):
 
     @property
     def must_accumulate(self) -> bool:
-        # One that is new here is made of zeros around the part.
+        # A new gradient is made of zeros around the shard.
         return self.parameter.grad is not None or not self.shard.is_whole
 
     def check_gradient(self, name: str) -> None:

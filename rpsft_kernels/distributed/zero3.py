@@ -78,11 +78,11 @@ class ZeroWeight(LocalWeight):
 
 
 def locate_zero3(zero3: Zero3Parameter) -> ZeroWeight:
-    """What of a ZeRO-3 parameter lies here: partitions of equal length in the order of ranks."""
+    """The shard of a ZeRO-3 parameter that lies here: partitions of equal length in the order of ranks."""
     shape, group, length, total = zero3.shape, zero3.group, zero3.partition_numel, zero3.numel
     begin = min(total, length * group.rank())
     if group.size() > 1:
-        part = Shard.range(shape, begin, min(total, begin + length))  # type: ignore[arg-type]
+        shard = Shard.range(shape, begin, min(total, begin + length))  # type: ignore[arg-type]
     else:
-        part, group = Shard.whole(shape), None  # type: ignore[arg-type]
-    return ZeroWeight(zero3.parameter, shape, part, group, zero3.loss_scale)
+        shard, group = Shard.whole(shape), None  # type: ignore[arg-type]
+    return ZeroWeight(zero3.parameter, shape, shard, group, zero3.loss_scale)
