@@ -110,11 +110,11 @@ class AnchorFile:
 
     @property
     def save_id(self) -> str | None:
-        """What the files of one sharded save have in common."""
+        """An identifier that all files of one sharded save share."""
         return self._description.get("save_id")
 
     def part(self, name: str) -> Shard:
-        """What of the weight the file's pieces belong to."""
+        """The shard of the weight that the file's pieces belong to."""
         record = self.records[name]
         try:
             return _part_from_json(tuple(record["shape"]), record.get("part"))
@@ -125,7 +125,7 @@ class AnchorFile:
         return name in self.records and _key(name, piece) in self._keys
 
     def read(self, name: str, piece: str) -> Any:
-        """Reads what is asked of it by indexing: nothing else is brought into memory."""
+        """A lazy tensor: indexing it reads the indexed elements alone into memory."""
         return self._file.get_slice(_key(name, piece))
 
     def fingerprint(self, name: str) -> Fingerprint | None:

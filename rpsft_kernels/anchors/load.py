@@ -1,4 +1,4 @@
-"""Anchors read from one file or a folder of them, each rank reading what it needs, however it was sharded before."""
+"""Reads anchors from one file or a folder of them; each rank reads its own shards, however they were sharded before."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ INDEX = "anchors.json"
 def read_anchors(
     path: str | os.PathLike[str],
     device: torch.device | str,
-    targets: Callable[[Mapping[str, int]], Mapping[str, LocalWeight]] | None = None,
+    locate: Callable[[Mapping[str, int]], Mapping[str, LocalWeight]] | None = None,
 ) -> Contents:
     """Read and check what :meth:`Anchors.save` wrote; every tensor in memory of its own.
 
     Args:
         path: A file, or the folder of a sharded save.
         device: Where the anchors go.
-        targets: Gives, for the rank k of each weight in the file, the weights that lie over several ranks; of the
+        locate: gives, for the rank k of each weight in the file, the weights that lie over several ranks; of the
             others the whole is read.
 
     Raises:
@@ -42,8 +42,8 @@ def read_anchors(
         if len({file.save_id for file in files}) > 1 or any(list(f.records) != list(files[0].records) for f in files):
             raise ValueError(f"{path}: got files of different saves, expected those of one; save the anchors again")
         weights: Mapping[str, LocalWeight] = {}
-        if targets is not None:
-            weights = targets({name: int(record.get("rank", 1)) for name, record in files[0].records.items()})
+        if locate is not None:
+            weights = locate({name: int(record.get("rank", 1)) for name, record in files[0].records.items()})
         anchors, fingerprints = {}, {}
         for name, record in files[0].records.items():
             weight = weights.get(name)
@@ -80,7 +80,7 @@ class _Assembly:
         self._parts = [file.part(name) for file in files]
 
     def anchor(self, part: Shard | None) -> Anchor:
-        """Of ``part``, or of the whole weight."""
+        """The anchor of ``part``, or of the whole weight."""
         record, target = self._record, Shard.whole(self._shape) if part is None else part
         pieces: dict[str, Tensor] = {}
         arithmetic = record["arithmetic"]
@@ -147,19 +147,19 @@ class _Assembly:
             if result is None:
                 result = source[:0].new_empty(target.local_shape)
             offset = 0
-            for tile in held.rects:
+            for rect in held.rects:
                 for wanted, view in target.views(result):
-                    common = tile.common(wanted)
+                    common = rect.common(wanted)
                     if common is not None:
-                        view[common.within(wanted)] = _rectangle(source, held, tile, offset, common)
+                        view[common.within(wanted)] = _rectangle(source, held, rect, offset, common)
                         filled += common.shape[0] * common.shape[1]
-                offset += tile.shape[0] * tile.shape[1]
+                offset += rect.shape[0] * rect.shape[1]
         if result is None or filled != target.numel:
             raise ValueError(f"got {filled} elements of 'base' in the files, expected {target.numel}; save them again")
         return result
 
     def _block(self, target: Shard) -> tuple[Tensor, str | None]:
-        """The block of a part is its own: only that of the same part serves, or for the whole the sum of all."""
+        """The block of ``target``: as stored for that shard, or for a whole weight the sum of all shards' blocks."""
         found = [(self._parts[i], source[:]) for i, source in self._sources("block")]
         for part, block in found:
             if part == target or (part.is_whole and target.is_whole):
@@ -167,16 +167,16 @@ class _Assembly:
         if not target.numel:
             return found[0][1].new_empty((0, 0)), None
         total = torch.stack([block for _, block in found if block.numel()]).sum(0)
-        # Of another part it only holds the place, without an arithmetic, until the block is rebuilt from the weights.
+        # For another shard, zeros without an arithmetic hold the place until the block is rebuilt from the weights.
         return (total if target.is_whole else torch.zeros_like(total)), None
 
 
-def _rectangle(source: Any, held: Shard, tile: Rect, offset: int, wanted: Rect) -> Tensor:
-    """``wanted``, a piece of ``tile``, read from a stored part."""
-    rows, cols = wanted.within(tile)
+def _rectangle(source: Any, held: Shard, rect: Rect, offset: int, wanted: Rect) -> Tensor:
+    """``wanted``, which lies in ``rect``, read from a stored shard."""
+    rows, cols = wanted.within(rect)
     if held.flat is None:
         found: Tensor = source[rows, cols]
         return found
-    width = tile.shape[1]
+    width = rect.shape[1]
     lines: Tensor = source[offset + rows.start * width : offset + rows.stop * width]
     return lines.view(-1, width)[:, cols]
