@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from world import DEVICE, PULL, SQUARES, World, launch
 from rpsft_kernels.ops.triton import backend, toolchain
 from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.ops.triton.aot.library import kernel_id
+from rpsft_kernels.ops.triton.variants import ARGUMENTS, Variant
 
 LIMIT = 99 << 10
 
@@ -215,3 +217,64 @@ def test_what_was_left_out_is_compiled_or_refused_with_the_reason(
     with pytest.raises(RuntimeError, match="left out of the sm_90a kernels: spills 16 bytes; RPSFT_AOT=1 lets Triton"):
         world.launch(PULL)
     assert world.launch(SQUARES) == "squares-sm_90a.cubin"
+
+
+# -- what is decided when a launch is bound, and what when it is started ----------------------------------------
+
+
+def arguments_of(variant: Variant) -> list[torch.Tensor]:
+    return [torch.zeros(8) for _ in ARGUMENTS[variant.kernel]]
+
+
+def test_a_bound_launch_is_started_as_it_was_bound(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.install(world.entry(PULL, "sm_90a", scratch=256))
+    arguments = arguments_of(PULL)
+    start = aot_dispatch.bind(PULL, 6, DEVICE, arguments)
+    assert start is not None and world.native.launches == []
+    assert world.scratch == [6 * 256 + 128]
+    # Another stream, mode and installation are none of its business.
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=88))
+    monkeypatch.setenv("RPSFT_AOT", "0")
+    monkeypatch.setattr(aot_dispatch, "_open_installed", lambda: (None, "this installation carries no kernels"))
+    for _ in range(3):
+        start()
+    assert world.scratch == [6 * 256 + 128], "its scratch memory is its own"
+    first, *others = world.native.launches
+    assert others == [first] * 2
+    _, device, stream, grid, values = first
+    assert (device, stream, grid) == (0, 77, (6, 1, 1))
+    assert values[:5] == [argument.data_ptr() for argument in arguments]
+
+
+def test_what_triton_is_to_compile_is_not_bound(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.install((SQUARES, "sm_90a"))
+    assert aot_dispatch.bind(PULL, 1, DEVICE, arguments_of(PULL)) is None
+    misaligned = [torch.zeros(9)[1:] for _ in ARGUMENTS["squares"]]
+    assert aot_dispatch.bind(SQUARES, 1, DEVICE, misaligned) is None
+    monkeypatch.setenv("RPSFT_AOT", "only")
+    for variant, arguments in ((PULL, arguments_of(PULL)), (SQUARES, misaligned)):
+        with pytest.raises(aot_dispatch.NoKernel, match="no kernel compiled ahead of time for"):
+            aot_dispatch.bind(variant, 1, DEVICE, arguments)
+    assert (world.native.kernels, world.native.launches, world.compiled) == ([], [], [])
+
+
+def test_a_file_that_is_gone_is_missed_when_the_launch_is_bound(world: World) -> None:
+    world.install((SQUARES, "sm_90a"))
+    (world.folder / "squares-sm_90a.cubin").unlink()
+    with pytest.raises(RuntimeError, match=r"squares-sm_90a\.cubin: the manifest lists it, but it cannot be read"):
+        aot_dispatch.bind(SQUARES, 1, DEVICE, arguments_of(SQUARES))
+
+
+def test_a_refused_image_is_passed_over_when_the_launch_is_bound_anew(world: World) -> None:
+    world.install(world.entry(SQUARES, "sm_80", ptx=True))
+    world.device(80)
+    world.native.refused["sm_80.cubin"] = "no kernel image"
+    start = aot_dispatch.bind(SQUARES, 1, DEVICE, arguments_of(SQUARES))
+    assert start is not None
+    for _ in range(2):
+        with pytest.raises(aot_dispatch.ImageRefused, match="no kernel image"):
+            start()
+    start = aot_dispatch.bind(SQUARES, 1, DEVICE, arguments_of(SQUARES))
+    assert start is not None
+    start()
+    assert [image.decode() for image, *_ in world.native.launches] == ["squares-sm_80.ptx"]
