@@ -177,7 +177,7 @@ def test_flat_shards_add_up(split: int, wide: bool, instruction_set: str) -> Non
     rows, cols = (40, 70) if wide else (70, 40)
     problem = make_problem("base", (rows, cols), 7, torch.float32)
     assert problem.base is not None and problem.left is not None and problem.right is not None
-    module, _ = native._load()
+    module = importlib.import_module("rpsft_kernels._native")
     total = torch.zeros(7, 7)
     gradient = torch.full((rows * cols,), float("nan"))
     drift_to_pull = random_matrix(7, 7)
@@ -197,7 +197,15 @@ def test_flat_shards_add_up(split: int, wide: bool, instruction_set: str) -> Non
             return module.Matrix(address, module.Dtype.float32, height, cols, cols, 1)
 
         drift, square = torch.empty(7, 7), torch.empty(1)
-        bases = native._matrix(left), native._matrix(problem.right)
+        bases = [
+            module.Matrix(
+                basis.data_ptr(),
+                getattr(module.Dtype, str(basis.dtype).removeprefix("torch.")),
+                *basis.shape,
+                *basis.stride(),
+            )
+            for basis in (left, problem.right)
+        ]
         shard = module.Projection(
             matrix(weight), matrix(base), *bases, 0, drift.data_ptr(), square.data_ptr(), head, tail
         )
@@ -271,7 +279,7 @@ def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_workspace_is_bounded() -> None:
-    module, _ = native._load()
+    module = importlib.import_module("rpsft_kernels._native")
     for rank in (128, 384, 768):
         one, two = (module.workspace_bytes(rank, native.instruction_set(), threads) for threads in (1, 2))
         assert one < two <= 2 * one
