@@ -121,7 +121,7 @@ def test_kernels_of_other_sources_are_refused(kernels: Path, tmp_path: Path) -> 
     found = manifest(kernels)
     for change, message in (
         ({"sources": "0" * 64}, "were compiled from other sources"),
-        ({"schema": 99}, "got schema 99, expected 3"),
+        ({"schema": 99}, "got schema 99, expected 4"),
     ):
         (tmp_path / aot_library.MANIFEST).write_text(json.dumps(found | change))
         with pytest.raises(ValueError, match=message):

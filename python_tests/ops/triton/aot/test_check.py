@@ -232,8 +232,10 @@ def test_what_a_gpu_has_not_is_left_out(
     assert "a selection of the variants, 1 left out as the manifest says" in str(checked)
     library = aot_library.Library.open(tmp_path / "kernels")
     assert re.search(r"sm_86 +1 kernels in 2 files, 1 left out", library.summary())
-    reason = library.find(variant, aot_library.Device(86, 99 << 10))
-    assert isinstance(reason, str)
+    device = aot_library.Device(86, 99 << 10)
+    assert library.find(variant, device) is None
+    reason = library.unmatched(variant, device)
+    assert reason is not None
     assert reason.startswith(f"left out of the sm_86 kernels: {left_out['reason']}")
     with pytest.raises(SystemExit, match="RPSFT_AOT_PREBUILT: .* leaves 1 kernels out, expected none"):
         build([*command, "--prebuilt", str(tmp_path / "kernels"), "--strict"])

@@ -73,9 +73,9 @@ def pairs(served: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any], 
     assert len(calls) == len(served["launches"])
     found = []
     for launch, call in zip(served["launches"], calls, strict=True):
-        choice = library.find(served["variants"][launch["label"]], workload_device(served))
-        assert not isinstance(choice, str)
-        found.append((launch, call, choice.entry))
+        match = library.find(served["variants"][launch["label"]], workload_device(served))
+        assert match is not None
+        found.append((launch, call, match.entry))
     return found
 
 

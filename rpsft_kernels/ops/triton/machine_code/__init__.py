@@ -1,1 +1,1 @@
-"""What machine code says: read through the tools that come with Triton, and analysed."""
+"""Reads machine code with the tools that come with Triton, and analyses it."""
