@@ -43,7 +43,8 @@ def test_train() -> None:
 def test_train_fsdp2() -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = run(*torchrun, "examples/train_fsdp2.py", "--steps", "21")
-    # Its exit status does not count: gloo's threads may abort a rank that has finished and is on its way out.
+    # Its exit status does not count: under torch 2.13 gloo's threads sometimes abort a process that has finished, one
+    # that never imported this package too (docs/distributed.md).
     printed = done.stdout
     assert re.findall(r"^step +(\d+) ", printed, re.M) == ["0", "20"], printed + done.stderr
     assert re.search(r"^step +0 .* R 0$", printed, re.M)
