@@ -8,8 +8,9 @@ few launches.
 from .buckets import BucketLimits, WeightSpec, plan_buckets
 from .dispatch import arithmetic_id, available_backends, requested_backend, resolve_backend, use_backend
 from .operands import Operands
-from .programs import Program, Run, prepare_program, running
+from .programs import prepare_program
 from .reference import accumulation_dtype
+from .runs import Program, Run, running
 from .torch_ops import empty_grads, make_ready, mix_drifts, project_drift, pull_back, pull_back_
 
 __all__ = [

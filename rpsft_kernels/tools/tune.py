@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.operands import Operands
-from ..ops.programs import running
+from ..ops.runs import running
 from ..ops.triton.device import own_profile
 from ..ops.triton.program import Program
 from ..ops.triton.project_drift import plan_forward

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..operands import Operands
-from ..programs import running
+from ..runs import running
 from . import toolchain
 from .aot import dispatch as aot
 
