@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import rpsft_kernels as rk
 from rpsft_kernels import ops
+from rpsft_kernels.ops.triton import upload
 from rpsft_kernels.ops.triton.tile_table import interpreted
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels of the stand-in run in Triton's interpreter")
@@ -118,6 +119,7 @@ def test_a_step_waits_for_nothing(
         value = step.run(call)
     found = step.found(value)
     assert stand_in.operators and stand_in.waits == [] and stand_in.refused == []
+    assert stand_in.own == [], "all of it was prepared"
     assert len(found) == len(SHAPES) and all(bool(tensor.isfinite().all()) for tensor in found) and bool(found[0])
 
 
@@ -155,6 +157,35 @@ def test_a_captured_step_does_at_each_replay_what_the_step_does(
             assert equal(replayed, step.found(step.run(call)))
             assert all(bool(tensor.any()) for tensor in replayed)
             assert all(p.grad is None or any(p.grad is grad for grad in grads) for p in step.parameters())
+
+
+@pytest.mark.parametrize("call", ["accumulate", "differentiate"])
+def test_a_step_is_captured_as_often_as_one_likes(
+    call: str, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time it has run outside of a capture before; no more memory is set aside than is asked for."""
+
+    class Exact(upload._Room):
+        def reserve(self, size: int) -> None:
+            self._free = upload._pinned(size)
+
+    monkeypatch.setattr(upload, "_room", Exact())
+    # Many in one bucket.
+    monkeypatch.setitem(globals(), "SHAPES", [(24, 40)] * 9)
+    step = Step("base", torch.float32, stand_in)
+    with stand_in.running():
+        step.give_gradients("all")
+        grads = [p.grad for p in step.parameters() if p.grad is not None]
+        for _ in range(5):
+            step.run(call)
+            with stand_in.capture():
+                captured = step.run(call)
+            _zero(grads)
+            stand_in.replay()
+            replayed = step.found(captured)
+            _zero(grads)
+            assert equal(replayed, step.found(step.run(call)))
+    assert stand_in.waits == [] and stand_in.refused == []
 
 
 def test_gradients_that_a_capture_has_made_are_written_at_each_replay(stand_in: StandIn) -> None:

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rpsft_kernels.evaluation import plan
 from rpsft_kernels.ops import products, torch_ops
 from rpsft_kernels.ops.selftest import gate
 from rpsft_kernels.ops.triton import backend as triton_backend
@@ -98,7 +99,9 @@ def _inner(value: Any) -> Any:
 
 
 class StandIn(TorchDispatchMode):
-    """The device. ``waits`` lists what would have waited, ``refused`` what no capture allows."""
+    """The device. ``waits`` lists what would have waited, ``refused`` what no capture allows, ``own`` the package's own
+    operators, which serve what could not be prepared.
+    """
 
     _entered: ClassVar[list[StandIn]] = []
 
@@ -107,6 +110,7 @@ class StandIn(TorchDispatchMode):
         self.waits: list[str] = []
         self.refused: list[str] = []
         self.operators: list[str] = []
+        self.own: list[str] = []
         self.capturing = False
         self._graph: list[Callable[[], None]] = []
         self._held: list[Any] = []
@@ -150,6 +154,7 @@ class StandIn(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in _BODIES:
+            self.own.append(str(func))
             with self:
                 return _BODIES[func](*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
@@ -234,6 +239,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(triton_device, "device_profile", lambda _: interpreter)
     monkeypatch.setattr(triton_launch, "find_start", _starter(device))
     monkeypatch.setattr(triton_backend, "unavailable", lambda device, dtype: None)
+    # Fake tensors' mode is on for the sake of the device's name alone: these have memory.
+    monkeypatch.setattr(plan, "is_traced", lambda: False, raising=False)
     # What has passed its self-test is not tested again.
     monkeypatch.setattr(gate, "_passed", {DEVICE})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

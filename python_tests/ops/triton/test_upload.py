@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from rpsft_kernels.ops.triton import upload as uploads
-from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
 
 DEVICE = torch.device("cuda", 0)
 ROOM = 4096
@@ -37,6 +36,24 @@ class Stream:
 
     def wait_event(self, event: str) -> None:
         self.gpu.queued.append((self.name, "wait", event))
+
+
+class Memory:
+    """Stands for memory of a GPU that is filled in place."""
+
+    device = DEVICE
+
+    def __init__(self, gpu: Gpu, count: int) -> None:
+        self.gpu, self.inner = gpu, torch.zeros(count, dtype=torch.int64)
+
+    def view(self, dtype: torch.dtype) -> Memory:
+        assert dtype == torch.uint8
+        return self
+
+    def copy_(self, host: Tensor, non_blocking: bool) -> None:
+        assert non_blocking
+        self.gpu.note_copy(host)
+        self.inner.copy_(host.view(torch.int64))
 
 
 class Gpu:
@@ -64,12 +81,18 @@ class Gpu:
 
     def _copy(self, host: Tensor, device: torch.device) -> Tensor:
         assert device == DEVICE
-        inside = [one.data_ptr() <= host.data_ptr() < one.data_ptr() + one.numel() for one in self.pinned]
-        assert any(inside), "copied from pageable memory"
-        self.queued.append((self.stream.name, "copy", host.view(torch.int64)[: host.numel() // 8].tolist()))
+        self.note_copy(host)
         copied = host.clone().as_subclass(Copied)
         copied.readers = []
         return copied
+
+    def note_copy(self, host: Tensor) -> None:
+        inside = [one.data_ptr() <= host.data_ptr() < one.data_ptr() + one.numel() for one in self.pinned]
+        assert any(inside), "copied from pageable memory"
+        self.queued.append((self.stream.name, "copy", host.view(torch.int64)[: host.numel() // 8].tolist()))
+
+    def copy_rows(self, memory: Memory, *values: int) -> None:
+        uploads.copy_rows(np.array(values).reshape(-1, 1), memory)  # type: ignore[arg-type]
 
     def upload(self, *values: int) -> Tensor:
         array = np.array(values)
@@ -100,19 +123,8 @@ def test_arrays_of_one_key_travel_in_one_copy(gpu: Gpu) -> None:
     assert contents(found) == [list(range(40)), [], [0.5], [7, 9]]
     assert [tensor.dtype for tensor in found] == [torch.int32, torch.int32, torch.float32, torch.int64]
     assert len(gpu.copies()) == 1
-    begins = [(tensor.data_ptr() - found[0].data_ptr()) % uploads._ALIGNMENT for tensor in found if tensor.numel()]
+    begins = [(tensor.data_ptr() - found[0].data_ptr()) % uploads.ALIGNMENT for tensor in found if tensor.numel()]
     assert begins == [0, 0, 0], "kernels read vectors"
-
-
-def test_scales_of_the_cpu_travel_with_the_table(gpu: Gpu) -> None:
-    columns = {"NUMBER": [1, 0]}
-    scales = torch.tensor([[0.5, 9.0], [-2.0, 9.0]])[:, 0].requires_grad_()
-    fields, numbers = uploads.upload_fields_and_scales(columns, 2, scales, DEVICE)
-    assert fields[INDEX["NUMBER"] :: WIDTH].tolist() == [1, 0] and numbers.tolist() == [0.5, -2.0]
-    assert len(gpu.copies()) == 1 and numbers.dtype == torch.float32
-    assert uploads.upload_fields_and_scales(columns, 2, scales, DEVICE)[1] is numbers
-    other = uploads.upload_fields_and_scales(columns, 2, scales.detach().double() + 1, DEVICE)
-    assert other[1].tolist() == [1.5, -1.0] and len(gpu.copies()) == 2
 
 
 def test_another_stream_waits_for_the_upload(gpu: Gpu) -> None:
@@ -169,12 +181,74 @@ def test_the_cache_and_the_room_are_bounded(gpu: Gpu, monkeypatch: pytest.Monkey
     first = gpu.upload(0)
     for value in range(1, 200):
         gpu.upload(value)
-    assert len(uploads._uploads) == 3 and uploads._cached_bytes == 3 * uploads._ALIGNMENT
+    assert len(uploads._uploads) == 3 and uploads._cached_bytes == 3 * uploads.ALIGNMENT
     assert gpu.upload(0) is not first
     assert [memory.numel() for memory in gpu.pinned].count(ROOM) == 1
+
+
+class Sent:
+    """Stands for a table."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+def test_rows_are_copied_in_place_from_pinned_memory(gpu: Gpu) -> None:
+    memory = Memory(gpu, 3)
+    for values in ((1, 2, 3), (1, 2, 3), (4, 5, 6)):
+        gpu.copy_rows(memory, *values)
+        assert memory.inner.tolist() == list(values)
+    assert gpu.queued == [("first", "copy", [1, 2, 3]), ("first", "copy", [1, 2, 3]), ("first", "copy", [4, 5, 6])]
+    hosts = [pinned.data_ptr() for pinned in gpu.pinned]
+    assert len(set(hosts)) == 3, "what a copy still reads is not written"
+
+
+def test_rows_of_a_capture_stay_for_its_replays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "_tables", {Sent(2 * uploads.ALIGNMENT)})
+    uploads.reserve_for_captures()
+    memory, other = Memory(gpu, 2), Memory(gpu, 2)
+    gpu.capturing = True
+    gpu.copy_rows(memory, 1, 2)
+    gpu.copy_rows(other, 3, 4)
+    gpu.copy_rows(memory, 1, 2)
+    gpu.capturing = False
+    for value in range(50):
+        gpu.copy_rows(other, value, value)
+    assert [host.view(torch.int64).tolist() for host in uploads._replayed.values()] == [[1, 2], [3, 4]]
+
+
+def test_room_is_set_aside_for_tables_again_after_each_capture(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each capture sends other rows, as its memory lies elsewhere; a backward pass sends some a second time."""
+    monkeypatch.setattr(uploads, "_tables", {Sent(8 * ROOM)})
+    size = ROOM
+    memory = Memory(gpu, size)
+    for turn in range(5):
+        uploads.reserve_for_captures()
+        gpu.capturing = True
+        for at in (2 * turn, 2 * turn + 1):
+            gpu.copy_rows(memory, *range(at * size, (at + 1) * size))
+        gpu.capturing = False
+
+
+def test_operators_by_themselves_find_half_a_room(gpu: Gpu) -> None:
+    """Their tables are gone when they return."""
+    size = ROOM // 16
+    memory = Memory(gpu, size)
+    for turn in range(5):
+        gpu.upload(1)
+        gpu.capturing = True
+        gpu.copy_rows(memory, *range(turn * size, (turn + 1) * size))
+        gpu.capturing = False
+    gpu.capturing = True
+    gpu.copy_rows(memory, *range(5 * size, 6 * size))
+    with pytest.raises(RuntimeError, match=r"CUDA graph: .* run it once"):
+        gpu.copy_rows(memory, *range(6 * size, 7 * size))
 
 
 def test_on_the_cpu_there_is_nothing_to_wait_for() -> None:
     array = np.arange(5)
     (copied,) = uploads.upload("key", (array,), torch.device("cpu"))
     assert copied.tolist() == [0, 1, 2, 3, 4]
+    rows = torch.zeros(5, dtype=torch.int64)
+    uploads.copy_rows(array, rows)
+    assert rows.tolist() == [0, 1, 2, 3, 4]

@@ -63,7 +63,8 @@ class _Room:
 
     def reserve(self, size: int) -> None:
         """See to it that ``size`` bytes are free. Not while a graph is captured."""
-        if self._free.numel() < size:
+        # Operators that are called by themselves leave no table to be counted: they get what half a room holds.
+        if self._free.numel() < max(size, _SMALLEST_ROOM // 2):
             # Graphs that read the rest of the room before keep it.
             self._free = _pinned(max(_SMALLEST_ROOM, 1 << size.bit_length()))
 
@@ -200,7 +201,8 @@ def copy_rows(source: npt.NDArray[Any], target: Tensor) -> None:
 def reserve_for_captures() -> None:
     """Set aside pinned memory for what a capture of the steps so far would send. Not while a graph is captured."""
     with _lock:
-        _room.reserve(_cached_bytes + sum(table.nbytes for table in list(_tables)))
+        # A captured backward pass has tables of its own, for operations that the forward pass has sent too.
+        _room.reserve(_cached_bytes + 2 * sum(table.nbytes for table in list(_tables)))
 
 
 class SentTable(Protocol):
