@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -10,14 +11,16 @@ import torch
 from compiling import Compiler
 from emulated import split_by_shape
 
-from rpsft_kernels.ops.triton import project_drift, toolchain
+from rpsft_kernels.ops.triton import project_drift, scratch, toolchain
 
 # On a GPU deterministic algorithms ask this of cuBLAS, which tests compare with.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_workspaces() -> Iterator[None]:
+def _poisoned_workspaces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # What other tests have left holds their numbers.
+    monkeypatch.setattr(scratch, "_scratches", weakref.WeakValueDictionary())
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
