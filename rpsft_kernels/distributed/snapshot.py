@@ -3,36 +3,63 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
+
+from ..private_names import modules_of, parameters_of
+from .dtensor import gathered_by_fsdp2
 
 
 class ModuleSnapshot:
-    """The modules below a model and the parameters that each of them shows. Keeps none of them alive."""
+    """The modules below a model, the parameters that each of them shows, and where some of these are.
 
-    def __init__(self, model: nn.Module) -> None:
+    It keeps none of them alive. Of parameters there are not even weak references: torch cannot swap a tensor that has
+    one, which is how ``model.to`` converts DTensors. Another parameter may thus come at the address of one that is
+    gone, and is taken for it: whoever asks compares all that it needs to be like.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         modules = list(model.modules())
-        self._modules = [(weakref.ref(m), *_names_and_ids(m._modules), *_names_and_ids(m._parameters)) for m in modules]
-        self._parameters = [weakref.ref(p) for m in modules for p in m._parameters.values() if p is not None]
+        self._model = weakref.ref(model)
+        self._shown = [
+            (weakref.ref(m), *_names_and_ids(modules_of(m)), *_names_and_ids(parameters_of(m))) for m in modules
+        ]
+        places = {id(p): (i, name) for i, m in enumerate(modules) for name, p in parameters_of(m).items()}
+        # FSDP2 may show others in the place of its own, which have no place then.
+        self._places = [places.get(id(parameter), (-1, "")) for parameter in parameters]
+        self._ids = list(map(id, parameters))
+        self._gathered = any(i < 0 for i, _ in self._places)
 
-    def is_current(self) -> bool:
-        """Whether every module has the same modules and parameters under the same names as then."""
+    def find(self) -> list[Tensor] | None:
+        """The parameters; None unless every module has the same modules and parameters under the same names as then."""
+        parameters = []
         # In line: this runs for every module at every step.
-        for reference, module_names, module_ids, names, ids in self._modules:
+        for reference, module_names, module_ids, names, ids in self._shown:
             module = reference()
             if module is None:
-                return False
-            below, shown = module._modules, module._parameters
+                return None
+            below, shown = modules_of(module), parameters_of(module)
             if len(below) != len(module_ids) or len(shown) != len(ids):
-                return False
-            if module_ids and (list(below) != module_names or list(map(id, below.values())) != module_ids):
-                return False
-            if ids and (list(shown) != names or list(map(id, shown.values())) != ids):
-                return False
-        # What is gone may have left its address, which is all that is compared above, to another.
-        return not [None for reference in self._parameters if reference() is None]
+                return None
+            if module_ids and (list(below.keys()) != module_names or list(map(id, below.values())) != module_ids):
+                return None
+            if ids and (list(shown.keys()) != names or list(map(id, shown.values())) != ids):
+                return None
+            parameters.append(shown)
+        behind: dict[int, Tensor] = {}
+        if self._gathered:
+            model = self._model()
+            assert model is not None
+            behind = {id(held): held for _, held in gathered_by_fsdp2(model)}
+        found = []
+        for (i, name), number in zip(self._places, self._ids, strict=True):
+            parameter = behind.get(number) if i < 0 else parameters[i][name]
+            if parameter is None:
+                return None
+            found.append(parameter)
+        return found
 
 
 def _names_and_ids(owned: Mapping[str, object]) -> tuple[list[str], list[int]]:
-    return list(owned), list(map(id, owned.values()))
+    return list(owned.keys()), list(map(id, owned.values()))

@@ -177,14 +177,14 @@ class Call:
         return squares
 
     def _pull_back(self, run: ops.Run, bucket: Bucket, staged: Sequence[Any]) -> None:
-        self.gradients.keep_made()
         for pull, operation in zip(self._pulls[bucket.place], staged, strict=True):
             run.pull_back_(operation, pull.scales)
+            # Autograd must see that a tensor which it has saved is another one now.
+            torch.autograd.graph.increment_version(pull.targets)
             self._write_back(pull)
 
     def _pull_back_directly(self, bucket: Bucket, drifts: Sequence[Tensor]) -> None:
         """Where nothing could be prepared."""
-        self.gradients.keep_made()
         for pull in self._pulls[bucket.place]:
             chosen = [drifts[i] for i in pull.owners]
             scales = torch.tensor(pull.scales, dtype=chosen[0].dtype)
@@ -192,6 +192,7 @@ class Call:
             self._write_back(pull)
 
     def _write_back(self, pull: PullBack) -> None:
+        self.gradients.keep_made(pull.weights)
         for i, grad in zip(pull.weights, pull.grads, strict=True):
             self.weights[i].weight.write_back(grad)
 

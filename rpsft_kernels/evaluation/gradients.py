@@ -72,9 +72,9 @@ class Gradients:
         for i in self._made:
             self._weights[i].weight.drop_gradient()
 
-    def keep_made(self) -> None:
-        """From now on they are computed."""
-        self._made.clear()
+    def keep_made(self, computed: Sequence[int] | None = None) -> None:
+        """Those of the weights at these places are computed; None: all are."""
+        self._made = [] if computed is None else [i for i in self._made if i not in computed]
 
     def _ensure(self, i: int) -> None:
         weight = self._weights[i].weight

@@ -20,6 +20,7 @@ from .. import ops
 from ..anchors.anchor import Anchor
 from ..distributed import LocalWeight, ModuleSnapshot, ParameterRef, find_parameters, locate_tensor
 from ..distributed.dtensor import is_dtensor
+from ..private_names import is_traced
 from .agreement import describe_call
 from .bucket import Bucket, make_buckets
 from .pairing import AnchoredWeight, pair
@@ -51,20 +52,20 @@ class Plan:
         self.programs: list[ops.Program] = []
         self.looked_for_foreign_blocks = False
         if not torch.compiler.is_compiling():
-            # Facts name objects by their addresses, which another may have by now.
-            self._objects = [weakref.ref(owner) for owner in _owners(weights)]
+            # Another anchor may have the address of one that is gone.
+            self._anchors = [weakref.ref(one.anchor) for one in weights]
             for bucket in self.buckets:
                 # Here, where all ranks hear of a failure, not in the middle of a step.
                 ops.make_ready(bucket.backend, bucket.device)
-            if all(_has_memory(one.weight) for one in weights):
+            if not is_traced() and all(_has_memory(one.weight) for one in weights):
                 self._prepare_programs()
         names = dict.fromkeys(one.weight.group_name for one in weights if one.weight.group is not None)
         self.descriptions = {name: describe_call(weights, self.buckets, name) for name in names}
 
     def serves(self, weights: Sequence[AnchoredWeight], facts: Hashable) -> bool:
-        """Whether it was made for these very weights and anchors, which are like they were then."""
+        """Whether it was made for these very anchors, and for weights like these."""
         return facts == self.facts and all(
-            reference() is owner for reference, owner in zip(self._objects, _owners(weights), strict=True)
+            reference() is one.anchor for reference, one in zip(self._anchors, weights, strict=True)
         )
 
     def _prepare_programs(self) -> None:
@@ -88,42 +89,39 @@ def _has_memory(weight: LocalWeight) -> bool:
         return False
 
 
-def _owners(weights: Sequence[AnchoredWeight]) -> list[Any]:
-    return [owner for one in weights for owner in (one.weight.parameter, one.anchor)]
-
-
 class Sighting:
     """How a plan's weights were found, and what each was like."""
 
     def __init__(self, weights: object, found: Sequence[AnchoredWeight], plan: Plan, groups: Sequence[Group]) -> None:
         self.plan, self.groups = plan, list(groups)
+        self.watches: list[weakref.ref[Any]] = []
         # How FSDP1 and ZeRO-3 hold a weight changes within a step.
         self._lasting = all(one.weight.lasting for one in found)
         if not self._lasting:
             return
         self._names = [one.name for one in found]
         self._weights = [one.weight.detached() for one in found]
-        self._parameters = [weakref.ref(one.weight.parameter) for one in found]
+        # No weak references: torch cannot swap a tensor that has one, which is how ``model.to`` converts DTensors. One
+        # that is at the address of another, of its type and in its state, is as good to the plan.
+        parameters = [one.weight.parameter for one in found]
+        self._ids, self._types = list(map(id, parameters)), list(map(type, parameters))
         self._anchors = [weakref.ref(one.anchor) for one in found]
         self._states = [one.weight.state() for one in found]
-        self._by_name = isinstance(weights, nn.Module)
-        self._snapshot = ModuleSnapshot(weights) if isinstance(weights, nn.Module) else None
+        self._snapshot = ModuleSnapshot(weights, parameters) if isinstance(weights, nn.Module) else None
 
     def find(self, weights: object, anchors: object) -> list[AnchoredWeight] | None:
         """The same weights and anchors as they are now; None where anything differs that the plan rests on."""
         if not self._lasting:
             return None
+        parameters: Sequence[Tensor] | None
         if self._snapshot is not None:
-            if not self._snapshot.is_current():
-                return None
-            given = None
+            parameters = self._snapshot.find()
         else:
-            given = [weights] if isinstance(weights, Tensor) else list(weights)  # type: ignore[call-overload]
+            parameters = [weights] if isinstance(weights, Tensor) else list(weights)  # type: ignore[call-overload]
+        if parameters is None or list(map(id, parameters)) != self._ids or list(map(type, parameters)) != self._types:
+            return None
         found_anchors = self._find_anchors(anchors)
         if found_anchors is None:
-            return None
-        parameters = [reference() for reference in self._parameters]
-        if given is not None and not (len(given) == len(parameters) and all(map(_is, given, parameters))):
             return None
         found = [
             AnchoredWeight(name, weight.attached(parameter), anchor)
@@ -136,7 +134,7 @@ class Sighting:
         return found
 
     def _find_anchors(self, anchors: object) -> list[Anchor] | None:
-        if self._by_name:
+        if self._snapshot is not None:
             assert isinstance(anchors, Mapping)
             if list(anchors) != self._names:
                 return None
@@ -148,10 +146,6 @@ class Sighting:
         return given if all(reference() is one for reference, one in zip(self._anchors, given, strict=True)) else None
 
 
-def _is(one: object, other: object) -> bool:
-    return one is other
-
-
 class Found(NamedTuple):
     """A call's weights and their plan."""
 
@@ -159,16 +153,10 @@ class Found(NamedTuple):
     plan: Plan
 
 
-class _Known(NamedTuple):
-    """The sightings of one call's objects, and what watches over these: the first that goes takes all of it along."""
-
-    sightings: list[Sighting]
-    watches: list[weakref.ref[Any]]
-
-
-_known: OrderedDict[Hashable, _Known] = OrderedDict()
+# The newest first. All of a key go with the first anchor or module of any that goes.
+_known: OrderedDict[Hashable, list[Sighting]] = OrderedDict()
 _lock = threading.Lock()
-# A list of weights has a plan of its own; so many may be in use at a time.
+# A list of anchors has plans of its own; so many may be in use at a time.
 _MOST = 1024
 # FSDP2 shows sharded and gathered parameters in turn; adapters are switched on and off.
 _MOST_SIGHTINGS = 4
@@ -199,35 +187,34 @@ def prepare(
         RuntimeError: the GPU's kernels have failed their self-test.
     """
     found = pair(weights, anchors, parameters)
-    if torch.compiler.is_compiling() or not found:
-        return Found(found, Plan(found, None))
     key = _key(weights, anchors)
+    if key is None or not found:
+        return Found(found, Plan(found, None))
     facts = _facts(found)
     same = [sighting.plan for sighting in _sightings_of(key) if sighting.plan.serves(found, facts)]
     plan = same[0] if same else Plan(found, facts)
-    if key is not None:
-        _remember(key, Sighting(weights, found, plan, groups), weights, found)
+    _remember(key, Sighting(weights, found, plan, groups), weights, found)
     return Found(found, plan)
 
 
 def _facts(weights: Sequence[AnchoredWeight]) -> Hashable:
-    # By the anchors' addresses: plans go when one of their anchors does.
     found = []
-    for one in weights:
+    firsts: dict[int, int] = {}
+    for i, one in enumerate(weights):
         weight = one.weight
         place = type(weight), weight.shard, weight.group_name, weight.grad_scale
-        found.append((one.name, weight.identity, place, weight.state(), id(one.anchor)))
+        # Which weights are tied, not which they are.
+        found.append((one.name, firsts.setdefault(weight.identity, i), place, weight.state()))
     return tuple(found)
 
 
 def _sightings_of(key: Hashable) -> list[Sighting]:
-    found = _known.get(key)
-    return [] if found is None else list(found.sightings)
+    return list(_known.get(key, ()))
 
 
 def _key(weights: object, anchors: object) -> Hashable:
     """By which objects a call is known; None where it must be looked at anew."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_traced():
         return None
     try:
         requested = ops.requested_backend()
@@ -236,11 +223,12 @@ def _key(weights: object, anchors: object) -> Hashable:
         return None
     if isinstance(weights, nn.Module):
         return (id(weights), id(anchors), requested) if isinstance(anchors, Mapping) else None
-    listed = [weights] if isinstance(weights, Tensor) else weights
-    given = [anchors] if isinstance(anchors, Anchor) else anchors
-    if not isinstance(listed, Sequence) or not isinstance(given, Sequence):
+    if isinstance(weights, Tensor):
+        return (id(anchors), requested) if isinstance(anchors, Anchor) else None
+    if not isinstance(weights, Sequence) or not isinstance(anchors, Sequence):
         return None
-    return tuple(map(id, listed)), tuple(map(id, given)), requested
+    # Not by the weights, which may be others at every step.
+    return tuple(map(id, anchors)), requested
 
 
 def _remember(key: Hashable, sighting: Sighting, weights: object, found: Sequence[AnchoredWeight]) -> None:
@@ -248,15 +236,11 @@ def _remember(key: Hashable, sighting: Sighting, weights: object, found: Sequenc
         _known.pop(key, None)
 
     owners: list[Any] = [one.anchor for one in found]
-    owners += [weights] if isinstance(weights, nn.Module) else [one.weight.parameter for one in found]
+    owners += [weights] if isinstance(weights, nn.Module) else []
+    sighting.watches = [weakref.ref(owner, forget) for owner in owners]
     with _lock:
-        known = _known.get(key)
-        if known is None:
-            known = _known[key] = _Known([], [])
-        # The anchors may be others than those of the first sighting, under the same names.
-        known.watches[:] = [weakref.ref(owner, forget) for owner in owners]
-        known.sightings[:] = [sighting, *known.sightings[: _MOST_SIGHTINGS - 1]]
-        _known.move_to_end(key)
+        # What is forgotten is forgotten at any moment, without the lock: it may be this thread that collects garbage.
+        _known[key] = [sighting, *_known.pop(key, ())][:_MOST_SIGHTINGS]
         while len(_known) > _MOST:
             _known.popitem(last=False)
 

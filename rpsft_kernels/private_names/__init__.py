@@ -16,6 +16,9 @@ from .of_torch import (
     fsdp2_parameters,
     ignored_by_ddp,
     is_fsdp1_flat,
+    is_traced,
+    modules_of,
+    parameters_of,
     shards_before,
 )
 
@@ -31,5 +34,8 @@ __all__ = [
     "fsdp2_parameters",
     "ignored_by_ddp",
     "is_fsdp1_flat",
+    "is_traced",
+    "modules_of",
+    "parameters_of",
     "shards_before",
 ]

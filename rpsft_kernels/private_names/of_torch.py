@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from .table import TABLE, read, spellings
 
+_dispatch = importlib.import_module("torch.utils._python_dispatch")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 # Components of parameters' paths that are the doing of wrappers.
 WRAPPED = frozenset(row.name for row in TABLE if row.meaning == "wrapped module")
@@ -22,6 +25,27 @@ def constant_under_dynamo(function: _Function) -> _Function:
     (row,) = spellings["function", "constant under Dynamo"]
     setattr(function, row.name, True)
     return function
+
+
+def _reader(holder: str, meaning: str) -> Callable[[Any], Any]:
+    """What reads an attribute that has one spelling, for those who read it hundreds of times a step."""
+    (row,) = spellings[holder, meaning]
+    return attrgetter(row.name)
+
+
+modules_of: Callable[[nn.Module], dict[str, nn.Module | None]] = _reader("Module", "modules by name")
+parameters_of: Callable[[nn.Module], dict[str, nn.Parameter | None]] = _reader("Module", "parameters by name")
+
+
+def is_traced() -> bool:
+    """Whether operators are recorded (make_fx), or their tensors are fake or functional ones: kernels that no operator
+    starts would be missed, or read memory that is not there.
+    """
+    modes = read(_dispatch, "torch.utils._python_dispatch", "modes that are on")()
+    if not modes:
+        return False
+    (row,) = spellings["TorchDispatchMode", "kind, of torch's own"]
+    return any(getattr(mode, row.name, None) is not None for mode in modes)
 
 
 def default_store() -> Any:

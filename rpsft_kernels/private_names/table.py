@@ -49,6 +49,11 @@ TABLE: tuple[Row, ...] = (
     *_rows("torch", "checkpoint_wrapper's CheckpointWrapper", ("wrapped module", "_checkpoint_wrapped_module")),
     # Written, not read: Dynamo takes what a function with this attribute returns for a constant. ops/backend.py
     *_rows("torch", "function", ("constant under Dynamo", "_dynamo_marked_constant")),
+    # What a module shows at a step, without naming it anew. distributed/snapshot.py
+    *_rows("torch", "Module", ("modules by name", "_modules"), ("parameters by name", "_parameters")),
+    # Which modes of operators are on: those under which an address means nothing. evaluation/plan.py
+    *_rows("torch", "torch.utils._python_dispatch", ("modes that are on", "_get_current_dispatch_mode_stack")),
+    *_rows("torch", "TorchDispatchMode", ("kind, of torch's own", "_mode_key")),
     # Who is in the job, and who is gone. sharding/exchange.py
     *_rows("torch", "torch.distributed.distributed_c10d", ("store of the job", "_get_default_store")),
     # DDP. sharding/find.py

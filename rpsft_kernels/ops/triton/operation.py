@@ -40,6 +40,7 @@ class Operation(Generic[Key]):
     def __init__(self, rows: Rows, device: torch.device, profile: Profile) -> None:
         self.rows, self.device, self.profile = rows, device, profile
         self._facts: Sequence[Facts] | None = None
+        self._next_facts: Sequence[Facts] | None = None
         self._columns: dict[str, list[int]] = {}
         self._order: list[int] = []
         self._generation = -1
@@ -51,10 +52,12 @@ class Operation(Generic[Key]):
         self._held: list[Tensor] = []
 
     def is_alike(self, facts: Sequence[Facts]) -> bool:
-        """Whether matrices (at other addresses, perhaps) lie as those did that were planned for. They are noted."""
+        """Whether matrices (at other addresses, perhaps) lie as those did that were planned for. Others are noted by
+        :meth:`bind`: what is refused before it is planned anew, and refused again, at the next call.
+        """
         if facts == self._facts:
             return True
-        self._facts, self._generation = facts, -1
+        self._facts, self._next_facts, self._generation = None, facts, -1
         self._columns.clear()
         self._numbers = None
         return False
@@ -86,7 +89,7 @@ class Operation(Generic[Key]):
         """
         if self._generation != scratch.generation:
             self._launches = self.launches(scratch)
-            self._generation = scratch.generation
+            self._generation, self._facts = scratch.generation, self._next_facts
         self.place_drifts()
 
     def is_bound(self, scratch: Scratch) -> bool:
