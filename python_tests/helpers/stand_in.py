@@ -240,7 +240,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(triton_launch, "find_start", _starter(device))
     monkeypatch.setattr(triton_backend, "unavailable", lambda device, dtype: None)
     # Fake tensors' mode is on for the sake of the device's name alone: these have memory.
-    monkeypatch.setattr(plan, "is_traced", lambda: False, raising=False)
+    monkeypatch.setattr(plan, "is_traced", lambda: False)
     # What has passed its self-test is not tested again.
     monkeypatch.setattr(gate, "_passed", {DEVICE})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

@@ -183,6 +183,62 @@ def test_casts_of_an_anchor_are_made_anew_and_live_until_the_next(bench: Bench) 
         assert bench.changed() <= {"LEFT", "RIGHT", "BASE"} and bench.found == []
 
 
+def test_casts_go_when_a_call_ends(bench: Bench) -> None:
+    operation, operands = projection(bench), anchored(matrices(), basis=torch.float16)
+    operation.stage(operands, None)
+    bench.send(operation)
+    operation.release()
+    assert operation._held == []
+    operation.stage(operands, None)
+    assert len(operation._held) == 2 * len(SHAPES), "cast again"
+
+
+def test_what_is_refused_is_refused_again_and_then_planned_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation, others = projection(bench), matrices("transposed")
+    operation.stage(anchored(matrices()), None)
+    bench.send(operation)
+    find = triton_launch.find_start
+
+    def refuse(variant: Variant, *_: Any) -> Callable[[], None]:
+        raise ValueError(f"{variant.label()} is not launched")
+
+    monkeypatch.setattr(triton_launch, "find_start", refuse)
+    operands = anchored(others)
+    for _ in range(2):
+        operation.stage(operands, None)
+        with pytest.raises(ValueError, match="is not launched"):
+            bench.send(operation)
+    monkeypatch.setattr(triton_launch, "find_start", find)
+    bench.found.clear()
+    operation.stage(operands, None)
+    bench.send(operation)
+    assert bench.found
+    assert sorted(bench.column(operation, "WEIGHT")) == sorted(addresses_of(others))
+    assert sorted(bench.column(operation, "BASE")) == sorted(addresses_of(operands.pretrained))
+
+
+def test_a_cast_that_finds_no_memory_leaves_nothing_half_planned(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation = projection(bench)
+    operation.stage(anchored(matrices()), None)
+    bench.send(operation)
+    others = anchored(matrices("transposed"), basis=torch.float16)
+
+    def no_memory(_: Operands) -> Operands:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as context:
+        context.setattr(Operands, "cast_subspaces", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            operation.stage(others, None)
+    bench.found.clear()
+    operation.stage(others, None)
+    bench.send(operation)
+    assert {variant.kernel for variant in bench.found} == {"project", "drift", "squares"}
+    assert sorted(bench.column(operation, "WEIGHT")) == sorted(addresses_of(others.weights))
+    sides = set(bench.column(operation, "LEFT") + bench.column(operation, "RIGHT"))
+    assert sides == {piece.data_ptr() for piece in operation._held}
+
+
 def test_launches_are_made_anew_where_the_scratch_memory_has_moved(bench: Bench) -> None:
     operation, operands = projection(bench), anchored(matrices())
     operation.stage(operands, None)
