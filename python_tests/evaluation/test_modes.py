@@ -1,0 +1,235 @@
+"""Graphs, modes and tracers around a call that has a plan already."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from plans import COEFF, RANK, Case, forget, same
+from support import exact_penalty, relative_error
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import rpsft_kernels as rk
+from rpsft_kernels.ops.triton import launch
+
+BACKENDS = ("native", "torch", "triton")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels on the CPU take TRITON_INTERPRET=1, set before the start")
+    forget()
+    with rk.use_backend(request.param):
+        yield request.param
+    forget()
+
+
+# -- graphs --------------------------------------------------------------------------------------------------
+
+
+def _gradients(case: Case, **options: Any) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(rk.rotation_penalty(case.model, case.anchors), case.parameters(), **options)
+
+
+def test_second_derivatives(backend: str) -> None:
+    """Of a function of the gradient; R is of the second degree, so that there are no third ones."""
+    case = Case.make()
+    directions = [torch.randn_like(parameter) for parameter in case.parameters()]
+    for _ in range(2):
+        gradients = _gradients(case, create_graph=True)
+        along = torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()
+        found = torch.autograd.grad(along, case.parameters())
+        for parameter, anchor, direction, second in zip(
+            case.parameters(), case.anchors.values(), directions, found, strict=True
+        ):
+            exact = torch.func.hessian(lambda w, a=anchor: exact_penalty(w, a))(parameter.detach().double())
+            assert relative_error(second, torch.einsum("ijkl,ij->kl", exact, direction.double())) < 0.02
+
+
+def test_two_forward_passes_before_a_backward_pass(backend: str) -> None:
+    """The second writes to the memory of the first, but not to what its graph holds."""
+    case = Case.make()
+    expected = _gradients(case)
+    values = [parameter.detach().clone() for parameter in case.parameters()]
+    first = rk.rotation_penalty(case.model, case.anchors)
+    other = nn.ParameterList([nn.Parameter(2 * value) for value in values])
+    second = rk.rotation_penalty(list(other), list(case.anchors.values()))
+    rk.accumulate_rotation_grad_(case.model, case.anchors, COEFF)
+    third = rk.rotation_penalty(case.model, case.anchors)
+    assert third.detach().equal(first.detach()) and not second.detach().equal(first.detach())
+    for penalty in (third, first):
+        assert all(map(same, torch.autograd.grad(penalty, case.parameters()), expected))
+
+
+def test_a_graph_that_is_kept_gives_the_same_twice(backend: str) -> None:
+    case = Case.make()
+    found = rk.rotation_penalty(case.model, case.anchors)
+    once = torch.autograd.grad(found, case.parameters(), retain_graph=True)
+    assert all(map(same, torch.autograd.grad(found, case.parameters(), retain_graph=True), once))
+    some = torch.autograd.grad(found, case.parameters()[1:3])
+    assert all(map(same, some, once[1:3]))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(found, case.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(reentrant: bool, backend: str) -> None:
+    """The forward pass runs again inside the backward pass."""
+    case = Case.make()
+    expected = _gradients(case)
+    leaf = torch.ones((), requires_grad=True)
+
+    def run(factor: Tensor) -> Tensor:
+        return factor * rk.rotation_penalty(case.model, case.anchors)
+
+    checkpoint(run, leaf, use_reentrant=reentrant).backward()
+    assert all(same(p.grad, grad) for p, grad in zip(case.parameters(), expected, strict=True))
+
+
+# -- modes and tracers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["at first", "with a plan"])
+def test_fake_tensors_take_the_operators(known: bool, backend: str) -> None:
+    """Of a fake model, and of a real one among fake tensors: no kernel reads an address."""
+    case = Case.make()
+    if known:
+        rk.rotation_penalty(case.model, case.anchors)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        found = rk.rotation_penalty(case.parameters(), list(case.anchors.values()))
+    assert isinstance(found, torch._subclasses.FakeTensor) and found.shape == ()
+    with mode:
+        fake = [nn.Parameter(mode.from_tensor(parameter.detach())) for parameter in case.parameters()]
+        found = rk.rotation_penalty(fake, list(case.anchors.values()))
+        found.backward()  # type: ignore[no-untyped-call]
+        assert all(parameter.grad is not None and parameter.grad.shape == parameter.shape for parameter in fake)
+    # And what comes after is computed.
+    case.check(lists=False)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["at first", "with a plan"])
+def test_what_is_recorded_is_computed_again(known: bool, backend: str) -> None:
+    """make_fx with real tensors: the graph holds the operators, not the numbers that they gave once."""
+    case = Case.make()
+    weight, anchor = case.model.first.weight.detach(), case.anchors["first.weight"]  # type: ignore[union-attr, operator]
+    if known:
+        rk.rotation_penalty(weight, anchor)
+
+    def gradient(values: Tensor) -> Tensor:
+        values = values.detach().requires_grad_()
+        return torch.autograd.grad(rk.rotation_penalty(values, anchor), values)[0]
+
+    for function in (lambda values: rk.rotation_penalty(values, anchor), gradient):
+        graph = make_fx(function)(weight)
+        for values in (weight, 2 * weight):
+            assert same(graph(values).detach(), function(values).detach())
+
+
+def test_functions_of_other_modes_see_what_they_saw(backend: str) -> None:
+    """A mode of the user's own that only looks on changes no bits."""
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    case = Case.make()
+    expected = _gradients(case)
+    for _ in range(2):
+        with Counting():
+            assert all(map(same, _gradients(case), expected))
+
+
+def test_saved_tensors_may_be_packed(backend: str) -> None:
+    """What hooks give back lies elsewhere."""
+    case = Case.make()
+    expected = _gradients(case)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.numpy().copy(), torch.from_numpy):
+        found = rk.rotation_penalty(case.model, case.anchors)
+    assert all(map(same, torch.autograd.grad(found, case.parameters()), expected))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_is_served(backend: str) -> None:
+    model = nn.Sequential(nn.Linear(24, 40))
+    anchors = rk.Anchors.from_model(model, RANK, progress=False)
+    with torch.no_grad():
+        model[0].weight.add_(0.1)
+    scripted = torch.jit.script(model)
+    for _ in range(2):
+        assert rk.rotation_penalty(scripted, anchors).detach().equal(rk.rotation_penalty(model, anchors).detach())
+
+
+# -- allocations ---------------------------------------------------------------------------------------------
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of every tensor that an operator has made, by its name; views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if _real(t)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if _real(tensor) and tensor.numel() and tensor.untyped_storage().data_ptr() not in given:
+                self.made[str(func.overloadpacket)] += tensor.nbytes
+        return result
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+@pytest.fixture
+def nothing_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter makes tensors of its own."""
+    monkeypatch.setattr(launch, "find_start", lambda *_: lambda: None)
+
+
+@pytest.mark.usefixtures("nothing_launched")
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("exist", [True, False], ids=["gradients", "no gradients"])
+def test_a_step_makes_nothing_but_gradients_and_r(exist: bool, backend: str) -> None:
+    """From the second step on; R's summands are one concatenation of 4 bytes a weight."""
+    case = Case.make()
+    for _ in range(2):
+        rk.accumulate_rotation_grad_(case.model, case.anchors, COEFF)
+        if not exist:
+            case.model.zero_grad()
+    with Allocations() as found:
+        rk.accumulate_rotation_grad_(case.model, case.anchors, COEFF)
+    gradients = 0 if exist else sum(parameter.nbytes for parameter in case.parameters())
+    expected = {"aten.empty_like": gradients, "aten.cat": 4 * len(case.anchors), "aten.sum": 4}
+    assert found.made == Counter({name: size for name, size in expected.items() if size})
+
+
+@pytest.mark.usefixtures("nothing_launched")
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_what_r_and_its_backward_pass_make(backend: str) -> None:
+    """C of every weight that is not full, the norms twice, R; then the gradients, and the factors of each bucket."""
+    case = Case.make()
+    for _ in range(2):
+        rk.rotation_penalty(case.model, case.anchors).backward()  # type: ignore[no-untyped-call]
+        case.model.zero_grad()
+    with Allocations() as forward:
+        found = rk.rotation_penalty(case.model, case.anchors)
+    drifts = sum(4 * RANK**2 for anchor in case.anchors.values() if anchor.form != "full")
+    norms = 4 * len(case.anchors)
+    assert forward.made == Counter({"aten.empty": drifts, "aten.clone": norms, "aten.cat": norms, "aten.sum": 4})
+    with Allocations() as backward:
+        found.backward()  # type: ignore[no-untyped-call]
+    gradients = sum(parameter.nbytes for parameter in case.parameters())
+    assert sum(backward.made.values()) - backward.made["aten.new_empty"] <= 8 * norms + 4
+    assert backward.made["aten.new_empty"] == gradients
