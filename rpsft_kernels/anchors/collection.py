@@ -32,7 +32,7 @@ class Anchors(Mapping[str, Anchor]):
 
     Args:
         anchors: A non-empty mapping of names to anchors.
-        fingerprints: What the anchored weights were, by name, where that is known; :meth:`verify` needs it.
+        fingerprints: The anchored weights' fingerprints by name, where they are known; :meth:`verify` needs them.
         skipped: Parameters without an anchor, with the reason.
 
     Raises:
@@ -81,10 +81,10 @@ class Anchors(Mapping[str, Anchor]):
     ) -> Anchors:
         """Anchors for every 2-D floating point parameter of a pretrained model, each on its own device.
 
-        Of a model that is sharded or replicated over processes, every rank makes this call, and gets anchors of the
-        parts that it works on: FSDP2 and tensor parallel (DTensor), FSDP1, DeepSpeed ZeRO-3, or its share of
-        the weights that DistributedDataParallel or DeepSpeed ZeRO-1/2 keep equal. Each weight is brought together once,
-        on one rank, for its singular subspaces.
+        If the model is sharded or replicated over processes, every rank makes this call and gets anchors of the shards
+        that it works on: with FSDP2 and tensor parallelism (DTensor), FSDP1 and DeepSpeed ZeRO-3 its shard of each
+        weight, with DistributedDataParallel and DeepSpeed ZeRO-1/2 its share of the weights that these keep equal. Each
+        weight is gathered once, on one rank, for its singular subspaces.
 
         Args:
             model: The model before fine-tuning. Frozen parameters are anchored too.
@@ -110,7 +110,7 @@ class Anchors(Mapping[str, Anchor]):
         building = build_anchors(weights, options)
         for name, anchor, fingerprint in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
             made[name] = anchor, fingerprint
-        # In the model's order, whatever order they were made in.
+        # The order is the model's, whatever order they were made in.
         return cls(
             {name: made[name][0] for name in weights},
             fingerprints={name: made[name][1] for name in weights},
@@ -168,12 +168,12 @@ class Anchors(Mapping[str, Anchor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all; an existing file is replaced.
 
-        Anchors of parts (of a model that lies over several ranks) are written to a folder instead, by all ranks
-        of the job together: a file per rank and an index. Any number of ranks can load it.
+        Anchors of shards (from a model that lies over several ranks) go to a folder instead, which all ranks of the job
+        write together: a file per rank and an index. Any number of ranks can load it.
 
         Raises:
-            ValueError: the folder of ``path`` does not exist, or ``path`` is a folder (a file, of anchors of parts), or
-                another rank could not write.
+            ValueError: the folder of ``path`` does not exist, or ``path`` is a folder (for anchors of shards: a file),
+                or another rank could not write.
         """
         contents = Contents(self._anchors, self._fingerprints, self._skipped)
         if any(anchor.part is not None for anchor in self._anchors.values()):
@@ -199,8 +199,8 @@ class Anchors(Mapping[str, Anchor]):
             model: As for :meth:`from_model`; the meta device serves.
             rank, include, exclude, keep_base, basis_dtype: As for :meth:`from_model`.
             ranks: How many ranks to plan for; None takes the model as it lies now, for this rank alone.
-            layout: Of the plan: ``"shard0"`` (FSDP2: rows), ``"replicated"`` (DDP, ZeRO-1/2) or ``"flat"`` (FSDP1,
-                ZeRO-3).
+            layout: The planned layout: ``"shard0"`` (FSDP2: rows), ``"replicated"`` (DDP, ZeRO-1/2) or ``"flat"``
+                (FSDP1, ZeRO-3).
 
         A base is counted in bfloat16 for bfloat16 weights, else in the weights' own dtype, though it is kept in
         bfloat16 where that turns out to be exact.
@@ -261,7 +261,7 @@ class Anchors(Mapping[str, Anchor]):
 
     @property
     def fingerprints(self) -> Mapping[str, Fingerprint]:
-        """What the anchored weights were, by name; empty for anchors that were built by hand."""
+        """The anchored weights' fingerprints by name; empty for anchors that were built by hand."""
         return MappingProxyType(self._fingerprints)
 
     @property
@@ -299,7 +299,7 @@ class Anchors(Mapping[str, Anchor]):
 
 
 def _located(anchors: Mapping[str, Anchor], model: nn.Module) -> dict[str, LocalWeight]:
-    """The anchored weights that the model has, as they lie; of replicated ones the parts that the anchors are of."""
+    """The anchored weights that the model has, as they lie here; replicated ones get the shards of their anchors."""
     parameters = find_parameters(model)
     located = {}
     for name, anchor in anchors.items():

@@ -1,4 +1,4 @@
-"""What identifies a pretrained weight: its name, shape, dtype and a checksum of its bits."""
+"""A fingerprint identifies a pretrained weight by its name, shape, dtype and a checksum of its bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import dtype_name
 
-# Words share one table of multipliers per block: 2 MiB of int64, and as much for the products.
+# Words share one table of multipliers per block. The table takes 2 MiB of int64, and the products as much.
 _BLOCK = 1 << 18
 # Elements of one contiguous copy made of a strided tensor.
 _PIECE = 1 << 20
@@ -26,7 +26,7 @@ class Fingerprint:
     Attributes:
         name: The parameter's canonical name in its model.
         shape: (m, n).
-        dtype: Such as ``"bfloat16"``.
+        dtype: The dtype's name, such as ``"bfloat16"``.
         checksum: :func:`content_checksum` of the weight.
     """
 
@@ -41,7 +41,7 @@ class Fingerprint:
         return cls(name, tuple(tensor.shape), dtype_name(tensor.dtype), content_checksum(tensor))
 
     def difference(self, tensor: Tensor) -> str | None:
-        """What distinguishes ``tensor`` from the anchored weight, in words; None when nothing does."""
+        """Describe how ``tensor`` differs from the anchored weight; None when it does not."""
         if tuple(tensor.shape) != self.shape:
             return f"got shape {tuple(tensor.shape)}, anchored with {self.shape}"
         if dtype_name(tensor.dtype) != self.dtype:
@@ -80,8 +80,8 @@ def content_checksum(tensor: Tensor, offset: int = 0) -> str:
 def content_sum(tensor: Tensor, offset: int = 0, row_stride: int | None = None) -> int:
     """A checksum of a tensor's bits, in [0, 2^64): the sum over elements of bits times h(index) mod 2^64.
 
-    Integers only, hence the same on every device and for every split: the sums over contiguous parts, each
-    with the flat row-major index of its first element as ``offset``, add up (mod 2^64) to the whole's.
+    It uses integers only, hence it is the same on every device and for every split: the sums over contiguous
+    ranges, each with the flat row-major index of its first element as ``offset``, add up (mod 2^64) to the whole's.
     NaN payloads and the sign of zero count; strides do not: a transposed view has the checksum of its own
     row-major order. h is odd, so that a change of one bit always shows; a swap of two unlike elements goes
     unseen with probability below 2^-30. Trailing zeros add nothing: compare shapes too. It finds mistakes,
@@ -89,8 +89,8 @@ def content_sum(tensor: Tensor, offset: int = 0, row_stride: int | None = None) 
 
     Args:
         tensor: Any shape, dense, real, of 1, 2, 4 or 8 bytes per element. Temporaries stay below 10 MiB.
-        offset: Flat index of its first element in the whole that it is a part of.
-        row_stride: Columns of the whole, where ``tensor`` (2-D) has some of them only.
+        offset: Flat index of its first element in the whole tensor.
+        row_stride: Columns of the whole tensor, where ``tensor`` (2-D) has only some of them.
 
     Raises:
         ValueError: the tensor is sparse, complex, or has no data; or a negative ``offset``.
@@ -104,7 +104,7 @@ def content_sum(tensor: Tensor, offset: int = 0, row_stride: int | None = None) 
         raise ValueError(f"offset: got {offset}, expected the flat index of the first element, 0 or more")
     if row_stride is not None and row_stride != tensor.shape[1]:
         return _rectangle_sum(tensor.detach(), offset, row_stride)
-    # Words of at most 32 bits: a difference of two has few enough factors of 2 not to cancel mod 2^64.
+    # Words have at most 32 bits, so that a difference of two has few enough factors of 2 not to cancel mod 2^64.
     word = _WORDS[min(tensor.element_size(), 4)]
     position = offset * (tensor.element_size() // word.itemsize)
     table = _multipliers(tensor.device)
@@ -122,7 +122,7 @@ def content_sum(tensor: Tensor, offset: int = 0, row_stride: int | None = None) 
 
 
 def _rectangle_sum(tensor: Tensor, offset: int, row_stride: int) -> int:
-    """:func:`content_sum` of rows whose elements follow each other, but not the rows."""
+    """:func:`content_sum` of some of the columns: elements of a row follow each other, but rows do not."""
     word = _WORDS[min(tensor.element_size(), 4)]
     per = tensor.element_size() // word.itemsize
     table, total = _multipliers(tensor.device), 0
@@ -153,7 +153,7 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _blocks(position: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cuts [position, position + count) where blocks end: (start, stop, block, index in the block)."""
+    """Cut [position, position + count) where blocks end, into (start, stop, block, index in the block)."""
     start = 0
     while start < count:
         block, low = divmod(position + start, _BLOCK)
@@ -162,8 +162,8 @@ def _blocks(position: int, count: int) -> Iterator[tuple[int, int, int, int]]:
         start = stop
 
 
-# h(index) = table[index % _BLOCK] * _block_multiplier(index // _BLOCK): one multiplication per word, and
-# odd as a product of odd numbers.
+# h(index) = table[index % _BLOCK] * _block_multiplier(index // _BLOCK) takes one multiplication per word, and is odd
+# as a product of odd numbers.
 @lru_cache(maxsize=16)
 def _multipliers(device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
@@ -176,7 +176,7 @@ def _block_multiplier(block: int) -> int:
 
 
 def _mix(index: Tensor) -> Tensor:
-    """SplitMix64's finaliser in int64, made odd."""
+    """Apply SplitMix64's finaliser in int64, and make the result odd."""
     z = (index + 1) * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ _shifted(z, shift)) * _signed(factor)

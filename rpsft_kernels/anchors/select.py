@@ -1,4 +1,4 @@
-"""Which parameters of a model are anchored, and why the others are not."""
+"""Selects the parameters of a model to anchor, and gives the reason why each other one is left out."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Patterns = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class Selection:
-    """Parameters by canonical name: those to anchor, and for each of the others the reason."""
+    """Parameters by canonical name: ``chosen`` are to be anchored, ``skipped`` has the reason for each other one."""
 
     chosen: dict[str, LocalWeight]
     skipped: dict[str, str]
 
 
 def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> Selection:
-    """Every 2-D floating point parameter that the globs admit; a tied parameter once, under its first name.
+    """Select every 2-D floating point parameter that the globs admit; a tied parameter once, under its first name.
 
     A glob that matches one name of a tied parameter has matched the parameter; ``exclude`` wins.
 

@@ -16,7 +16,7 @@ def canonical_name(name: str, replicas: Collection[str] = ()) -> str:
     Args:
         name: A dotted path such as ``"module._orig_mod.layers.0.weight"``.
         replicas: Paths of the modules that are DistributedDataParallel, DataParallel or DeepSpeedEngine (``""``
-            for the model itself); the component ``module`` is theirs only directly below such a path.
+            for the model itself). A component ``module`` directly below such a path belongs to the wrapper.
     """
     parts = name.split(".")
     kept = []
@@ -28,12 +28,12 @@ def canonical_name(name: str, replicas: Collection[str] = ()) -> str:
 
 
 def is_deepspeed(module: nn.Module) -> bool:
-    """Whether it is a DeepSpeedEngine, which is not imported to find out."""
+    """Whether ``module`` is a DeepSpeedEngine; DeepSpeed is not imported to find out."""
     return type(module).__module__.startswith("deepspeed.") and hasattr(module, "zero_optimization_stage")
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of ``model`` by canonical name; a tied parameter under each of its names.
+    """Find every parameter of ``model`` by canonical name; a tied parameter under each of its names.
 
     Raises:
         ValueError: ``model`` is not a module, or two different parameters have one canonical name.

@@ -1,1 +1,1 @@
-"""For people at a prompt: the command line, and the reports behind it."""
+"""The command line for people at a prompt, and the reports behind it."""

@@ -46,7 +46,7 @@ def _guarded(tell: Callable[[], str]) -> str:
 
 def _facts() -> Iterator[_Fact]:
     yield "rpsft_kernels", lambda: __version__
-    # The version that pip knows: none for a source tree, and another one if a source tree hides an installation.
+    # pip's version: a source tree has none, and it differs from the above if a source tree hides an installation.
     yield "distribution", lambda: _version("rpsft_kernels")
     yield "python", lambda: f"{platform.python_version()} ({platform.python_implementation()})"
     yield "platform", platform.platform

@@ -1,4 +1,4 @@
-"""The 2-D weights of models that the paper and the benchmarks speak of, by shape alone."""
+"""Shapes of the 2-D weights of the models that the paper and the benchmarks name."""
 
 from __future__ import annotations
 

@@ -1,30 +1,33 @@
-"""A roofline on paper: how long each phase of R and its gradient should take on a GPU. A prediction, nothing is timed.
+"""A roofline on paper predicts how long each phase of R and its gradient takes on a GPU. Nothing is timed.
 
 Each phase lasts as long as the resource that it needs longest: tensor cores, DRAM, the link to other ranks, or
-launches. Phases follow one another: that the exchange hides behind the next bucket's projection is not counted on.
+launches. Phases follow one another: the model does not assume that the exchange hides behind the next projection.
 
-Of an (r, c) tile of a rank's part, s and l its shorter and longer side, w bytes an element of W and G, k the rank. The
-longer side is contracted first, so that T and P are (s, k), in bfloat16 like U and V:
+The table is for an (r, c) rectangle of a rank's shard, where s and l are its shorter and longer side, w is the bytes of
+an element of W and G, and k is the rank. The longer side is contracted first, so that T and P are (s, k), in bfloat16
+like U and V:
 
 ======== =================== =========================================================================================
 phase    FLOPs               bytes
 ======== =================== =========================================================================================
 project  2 r c k             r c (w + 2): W and W0, once (block form: W alone); 2 l k: V; 2 s k: T
-drift    2 s k^2             2 s k: T; 2 s k: U; 4 k^2: C (block form: and B); C of further tiles of a part: 12 k^2 more
+drift    2 s k^2             2 s k: T; 2 s k: U; 4 k^2: C (block form: and B); further rectangles of a shard: 12 k^2
 exchange                     ring of N ranks: 2 (N - 1) / N of all C sent; C 5 times: packed (2), squared and summed (3)
 pull     2 s k^2             2 s k: U; 4 k^2: C; 2 s k: P
 gradient 2 r c k             2 s k: P; 2 l k: V; 2 w r c: G, read and written
 full     4 r c               2 r c (w + 2): W and W0, for R and again for the gradient; 2 w r c: G
 ======== =================== =========================================================================================
 
-(r > c: U and V change places.) The block form's T is three bfloat16 parts and so are float32 weights: as many times the
-bytes of T and the FLOPs. Every operand is counted once a phase: that tiles find what they share in the second-level
-cache is assumed, that one phase finds what another left there is not. W0 is in bfloat16, as of a bfloat16 checkpoint.
+(For r > c, U and V change places.) The block form's T has three bfloat16 parts, and so have float32 weights: they
+multiply the bytes of T and the FLOPs accordingly. Every operand is counted once a phase: tiles are assumed to find
+shared operands in the second-level cache, but a phase is not assumed to find another phase's data there. W0 is in
+bfloat16, as from a bfloat16 checkpoint.
 
-The published way is a loop over whole weights on every rank: float16 copies of each, ``((U^T W) V - B)^2`` and its
-backward pass, an (m, n) gradient in float16, cast to W's dtype and added to ``.grad``. Each is a kernel of its own that
-reads and writes DRAM; gathers of sharded weights hide behind nothing either. In its favour: it reaches the same shares
-of the peaks, its kernels follow each other without a gap, and its host costs only what exceeds the GPU's own time.
+The published way is a loop over whole weights on every rank. It makes a float16 copy of each weight, computes
+``((U^T W) V - B)^2`` and its backward pass, and casts the (m, n) float16 gradient to W's dtype to add it to ``.grad``.
+Each of these is a kernel of its own that reads and writes DRAM; gathers of sharded weights hide behind nothing either.
+Three assumptions favour it: it reaches the same shares of the peaks, its kernels follow each other without a gap, and
+only host time beyond the GPU's own time is counted.
 """
 
 from __future__ import annotations
@@ -70,8 +73,8 @@ class Gpu:
     link: float
 
 
-# The vendors' data-sheet figures (NVIDIA A100 80GB, H100, H200 in SXM form, B200; AMD MI300X): without sparsity, and
-# of NVLink and Infinity Fabric half of the bidirectional sum.
+# The vendors' data-sheet figures (NVIDIA A100 80GB, H100, H200 in SXM form, B200; AMD MI300X), without sparsity. Links
+# (NVLink, Infinity Fabric) count half of the bidirectional sum.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -82,8 +85,8 @@ GPUS = {
         Gpu("mi300x", "gfx942", 304, 1307e12, 5.3e12, 448e9),
     )
 }
-# Assumptions, printed with every prediction: what good kernels and collectives reach of the peaks, what a launch costs
-# on the GPU's timeline, and what a small operator of PyTorch costs the host.
+# Assumptions, printed with every prediction: the shares of the peaks that good kernels and collectives reach, the time
+# of a launch on the GPU, and the host's time for a small operator of PyTorch.
 TENSOR_SHARE = 0.75
 DRAM_SHARE = 0.85
 LINK_SHARE = 0.75
@@ -93,7 +96,7 @@ OPERATOR_SECONDS = 8e-6
 
 @dataclass(frozen=True)
 class Job:
-    """Weights (m, n) of one dtype, k = ``rank``, and the GPUs over which they lie; form of their anchors."""
+    """Weights (m, n) of one dtype, k = ``rank``, the form of their anchors, and the GPUs over which the weights lie."""
 
     shapes: Sequence[tuple[int, int]]
     rank: int
@@ -110,7 +113,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Phase:
-    """What one phase needs of each resource; ``launch_seconds`` is what its launches cost."""
+    """One phase's use of each resource; its launches take ``launch_seconds``."""
 
     name: str
     flops: int = 0
@@ -142,7 +145,7 @@ def total_seconds(phases: Sequence[Phase], gpu: Gpu) -> float:
 
 
 def rank_phases(job: Job, parts: Sequence[Shard]) -> list[Phase]:
-    """What one rank computes on its parts, without launches and traffic between ranks."""
+    """The phases that one rank computes on its shards, without launches and traffic between ranks."""
     form, rank, w, kept = job.form, job.rank, job.dtype.itemsize, job.keep_base
     flops, moved = Counter[str](), Counter[str]()
     block = drift_bytes(rank)
@@ -164,10 +167,10 @@ def rank_phases(job: Job, parts: Sequence[Shard]) -> list[Phase]:
 
 
 def rank_launches(job: Job, parts: Sequence[Shard]) -> Counter[str]:
-    """One rank's launches by phase, from the launcher's plans; ``parts`` has one of every weight, empty ones too."""
+    """One rank's launches by phase, from the launcher's plans; ``parts`` has a shard of each weight, empty ones too."""
     gpu, form, rank = job.gpu, job.form, job.rank
     profile = Profile(gpu.architecture, gpu.multiprocessors, DESCRIPTORS[gpu.architecture])
-    # Buckets are of whole weights, so that every rank has the same.
+    # Buckets are made from whole weights, so that every rank has the same buckets.
     full = [is_full(part.shape, rank) for part in parts]
     specs = [
         WeightSpec(*part.shape, 0) if whole else WeightSpec(*part.shape, rank, part.unsharded, form.planes)
@@ -186,13 +189,13 @@ def rank_launches(job: Job, parts: Sequence[Shard]) -> Counter[str]:
             group = ProjectKey(form, rank_class(rank), transposed, transposed, True)
             problems = tuple(Problem(min(side), max(side), rank) for side in sides)
             plan = plan_forward(profile, group, problems, not job.keep_base, rank % 4 == 0)
-            # With the drift go its second pass, where there is one, and the sums of squares.
+            # The drift's launches include its second pass, where there is one, and the sums of squares.
             launches.update(project=1, drift=len(plan.schedules), pull=1, gradient=1)
         if any(len(tiles) != 1 for tiles in held):
-            # Tiles of a part are added and squared by PyTorch, weight by weight.
+            # PyTorch adds and squares the C of a shard's rectangles, weight by weight.
             launches["drift"] += sum(1 + max(1, len(tiles)) for tiles in held)
         if not parts[bucket[0]].unsharded:
-            # Packed, sent, squared, summed.
+            # Four kernels: C are packed, sent, squared and summed.
             launches["exchange"] += 4
     return launches
 
@@ -228,14 +231,15 @@ def published_phases(job: Job) -> list[Phase]:
         Phase("gather", 0, 2 * sent, sent, len(shapes) * (sent > 0)),
         Phase("cast", 0, numel * (w + 2), 0, count),
         Phase("project", large, 2 * numel + high + wide, 0, count),
-        # The product, then -, square, sum and the sum's cast.
+        # Five kernels: the product, the subtraction, the square, the sum and the sum's cast.
         Phase("drift", small, 2 * wide + 7 * block, 0, 5 * count),
-        # The cast's and the square's backward pass (four kernels), then the product.
+        # Five kernels: the backward passes of the cast and the square take four, the product one.
         Phase("pull", small, 2 * wide + 7 * block, 0, 5 * count),
         Phase("gradient", large, high + wide + 2 * numel, 0, count),
         Phase("cast back", 0, numel * (2 + w), 0, count),
         Phase("add", 0, 3 * w * numel, 0, count),
-        # Cast, -, square, sum and its cast; of the backward pass two casts, the square's three kernels, the addition.
+        # Eleven kernels: forward the cast, subtraction, square, sum and its cast; backward two casts, three for the
+        # square, and the addition.
         Phase("full", full_flops(elements), elements * (5 * w + 28), 0, 11 * len(full)),
     ]
     operators = sum(phase.launches for phase in phases)
@@ -244,7 +248,7 @@ def published_phases(job: Job) -> list[Phase]:
 
 
 def phase_table(phases: Sequence[Phase], gpu: Gpu) -> str:
-    """A row per phase, then their sum."""
+    """A table with a row for each phase, then their sum."""
     lines = ["phase        TFLOP       GB  sent GB  launches       ms  bound by"]
     whole = Phase(
         "sum", *(sum(getattr(phase, name) for phase in phases) for name in ("flops", "bytes", "sent", "launches"))

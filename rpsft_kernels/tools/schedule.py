@@ -1,4 +1,4 @@
-"""What a model costs in launches, workspace and idle multiprocessors, from the same plans that the launcher follows."""
+"""A model's launches, workspace and idle multiprocessors, read from the same plans that the launcher follows."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def schedule_report(
     Args:
         shapes: (m, n) of every anchored weight, each with min(m, n) > rank (full anchors need no tiles).
         rank: k.
-        multiprocessors: of the GPU (132 on an H100 or H200).
+        multiprocessors: the GPU's number of them (132 on an H100 or H200).
         architecture: a shipped tile table, such as ``"sm_90"``.
-        weight_dtype: of weights and gradients.
+        weight_dtype: dtype of weights and gradients.
         keep_base: base form (True) or block form.
-        limits: what one bucket may hold.
+        limits: limits of one bucket; None for the defaults.
 
     Raises:
         ValueError: a shape whose shorter side does not exceed the rank.
@@ -82,7 +82,7 @@ def schedule_report(
         problems = tuple(_contiguous(*shapes[i], rank) for i in bucket)
         forward = plan_forward(profile, group, problems, not keep_base, rank % 4 == 0)
         backward = plan_backward(profile, pulled, problems, rank % 4 == 0, True)
-        # Sums of squares are one launch more; a few hundred numbers.
+        # One more launch sums the squares, which are a few hundred numbers.
         launches += len(forward.schedules) + 1 + len(backward.schedules)
         workspace = max(workspace, forward.workspace_bytes, backward.workspace_bytes)
         phases: list[tuple[str, Schedule, int]] = [

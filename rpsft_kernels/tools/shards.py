@@ -1,14 +1,16 @@
-"""What the rotation penalty costs each rank of a job, from shapes alone: one evaluation of R and its gradient.
+"""Costs of one evaluation of R and its gradient for each rank of a job, computed from shapes alone.
 
-- FLOPs: 4 r c k + 4 k^2 min(r, c) of each (r, c) tile of a rank's part, 4 r c of a full anchor. Tiles shorter than the
-  weight's shorter side add to the k^2 term: the sum over ranks exceeds what the undivided model takes.
-- Network: C (k, k), float32, of each weight whose C is a sum over ranks, by a ring: 2 (N - 1) / N of the buffer sent.
-- Memory traffic: everything in bfloat16. W and W0 read once (full anchors: twice, for R and for the gradient),
-  gradients read and written, U and V read twice. C and B are left out, which do not shrink with N in sharded layouts.
-- Memory: anchors with their padding, and a float32 C of every projected weight of which the rank holds a part or, where
-  C is a sum over ranks, another does; no workspace.
-- The published way: every rank computes all with whole weights, gathered in bfloat16 in every micro-batch where they
-  are sharded, and keeps U, V and U^T W0 V (full anchors: W0) of all weights in float16.
+- FLOPs: an (r, c) rectangle of a rank's shard takes 4 r c k + 4 k^2 min(r, c), or 4 r c under a full anchor. The k^2
+  term does not shrink with a rectangle's longer side, so the sum over ranks can exceed the undivided model's FLOPs.
+- Network: each weight whose C (k, k) is a sum over ranks adds its C in float32 to a buffer. A ring all-reduce sends
+  2 (N - 1) / N of that buffer.
+- Memory traffic: everything is counted in bfloat16. W and W0 are read once (full anchors: twice, for R and for the
+  gradient), gradients are read and written, U and V are read twice. C and B are left out, because they do not shrink
+  with N in sharded layouts.
+- Memory: anchors with their padding are counted, and one float32 C for each projected weight that the rank holds a
+  shard of or whose C is a sum over ranks. The workspace is not counted.
+- The published way: every rank computes everything with whole weights, which it gathers in bfloat16 in every
+  micro-batch where they are sharded. It keeps U, V and U^T W0 V (full anchors: W0) of all weights in float16.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from ..distributed.partition import Layout, plan_shards
 
 @dataclass(frozen=True)
 class ShardCosts:
-    """One number per rank in each list; the others are the same on every rank.
+    """Costs of a job. A list has one number per rank; any other field is the same on every rank.
 
-    ``buffer_bytes`` of C are summed over ranks, which sends ``sent_bytes``; ``drift_bytes`` of C are held during the
-    call. ``whole_flops`` are those of the undivided model.
+    Attributes:
+        drift_bytes: bytes of C that a rank holds during the call.
+        buffer_bytes: bytes of C that are summed over ranks; the sum sends ``sent_bytes``.
+        whole_flops: FLOPs of the undivided model.
     """
 
     layout: Layout
@@ -50,7 +54,7 @@ class ShardCosts:
 def shard_costs(
     shapes: Sequence[tuple[int, int]], rank: int, ranks: int, layout: Layout, keep_base: bool = True
 ) -> ShardCosts:
-    """What each rank pays for weights of these shapes; arguments and errors as for :func:`plan_shards`."""
+    """Count each rank's costs for weights of these shapes; arguments and errors are those of :func:`plan_shards`."""
     parts = plan_shards(shapes, rank, ranks, layout)
     held = [[row[i] for row in parts if row[i].numel] for i in range(ranks)]
     projected = [row for row in parts if not is_full(row[0].shape, rank)]
@@ -77,7 +81,7 @@ def shard_costs(
 def shard_table(
     shapes: Sequence[tuple[int, int]], rank: int, ranks: Sequence[int], layout: Layout, keep_base: bool = True
 ) -> str:
-    """For each N of ``ranks`` a row with the largest rank's number in each column, and the published way's."""
+    """A table with two rows for each N of ``ranks``: the largest rank's numbers, and those of the published way."""
     lines = ["layout      ranks    TFLOP   of 1/N  buffer GB  sent GB  traffic GB  anchors GiB   C GiB"]
     for n in ranks:
         costs = shard_costs(shapes, rank, n, layout, keep_base)

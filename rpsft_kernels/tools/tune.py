@@ -1,4 +1,4 @@
-"""Time tile shapes on a GPU, on demand: nothing in the package tunes by itself."""
+"""Times tile shapes on a GPU on demand: nothing in the package tunes by itself."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def tune(
     """The device's tile table with the fastest shapes for one layer's weights in bfloat16, base form.
 
     Args:
-        shapes: (m, n) of the weights, one layer's.
-        rank: k; the rows of its rank class are tuned.
+        shapes: (m, n) of each weight of one layer.
+        rank: k; the rows for its rank class are tuned.
         device: the GPU.
         candidates: tile shapes to try beside the shipped one; a shape that does not compile or fit is passed over.
-        timer: milliseconds of a call.
+        timer: times a call, in milliseconds.
 
     Returns:
         A table as in ``tiles/``, with the phases that were tuned; :func:`write_table` writes it for RPSFT_TILES.
     """
-    # Not that of kernels which happen to be installed: under RPSFT_TILES the device's own table is in force.
+    # Tune the device's own table, not that of installed kernels: the own one is in force under RPSFT_TILES.
     architecture = own_profile(device).architecture
     table: dict[str, Any] = json.loads(json.dumps(tile_table(architecture)))
     forward, backward = _workload(shapes, rank, device)
@@ -75,7 +75,7 @@ def tune(
                 write_table(table, path)
                 try:
                     times.append((_timed_with(path, prepare, timer), dict(candidate)))
-                except Exception as error:  # whatever compiler or driver says of a shape, it is no candidate
+                except Exception as error:  # a shape for which compiler or driver raises is no candidate
                     if not times:
                         raise
                     print(f"{phase} {candidate}: passed over ({type(error).__name__})")
