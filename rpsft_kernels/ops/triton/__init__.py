@@ -10,8 +10,10 @@ gradient   ``G (+)= P V^T``
 The folder, from the entry downwards:
 
 - ``backend``: whether the kernels can serve a device, and the two operations;
-- ``project_drift``, ``pull_back``, ``full_form``: plan one operation each, and start its launches;
-- ``layout``, ``schedule``, ``upload``, ``fields``: how operands lie, which program computes which tile, the table;
+- ``program``: the batches of a plan, prepared, and the run that each call uses;
+- ``project_drift``, ``pull_back``, ``full_form``: plan one ``operation`` each, and prepare its launches;
+- ``table``, ``fields``, ``upload``, ``scratch``: the rows that kernels read, how they reach the device, intermediates;
+- ``layout``, ``schedule``: how operands lie, which program computes which tile;
 - ``variants``, ``tile_table``, ``tiles/``: the compile-time choices of every kernel, listable; tile sizes per GPU;
 - ``device``, ``toolchain``, ``compiler``, ``vetting``: the GPU at hand, what could compile for it, and whether that is
   known to compile correctly;
@@ -19,6 +21,7 @@ The folder, from the entry downwards:
 - ``kernels/``: the kernels themselves;
 - ``machine_code/``: checks of what was compiled.
 
-Triton is imported by ``kernels``, ``jit`` and ``aot.compile`` alone, and only for what it has to compile or interpret:
-planning does without, and so do kernels compiled ahead of time (``rpsft_kernels.ops.triton.aot.dispatch``).
+Triton is imported only where something is compiled, interpreted or disassembled (``kernels``, ``jit``, ``compiler``,
+``vetting``, ``aot.build``, ``machine_code``): planning does without, and so do kernels compiled ahead of time
+(``rpsft_kernels.ops.triton.aot.dispatch``).
 """
