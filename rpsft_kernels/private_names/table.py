@@ -54,14 +54,14 @@ TABLE: tuple[Row, ...] = (
     # Which modes of operators are on: those under which an address means nothing. evaluation/plan.py
     *_rows("torch", "torch.utils._python_dispatch", ("modes that are on", "_get_current_dispatch_mode_stack")),
     *_rows("torch", "TorchDispatchMode", ("kind, of torch's own", "_mode_key")),
-    # Who is in the job, and who is gone. sharding/exchange.py
+    # Who is in the job, and who is gone. distributed/group_call.py
     *_rows("torch", "torch.distributed.distributed_c10d", ("store of the job", "_get_default_store")),
-    # DDP. sharding/find.py
+    # DDP. distributed/discover.py
     *_rows("torch", "DistributedDataParallel", ("names of parameters that it leaves alone", "parameters_to_ignore")),
-    # DTensor: one group over several dimensions of a mesh; the order of cuts of one dimension. sharding/dtensor.py
+    # DTensor: one group over several dimensions of a mesh; the order of cuts of one dimension. distributed/dtensor.py
     *_rows("torch", "DeviceMesh", ("mesh of one dimension with the same ranks", "_flatten")),
     *_rows("torch", "_StridedShard", ("number of shards that cut before it", "split_factor")),
-    # FSDP2: the sharded parameters behind those that modules show. sharding/dtensor.py
+    # FSDP2: the sharded parameters behind those that modules show. distributed/dtensor.py
     *_rows("torch", "FSDPModule", ("state", "_get_fsdp_state")),
     Row("torch", "FSDPState", "groups of parameters", "_fsdp_param_groups", "2.12"),
     # One group or None. From 2.12 on a property, which raises where there are several.
@@ -69,7 +69,7 @@ TABLE: tuple[Row, ...] = (
     *_rows("torch", "FSDPParamGroup", ("parameters", "fsdp_params")),
     *_rows("torch", "FSDPParam", ("sharded parameter", "sharded_param"), ("place in the model", "_module_info")),
     *_rows("torch", "ParamModuleInfo", ("module", "module"), ("name in the module", "param_name")),
-    # FSDP1: what of each weight lies in this rank's flat shard. sharding/flat.py
+    # FSDP1: what of each weight lies in this rank's flat shard. distributed/fsdp1.py
     *_rows("torch", "FullyShardedDataParallel", ("handle, or None where it flattens nothing", "_handle")),
     *_rows(
         "torch",
@@ -108,9 +108,9 @@ TABLE: tuple[Row, ...] = (
         ("first element of the weight", "intra_param_start_idx"),
         ("last element of the weight", "intra_param_end_idx"),
     ),
-    # DeepSpeed ZeRO-1 and 2. sharding/find.py
+    # DeepSpeed ZeRO-1 and 2. distributed/discover.py
     *_rows("deepspeed", "DeepSpeedEngine", ("ranks that average gradients", "data_parallel_group")),
-    # DeepSpeed ZeRO-3: what of a parameter lies here, and whether its gradient is there. sharding/flat.py
+    # DeepSpeed ZeRO-3: what of a parameter lies here, and whether its gradient is there. distributed/zero3.py
     *_rows(
         "deepspeed",
         "ZeRO-3 parameter",
