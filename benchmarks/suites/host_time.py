@@ -64,6 +64,7 @@ def _scaled(shape: ModelShape, scale: int) -> ModelShape:
 
 
 def _anchor(weight: Tensor, rank: int) -> rk.Anchor:
+    rank = min(rank, *weight.shape)
     left, right = (torch.randn(size, rank).to(_DTYPE) for size in weight.shape)
     base = weight.detach().clone()
     shape = (weight.shape[0], weight.shape[1])
