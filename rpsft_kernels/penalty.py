@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,7 +11,7 @@ from . import ops
 from .anchors.anchor import Anchor
 from .checks import check_weight
 from .evaluation.call import open_call
-from .evaluation.pairing import AnchoredWeight
+from .evaluation.requests import AccumulationRequest, PenaltyRequest
 
 
 def rotation_penalty(
@@ -53,25 +52,13 @@ def rotation_penalty(
     (of earlier micro-batches) then have a second set beside them, as large as the anchored weights.
     :func:`accumulate_rotation_grad_` needs neither.
     """
-    call = open_call(weights, anchors, _check_differentiable)
+    call = open_call(weights, anchors, PenaltyRequest())
     if call is None:
         return torch.zeros(())
     try:
         return call.penalty()
     finally:
         call.close()
-
-
-def _check_differentiable(weights: Sequence[AnchoredWeight]) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for one in weights:
-        if not one.weight.differentiable and one.weight.requires_grad:
-            raise ValueError(
-                f"{one.name}: got a flat shard (FSDP1 or DeepSpeed ZeRO-3), which autograd cannot reach, expected a "
-                "call that needs no gradient: use accumulate_rotation_grad_ after backward, or torch.no_grad() to "
-                "evaluate R alone"
-            )
 
 
 def accumulate_rotation_grad_(
@@ -115,43 +102,15 @@ def accumulate_rotation_grad_(
     :func:`rotation_penalty` and its backward pass. Weights over several processes are the exception: see
     :mod:`rpsft_kernels.distributed.group_call`.
     """
-    whole_module = isinstance(weights, nn.Module)
-
-    def check(found: Sequence[AnchoredWeight]) -> None:
-        _check_coeff(coeff)
-        if found:
-            _check_gradients(found, whole_module)
-
+    request = AccumulationRequest(coeff, of_module=isinstance(weights, nn.Module))
     with torch.no_grad():
-        call = open_call(weights, anchors, check, coeff)
+        call = open_call(weights, anchors, request)
         if call is None:
             return torch.zeros(())
         try:
             return call.accumulate_()
         finally:
             call.close()
-
-
-def _check_coeff(coeff: object) -> None:
-    if isinstance(coeff, bool) or not isinstance(coeff, (int, float)) or not abs(coeff) <= sys.float_info.max:
-        raise ValueError(f"coeff: got {coeff!r}, expected a finite Python number (the paper's lambda)")
-
-
-def _check_gradients(weights: Sequence[AnchoredWeight], whole_module: bool) -> None:
-    for one in weights:
-        name, weight = one.name, one.weight
-        parameter = weight.parameter
-        if not whole_module and not (parameter.requires_grad and parameter.is_leaf):
-            raise ValueError(
-                f"{name}: got a tensor that is no leaf requiring grad, expected one that holds .grad; "
-                "call weight.requires_grad_(), or use rotation_penalty"
-            )
-        weight.check_gradient(name)
-    if not any(one.weight.requires_grad for one in weights):
-        raise ValueError(
-            "model: every anchored parameter is frozen, expected at least one that requires grad; "
-            "use rotation_penalty to evaluate the penalty alone"
-        )
 
 
 def project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:

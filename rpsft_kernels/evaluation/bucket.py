@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..distributed import ReplicatedWeight
 from .pairing import AnchoredWeight, Matrix
-from .projection import Projection, gather_replicas
+from .projection import ProjectionFunction, gather_replicas
 
 # On the CPU nothing is gained by many weights in one call but the calls' own cost, which matters for small weights at
 # small ranks. The backward pass holds the gradients of a bucket. What travels between processes is better sent in few
@@ -101,7 +101,7 @@ class Bucket:
         elif run is None or program is None:
             drifts, squares = ops.project_drift(operands, self.backend)
         elif torch.is_grad_enabled() and any(matrix.requires_grad for matrix in operands.weights):
-            squares, *drifts = Projection.apply(  # type: ignore[no-untyped-call, unused-ignore]
+            squares, *drifts = ProjectionFunction.apply(  # type: ignore[no-untyped-call, unused-ignore]
                 program, run, self.batch, self.backend, operands, *operands.weights
             )
             drifts = drifts or [nothing] * len(operands.weights)

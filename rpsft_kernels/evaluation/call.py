@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,10 @@ from ..distributed import GroupCall, find_parameters
 from .agreement import digest, gradient_checksum, members_of
 from .bucket import Bucket, Gathered, Projected
 from .foreign_blocks import foreign_blocks
-from .gradients import Gradients, PullBack
-from .pairing import AnchoredWeight
+from .gradients import AlikeGradients, Gradients
 from .plan import Found, groups_of, known, prepare
 from .reduce import GroupReduction, start_drifts
-
-Check = Callable[[Sequence[AnchoredWeight]], None]
+from .requests import AccumulationRequest, Request
 
 
 class Call:
@@ -27,18 +25,18 @@ class Call:
     :meth:`accumulate_`; :meth:`close` ends it.
     """
 
-    def __init__(self, found: Found, coeff: float | None) -> None:
+    def __init__(self, found: Found, request: Request) -> None:
         self.weights, self._plan = found
-        self._coeff = coeff
+        self._coeff = float(request.coeff) if isinstance(request, AccumulationRequest) else None
         self.group_calls: dict[str, GroupCall] = {}
-        self.gradients = Gradients(self.weights, coeff or 0.0, self._plan.tied)
+        self.gradients = Gradients(self.weights, self._coeff or 0.0, self._plan.tied)
         self._runs: list[ops.Run] = []
         buckets = self._plan.buckets
         # C of weights that lie over several processes travel while the rest is computed.
         self._shared = [bucket for bucket in buckets if bucket.group_name]
         self._local = [bucket for bucket in buckets if not bucket.group_name]
         self._gathered: dict[int, Gathered] = {}
-        self._pulls: dict[int, list[PullBack]] = {}
+        self._pulls: dict[int, list[AlikeGradients]] = {}
         self._staged: dict[int, list[Any]] = {}
         self._checksums: dict[str, int] = {}
 
@@ -191,7 +189,7 @@ class Call:
             ops.pull_back_(pull.targets, pull.operands, chosen, scales, pull.accumulate, bucket.backend)
             self._write_back(pull)
 
-    def _write_back(self, pull: PullBack) -> None:
+    def _write_back(self, pull: AlikeGradients) -> None:
         self.gradients.keep_made(pull.weights)
         for i, grad in zip(pull.weights, pull.grads, strict=True):
             self.weights[i].weight.write_back(grad)
@@ -202,16 +200,12 @@ class Call:
         return torch.cat([summand.reshape(-1).to(device) for summand in summands]).sum()
 
 
-def open_call(weights: object, anchors: object, check: Check, coeff: float | None = None) -> Call | None:
+def open_call(weights: object, anchors: object, request: Request) -> Call | None:
     """The call, checked by every rank and agreed on by all; None for an empty list of weights.
 
-    Args:
-        check: raises where this rank must refuse.
-        coeff: gradients are to be added to, multiplied by it.
-
     Raises:
-        ValueError: what pairing and ``check`` raise; or another rank refused, or ranks differ in their anchors; or what
-            Triton compiles here for the GPU may compute wrong numbers. Nothing has changed.
+        ValueError: what pairing and the request's check raise; or another rank refused, or ranks differ in their
+            anchors; or what Triton compiles here for the GPU may compute wrong numbers. Nothing has changed.
     """
     seen = known(weights, anchors)
     parameters = None
@@ -225,9 +219,9 @@ def open_call(weights: object, anchors: object, check: Check, coeff: float | Non
     call: Call | None = None
     try:
         found = prepare(weights, anchors, parameters, groups) if seen is None else seen[0]
-        check(found.weights)
+        request.check(found.weights)
         if found.weights:
-            call = Call(found, coeff)
+            call = Call(found, request)
             call.group_calls = group_calls
             call.stage()
             for message in foreign_blocks(found):

@@ -13,7 +13,7 @@ from .bucket import Bucket, Gathered
 from .pairing import AnchoredWeight
 
 
-class PullBack(NamedTuple):
+class AlikeGradients(NamedTuple):
     """Weights of a bucket whose gradients are of one dtype and are all new or all there already.
 
     Attributes:
@@ -49,7 +49,7 @@ class Gradients:
         # Identities of weights that an earlier launch of this call gives a gradient.
         self._given: set[int] = set()
 
-    def pull_backs(self, bucket: Bucket, gathered: Gathered) -> list[PullBack]:
+    def pull_backs(self, bucket: Bucket, gathered: Gathered) -> list[AlikeGradients]:
         """What computes a bucket's gradients, in order; makes those that do not exist. To be called for the buckets in
         the order in which they are pulled back.
         """
@@ -112,7 +112,7 @@ class Gradients:
         places: dict[int, int],
         chosen: list[tuple[int, range]],
         accumulate: bool,
-    ) -> PullBack:
+    ) -> AlikeGradients:
         indices = [i for i, _ in chosen]
         members = [j for _, matrices in chosen for j in matrices]
         grads = [self._gradient(i) for i in indices]
@@ -129,7 +129,7 @@ class Gradients:
                 targets += [matrix.values for matrix in found]
                 owners += [places[i]] * len(matrices)
                 scales += [2.0 * self._coeff * self._weights[i].weight.grad_scale] * len(matrices)
-        return PullBack(indices, grads, members, owners, operands, targets, scales, accumulate)
+        return AlikeGradients(indices, grads, members, owners, operands, targets, scales, accumulate)
 
     def _gradient(self, i: int) -> Tensor:
         weight = self._weights[i].weight

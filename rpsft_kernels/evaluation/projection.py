@@ -12,7 +12,7 @@ from .. import ops
 from ..distributed import LocalWeight, ReplicatedWeight
 
 
-class Projection(torch.autograd.Function):
+class ProjectionFunction(torch.autograd.Function):
     """Squares, and drifts of anchors that are not full, of a batch that is staged in ``run``; the backward pass runs
     the same program.
     """

@@ -16,8 +16,9 @@ from rpsft_kernels.ops.triton import launch as triton_launch
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.fields import INDEX
 from rpsft_kernels.ops.triton.full_form import FullProjection
+from rpsft_kernels.ops.triton.layout import addresses_of
 from rpsft_kernels.ops.triton.operation import Operation, facts_of
-from rpsft_kernels.ops.triton.project_drift import Projection, addresses_of
+from rpsft_kernels.ops.triton.project_drift import Projection
 from rpsft_kernels.ops.triton.pull_back import PullBack
 from rpsft_kernels.ops.triton.scratch import Scratch, Sizes
 from rpsft_kernels.ops.triton.table import SCALE, Table, float_bits

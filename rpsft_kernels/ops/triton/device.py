@@ -10,6 +10,7 @@ import torch
 from .aot import dispatch as aot
 from .aot.targets import DESCRIPTORS, cuda_architecture
 from .tile_table import tuned_architecture
+from .variants import Access
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,9 @@ def own_profile(device: torch.device) -> Profile:
         return Profile("gfx942", properties.multi_processor_count, False)
     architecture = cuda_architecture(properties.major * 10 + properties.minor)
     return Profile(architecture, properties.multi_processor_count, DESCRIPTORS[architecture])
+
+
+def access_of(profile: Profile, aligned: bool, even: bool) -> Access:
+    """How a launch reads: by descriptors where the architecture has them, else without masks where tiles divide."""
+    descriptor = aligned and profile.descriptors
+    return Access(aligned, descriptor, aligned and even and not descriptor)

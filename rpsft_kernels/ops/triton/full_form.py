@@ -12,9 +12,8 @@ from torch import Tensor
 from ..operands import Operands, cast_base
 from .device import Profile
 from .launch import Launch
-from .layout import READABLE, Facts, FullKey, Problem, layout_of, type_name
-from .operation import Group, Operation, facts_of, group_by_key
-from .project_drift import addresses_of, static_columns
+from .layout import READABLE, Facts, FullKey, Problem, addresses_of, layout_of, static_columns, type_name
+from .operation import LaunchGroup, Operation, facts_of, group_by_key
 from .schedule import Grid, Schedule, build_schedule
 from .scratch import Scratch, Sizes
 from .table import SCALE, Rows, float_bits, place_scales
@@ -42,7 +41,7 @@ def plan_full(variant: Variant, problems: tuple[Problem, ...], multiprocessors: 
 
 
 class _FullOperation(Operation[FullKey]):
-    _groups: list[tuple[Group[FullKey], Variant, Schedule]]
+    _groups: list[tuple[LaunchGroup[FullKey], Variant, Schedule]]
 
     def _place(self, operands: Operands, grads: Sequence[Facts] | None) -> None:
         weights, pretrained = operands.weights, operands.pretrained
@@ -68,7 +67,7 @@ class _FullOperation(Operation[FullKey]):
         raise NotImplementedError
 
 
-def _slots(group: Group[FullKey], variant: Variant) -> list[int]:
+def _slots(group: LaunchGroup[FullKey], variant: Variant) -> list[int]:
     m, n, _ = variant.blocks
     return [-(-p.rows // m) * -(-p.cols // n) for p in group.problems]
 

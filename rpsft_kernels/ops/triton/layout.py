@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -124,3 +125,24 @@ class FullKey(NamedTuple):
 def is_transposed(shape: tuple[int, int]) -> bool:
     """Whether the kernels see the transpose: the side contracted first is the longer one, which costs least."""
     return shape[0] > shape[1]
+
+
+def up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def static_columns(problems: Sequence[Problem]) -> dict[str, list[int]]:
+    columns = {
+        "ROWS": [p.rows for p in problems],
+        "COLS": [p.cols for p in problems],
+        "RANK": [p.rank for p in problems],
+    }
+    for name in ("weight", "base", "left", "right", "grad"):
+        pairs = [getattr(p, name) for p in problems]
+        columns[f"{name.upper()}_ROW"] = [pair[0] for pair in pairs]
+        columns[f"{name.upper()}_COL"] = [pair[1] for pair in pairs]
+    return columns
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]

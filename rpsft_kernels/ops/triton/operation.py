@@ -24,7 +24,7 @@ from .variants import Variant
 Key = TypeVar("Key")
 
 
-class Group(NamedTuple, Generic[Key]):
+class LaunchGroup(NamedTuple, Generic[Key]):
     """The weights of a batch that share launches, by their places in it."""
 
     key: Key
@@ -71,7 +71,7 @@ class Operation(Generic[Key]):
         """Let go of the casts of a call, all of whose launches are queued."""
         self._held = []
 
-    def order(self, groups: Sequence[Group[Key]]) -> None:
+    def order(self, groups: Sequence[LaunchGroup[Key]]) -> None:
         """Give the groups their rows, one behind the other."""
         self._order = [member for group in groups for member in group.members]
 
@@ -112,11 +112,11 @@ class Operation(Generic[Key]):
         return Launch(variant, schedule.programs_with_work, self.device, rows.memory(), *arrays, *arguments)
 
 
-def group_by_key(described: Sequence[tuple[Key, Problem]]) -> list[Group[Key]]:
+def group_by_key(described: Sequence[tuple[Key, Problem]]) -> list[LaunchGroup[Key]]:
     found: dict[Key, list[int]] = {}
     for i, (key, _) in enumerate(described):
         found.setdefault(key, []).append(i)
-    return [Group(key, members, tuple(described[i][1] for i in members)) for key, members in found.items()]
+    return [LaunchGroup(key, members, tuple(described[i][1] for i in members)) for key, members in found.items()]
 
 
 def facts_of(matrices: Sequence[Tensor]) -> list[Facts]:

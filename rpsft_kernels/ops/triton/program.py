@@ -13,9 +13,9 @@ from ..operands import Operands
 from . import device as devices
 from .aot import dispatch as aot
 from .full_form import FullProjection, FullPullBack
-from .layout import Facts, vectors
+from .layout import Facts, addresses_of, up, vectors
 from .operation import Operation, facts_of
-from .project_drift import Projection, addresses_of, up
+from .project_drift import Projection
 from .pull_back import PullBack
 from .scratch import Scratch, scratch_of
 from .table import Rows, Table

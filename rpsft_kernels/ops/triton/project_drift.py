@@ -11,16 +11,27 @@ import torch
 from torch import Tensor
 
 from ..operands import Operands, cast_base
-from .device import Profile
+from .device import Profile, access_of
 from .launch import Launch
-from .layout import READABLE, Facts, Problem, ProjectKey, is_transposed, layout_of, type_name, vectors
-from .operation import Group, Operation, facts_of, group_by_key
+from .layout import (
+    READABLE,
+    Facts,
+    Problem,
+    ProjectKey,
+    addresses_of,
+    is_transposed,
+    layout_of,
+    static_columns,
+    type_name,
+    up,
+    vectors,
+)
+from .operation import LaunchGroup, Operation, facts_of, group_by_key
 from .schedule import Grid, Schedule, build_schedule, splits_of
 from .scratch import Scratch, Sizes
 from .table import Rows
 from .tile_table import rank_class
 from .variants import (
-    Access,
     Precision,
     Variant,
     drift_variant,
@@ -54,16 +65,6 @@ class ForwardPlan:
     def schedules(self) -> list[Schedule]:
         found = (self.project_schedule, self.drift_schedule, self.reduce_schedule)
         return [schedule for schedule in found if schedule is not None]
-
-
-def up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
-
-
-def access_of(profile: Profile, aligned: bool, even: bool) -> Access:
-    """How a launch reads: by descriptors where the architecture has them, else without masks where tiles divide."""
-    descriptor = aligned and profile.descriptors
-    return Access(aligned, descriptor, aligned and even and not descriptor)
 
 
 @lru_cache(maxsize=1024)
@@ -130,19 +131,6 @@ def plan_forward(
     )
 
 
-def static_columns(problems: Sequence[Problem]) -> dict[str, list[int]]:
-    columns = {
-        "ROWS": [p.rows for p in problems],
-        "COLS": [p.cols for p in problems],
-        "RANK": [p.rank for p in problems],
-    }
-    for name in ("weight", "base", "left", "right", "grad"):
-        pairs = [getattr(p, name) for p in problems]
-        columns[f"{name.upper()}_ROW"] = [pair[0] for pair in pairs]
-        columns[f"{name.upper()}_COL"] = [pair[1] for pair in pairs]
-    return columns
-
-
 def describe(
     weight: Facts, left: Facts, right: Facts, base: Facts | None, profile: Profile
 ) -> tuple[ProjectKey, Problem]:
@@ -173,7 +161,7 @@ class Projection(Operation[ProjectKey]):
     Squares go to ``squares`` (float32) from ``number`` on.
     """
 
-    _groups: list[tuple[Group[ProjectKey], ForwardPlan]]
+    _groups: list[tuple[LaunchGroup[ProjectKey], ForwardPlan]]
 
     def __init__(self, rows: Rows, device: torch.device, profile: Profile, squares: Tensor, number: int) -> None:
         super().__init__(rows, device, profile)
@@ -262,7 +250,3 @@ class Projection(Operation[ProjectKey]):
                 Launch(squares_variant(), rows.count, self.device, rows.memory(), scratch.slots, self._squares)
             )
         return found
-
-
-def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..operands import Operands
-from .device import Profile
+from .device import Profile, access_of
 from .launch import Launch
-from .layout import Facts, Problem, PullKey, is_transposed, layout_of, type_name
-from .operation import Group, Operation, facts_of, group_by_key
-from .project_drift import Projection, access_of, static_columns, up
+from .layout import Facts, Problem, PullKey, is_transposed, layout_of, static_columns, type_name, up
+from .operation import LaunchGroup, Operation, facts_of, group_by_key
+from .project_drift import Projection
 from .schedule import Grid, Schedule, build_schedule
 from .scratch import Scratch, Sizes
 from .table import SCALE, Rows, float_bits, place_scales
@@ -122,7 +122,7 @@ def describe(left: Facts, right: Facts, grad: Facts, profile: Profile) -> tuple[
 class PullBack(Operation[PullKey]):
     """``grads = scale * U C V^T``, or ``+=`` with ``accumulate``, of projected weights of one batch."""
 
-    _groups: list[tuple[Group[PullKey], BackwardPlan]]
+    _groups: list[tuple[LaunchGroup[PullKey], BackwardPlan]]
 
     def __init__(
         self, rows: Rows, device: torch.device, profile: Profile, accumulate: bool, scales: Tensor | None
