@@ -14,7 +14,8 @@ from small_models import linear_layers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as ShardPlacement
 from torch.nn.parallel import DistributedDataParallel
 
 import rpsft_kernels as rk
@@ -166,3 +167,25 @@ def failures(wrapper: str) -> Failures:
         os.kill(os.getpid(), signal.SIGKILL)
     attempt("dead")
     return result
+
+
+def redistributed_gradients() -> float:
+    """How far gradients are off that were on their way when they were added to."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    pretrained = torch.randn(24, 40)
+    weight = pretrained + 0.1 * torch.randn(24, 40)
+    anchor = rk.Anchor.from_weight(pretrained, 4)
+    whole = torch.nn.Parameter(weight.clone())
+    rk.accumulate_rotation_grad_([whole], [anchor], 1.0)
+    assert whole.grad is not None
+    error = 0.0
+    for placement in (ShardPlacement(0), Replicate()):
+        parameter = torch.nn.Parameter(distribute_tensor(weight, mesh, [placement]))
+        gradient = DTensor.from_local(torch.zeros(24, 40), mesh, [Partial()])
+        with torch.no_grad():
+            parameter.grad = gradient.redistribute(mesh, [placement], async_op=True)
+        rk.accumulate_rotation_grad_([parameter], [anchor], 1.0)
+        found = parameter.grad.full_tensor()  # type: ignore[union-attr]
+        error = max(error, ((found - whole.grad).norm() / whole.grad.norm()).item())
+    return 0.0 if error < 1e-5 else error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ class DTensorWeight(LocalWeight):
 
     def _local(self, tensor: Any) -> Tensor:
         local: Tensor = tensor.to_local()
+        if hasattr(local, "wait"):
+            # A redistribution still on its way, which has no memory of its own.
+            local = local.wait()
         # An empty shard has whatever shape its maker gave it.
         return local if self.shard.numel else local.reshape(self.shard.local_shape)
 
@@ -36,7 +40,8 @@ class DTensorWeight(LocalWeight):
         return self._local(self.parameter)
 
     def state(self) -> tuple[object, ...]:
-        return *super().state(), self._dtensor.placements, id(self._dtensor.device_mesh)
+        # Not the mesh itself, which would be kept alive.
+        return *super().state(), self._dtensor.placements, weakref.ref(self._dtensor.device_mesh)
 
     def check_gradient(self, name: str) -> None:
         grad: Any = self.parameter.grad

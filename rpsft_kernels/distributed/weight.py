@@ -69,7 +69,8 @@ class LocalWeight:
     def state(self) -> tuple[object, ...]:
         """Everything that may change of a parameter without making it another one."""
         parameter = self.parameter
-        return parameter.shape, parameter.dtype, parameter.device, parameter.layout, parameter.requires_grad
+        where = parameter.shape, parameter.dtype, parameter.device, parameter.layout
+        return *where, parameter.requires_grad, parameter.is_neg()
 
     def detached(self) -> Self:
         """The weight without its parameter, for who must not keep that alive."""
@@ -109,12 +110,29 @@ class LocalWeight:
 
     def check_gradient(self, name: str) -> None:
         """Raise a ValueError unless the shard of the gradient can be added to now."""
-        grad = self.parameter.grad
-        if grad is not None and grad.layout != torch.strided:
+        grad, parameter = self.parameter.grad, self.parameter
+        if grad is None:
+            return
+        if grad.layout != torch.strided:
             raise ValueError(
                 f"{name}.grad: got layout {grad.layout}, expected a dense gradient "
                 "(torch.nn.Embedding(sparse=False)); or leave this weight out of the anchors"
             )
+        if grad.shape != parameter.shape or grad.device != parameter.device:
+            raise ValueError(
+                f"{name}.grad: got shape {tuple(grad.shape)} on {grad.device}, expected {tuple(parameter.shape)} on "
+                f"{parameter.device} like the weight, which has other data since; clear it: {name}.grad = None"
+            )
+        if grad.is_neg():
+            raise ValueError(
+                f"{name}.grad: got a view that stands for its memory's negative, expected the numbers themselves; "
+                f"resolve it: {name}.grad = {name}.grad.resolve_neg()"
+            )
+
+    @property
+    def copies_gradient(self) -> bool:
+        """Whether :meth:`gradient` gives a copy, which takes memory until it is written back."""
+        return False
 
     def gradient(self) -> Tensor:
         """The shard of the gradient, of ``shard.local_shape``, to be added to; newly made ones are not initialised."""

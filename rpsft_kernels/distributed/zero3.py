@@ -32,6 +32,10 @@ class ZeroWeight(LocalWeight):
     def lasting(self) -> bool:
         return False
 
+    @property
+    def copies_gradient(self) -> bool:
+        return True
+
     def state(self) -> tuple[object, ...]:
         return self.dtype, self.device, self.requires_grad
 

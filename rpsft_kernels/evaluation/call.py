@@ -76,10 +76,16 @@ class Call:
         wanted = [j for j, matrix in enumerate(matrices) if matrix.requires_grad]
         if wanted:
             operands = gathered.operands.pick(wanted) if len(wanted) < len(matrices) else gathered.operands
-            run.prepare_new_gradients(bucket.batch, wanted, operands, matrices[0].dtype)
+            run.prepare_gradients(bucket.batch, wanted, operands, matrices[0].dtype)
 
     def _stage_gradients(self, run: ops.Run | None, bucket: Bucket, gathered: Gathered) -> None:
-        pulls = self._pulls[bucket.place] = self.gradients.pull_backs(bucket, gathered)
+        if self.gradients.are_copies(bucket):
+            if run is not None and bucket.matrices:
+                dtype = self.weights[bucket.busy[0]].weight.gradient_dtype
+                everything = range(bucket.matrices)
+                run.prepare_gradients(bucket.batch, everything, gathered.operands.for_pull_back(), dtype, True)
+            return
+        pulls = self._pulls[bucket.place] = list(self.gradients.pull_backs(bucket, gathered))
         if run is not None:
             self._staged[bucket.place] = [pull.stage(run, bucket, None) for pull in pulls]
 
@@ -89,6 +95,8 @@ class Call:
         for program, run in zip(self._plan.programs, self._runs, strict=False):
             program.end(run)
         self._runs = []
+        # An exception that is raised may hold this call for a while.
+        self._gathered, self._pulls, self._staged = {}, {}, {}
 
     # -- between ranks ------------------------------------------------------------------------------------------
 
@@ -123,8 +131,7 @@ class Call:
     def accumulate_(self) -> Tensor:
         """R; adds ``coeff * dR/dW`` to the gradients, after all sums have arrived and are known to be finite."""
         shared, summands = self._project_shared()
-        for projected in shared:
-            self._pull_back_shared(projected)
+        self._pull_back_shared(shared)
         squares = [self._project_and_pull_back(bucket) for bucket in self._local]
         self.gradients.keep_made()
         return self._total(squares + summands)
@@ -153,25 +160,35 @@ class Call:
             reduction.check_health()
         return shared, [summand for reduction in reductions for summand in reduction.summands(self.weights)]
 
-    def _pull_back_shared(self, projected: Projected) -> None:
-        bucket, run = projected.bucket, self._run(projected.bucket)
-        if run is None:
-            self._pull_back_directly(bucket, projected.drifts)
-            return
-        staged = [pull.stage(run, bucket, projected.drifts) for pull in self._pulls[bucket.place]]
-        run.send()
-        self._pull_back(run, bucket, staged)
+    def _pull_back_shared(self, shared: Sequence[Projected]) -> None:
+        staged: dict[int, list[Any]] = {}
+        for projected in shared:
+            bucket, run = projected.bucket, self._run(projected.bucket)
+            if run is not None and bucket.place in self._pulls:
+                pulls = self._pulls[bucket.place]
+                staged[bucket.place] = [pull.stage(run, bucket, projected.drifts) for pull in pulls]
+        for run in self._runs:
+            run.send()
+        for projected in shared:
+            bucket, run = projected.bucket, self._run(projected.bucket)
+            if bucket.place in staged and run is not None:
+                self._pull_back(run, bucket, staged[bucket.place])
+            else:
+                self._pull_back_one_by_one(run, bucket, projected.drifts)
 
     def _project_and_pull_back(self, bucket: Bucket) -> Tensor:
         """Squares of a bucket that lies whole here; its C are gone before the next bucket's are made."""
         run = self._run(bucket)
         if run is None:
             projected = self._project(bucket)
-            self._pull_back_directly(bucket, projected.drifts)
+            self._pull_back_one_by_one(None, bucket, projected.drifts)
             return projected.squares
         with run.turn():
             squares = self._project(bucket).squares
-            self._pull_back(run, bucket, self._staged[bucket.place])
+            if bucket.place in self._staged:
+                self._pull_back(run, bucket, self._staged[bucket.place])
+            else:
+                self._pull_back_one_by_one(run, bucket, None)
         return squares
 
     def _pull_back(self, run: ops.Run, bucket: Bucket, staged: Sequence[Any]) -> None:
@@ -181,12 +198,21 @@ class Call:
             torch.autograd.graph.increment_version(pull.targets)
             self._write_back(pull)
 
-    def _pull_back_directly(self, bucket: Bucket, drifts: Sequence[Tensor]) -> None:
-        """Where nothing could be prepared."""
-        for pull in self._pulls[bucket.place]:
-            chosen = [drifts[i] for i in pull.owners]
-            scales = torch.tensor(pull.scales, dtype=chosen[0].dtype)
-            ops.pull_back_(pull.targets, pull.operands, chosen, scales, pull.accumulate, bucket.backend)
+    def _pull_back_one_by_one(self, run: ops.Run | None, bucket: Bucket, drifts: Sequence[Tensor] | None) -> None:
+        """Gradients that are copies, each of which is written back before the next is taken; and all of them where
+        nothing could be prepared. ``drifts``: None for those that the projection leaves.
+        """
+        pulls = self._pulls.get(bucket.place) or self.gradients.pull_backs(bucket, self._gathered[bucket.place])
+        for pull in pulls:
+            if run is not None:
+                operation = pull.stage(run, bucket, drifts)
+                run.send()
+                run.pull_back_(operation, pull.scales)
+            else:
+                assert drifts is not None
+                chosen = [drifts[i] for i in pull.owners]
+                scales = torch.tensor(pull.scales, dtype=chosen[0].dtype, device="cpu")
+                ops.pull_back_(pull.targets, pull.operands, chosen, scales, pull.accumulate, bucket.backend)
             self._write_back(pull)
 
     def _write_back(self, pull: AlikeGradients) -> None:
@@ -232,6 +258,8 @@ def open_call(weights: object, anchors: object, request: Request) -> Call | None
     try:
         _propagate_refusals(call, group_calls, failure)
     except BaseException:
+        # What is raised holds this frame.
+        failure = None
         if call is not None:
             call.close()
         raise
@@ -252,4 +280,8 @@ def _propagate_refusals(call: Call | None, group_calls: dict[str, GroupCall], fa
             except ValueError as error:
                 failure = failure or error
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            # Else it would hold itself, by this frame.
+            failure = None

@@ -49,7 +49,11 @@ class Gradients:
         # Identities of weights that an earlier launch of this call gives a gradient.
         self._given: set[int] = set()
 
-    def pull_backs(self, bucket: Bucket, gathered: Gathered) -> list[AlikeGradients]:
+    def are_copies(self, bucket: Bucket) -> bool:
+        """Whether a bucket's gradients are copies, to be taken one launch at a time."""
+        return any(self._weights[i].weight.copies_gradient for i in bucket.busy)
+
+    def pull_backs(self, bucket: Bucket, gathered: Gathered) -> Iterator[AlikeGradients]:
         """What computes a bucket's gradients, in order; makes those that do not exist. To be called for the buckets in
         the order in which they are pulled back.
         """
@@ -65,7 +69,8 @@ class Gradients:
             if i not in bucket.busy and self._weights[i].weight.requires_grad:
                 self._ensure(i)
         places = {i: place for place, i in enumerate(bucket.members)}
-        return [self._pull_back(bucket, gathered, places, *kind) for kind in self._kinds(wanted)]
+        for kind in self._kinds(wanted):
+            yield self._pull_back(bucket, gathered, places, *kind)
 
     def drop_made(self) -> None:
         """Take the gradients away that this call has made: none of them was computed."""

@@ -84,7 +84,8 @@ def _has_memory(weight: LocalWeight) -> bool:
     """Whether kernels can be given addresses: not of tensors that only stand for others, such as fake ones."""
     try:
         values = weight.values().detach()
-        return values.data_ptr() != 0 or not values.numel()
+        # A view that stands for its memory's negative is read by operators alone.
+        return (values.data_ptr() != 0 or not values.numel()) and not values.is_neg()
     except RuntimeError:
         return False
 
@@ -204,7 +205,8 @@ def _facts(weights: Sequence[AnchoredWeight]) -> Hashable:
         weight = one.weight
         place = type(weight), weight.shard, weight.group_name, weight.grad_scale
         # Which weights are tied, not which they are.
-        found.append((one.name, firsts.setdefault(weight.identity, i), place, weight.state()))
+        kind = type(weight.parameter), _has_memory(weight)
+        found.append((one.name, firsts.setdefault(weight.identity, i), kind, place, weight.state()))
     return tuple(found)
 
 

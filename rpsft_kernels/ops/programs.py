@@ -75,7 +75,9 @@ class _DirectRun:
     ) -> _Pull:
         return _Pull(batch, members, operands, grads, scales, accumulate, drifts)
 
-    def prepare_new_gradients(self, batch: int, members: Sequence[int], operands: Operands, dtype: torch.dtype) -> None:
+    def prepare_gradients(
+        self, batch: int, members: Sequence[int], operands: Operands, dtype: torch.dtype, accumulate: bool = False
+    ) -> None:
         pass
 
     def send(self) -> None:
@@ -100,6 +102,10 @@ class _DirectRun:
     def pull_back_(self, operation: _Pull, scales: Sequence[float] | Tensor = ()) -> None:
         pull = operation
         drifts = [self._drifts[pull.batch][i] for i in pull.members] if pull.drifts is None else pull.drifts
-        numbers = pull.scales if isinstance(pull.scales, Tensor) else torch.tensor(pull.scales, dtype=drifts[0].dtype)
+        numbers = (
+            pull.scales
+            if isinstance(pull.scales, Tensor)
+            else torch.tensor(pull.scales, dtype=drifts[0].dtype, device="cpu")
+        )
         with without_autocast(self._device):
             self._backend.pull_back_into(pull.grads, pull.operands, drifts, numbers, pull.accumulate)

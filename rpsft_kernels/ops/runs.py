@@ -36,8 +36,12 @@ class Run(Protocol):
             drifts: C (k, k) of each; None: what the projection of the same batch leaves.
         """
 
-    def prepare_new_gradients(self, batch: int, members: Sequence[int], operands: Operands, dtype: torch.dtype) -> None:
-        """Find out now whether gradients of ``dtype`` that a backward pass will make can be computed."""
+    def prepare_gradients(
+        self, batch: int, members: Sequence[int], operands: Operands, dtype: torch.dtype, accumulate: bool = False
+    ) -> None:
+        """Find out now whether gradients of ``dtype`` that do not exist yet can be computed: those that a backward pass
+        will make, or with ``accumulate`` those that a later call of :meth:`stage_pull_back` will give.
+        """
 
     def send(self) -> None:
         """Have everything that is staged where it is needed.

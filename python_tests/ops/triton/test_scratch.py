@@ -49,3 +49,23 @@ def test_a_stream_has_one_as_long_as_it_is_used() -> None:
     del one
     gc.collect()
     assert scratch_of(CPU, 7).nbytes == 0, "the memory of programs that are gone is given back"
+
+
+def test_no_memory_leaves_nothing_that_looks_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was bound to the buffers that are gone is stale, and the same request may succeed later."""
+    scratch = Scratch(CPU)
+    scratch.reserve(Sizes(planes=100, slots=10))
+    empty = scratch._empty
+
+    def none_left(name: str, size: int) -> torch.Tensor:
+        if name == "planes" and size:
+            raise torch.OutOfMemoryError("none left")
+        return empty(name, size)
+
+    monkeypatch.setattr(scratch, "_empty", none_left)
+    with pytest.raises(torch.OutOfMemoryError):
+        scratch.reserve(Sizes(planes=200))
+    assert scratch.generation == 2 and scratch.planes.numel() == 0
+    monkeypatch.undo()
+    scratch.reserve(Sizes(planes=100))
+    assert scratch.generation == 3 and scratch.planes.numel() == 100 and scratch.slots.numel() == 10

@@ -78,8 +78,8 @@ class Operation(Generic[Key]):
     def move(self, column: str, values: list[int]) -> None:
         """Set a column, by the weights' places in the batch, where it differs."""
         if self._columns.get(column) != values:
-            self._columns[column] = values
             self.rows.write(column, [values[i] for i in self._order])
+            self._columns[column] = values
 
     def bind(self, scratch: Scratch) -> None:
         """Make the launches, where planning or a move of the scratch memory has made those at hand stale.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -58,7 +58,9 @@ class Program:
         if run.stream is None:
             return
         if self._device.type == "cuda":
-            reserve_for_captures()
+            # Without memory for captures this call has done its work; a capture will say what it lacks.
+            with suppress(RuntimeError):
+                reserve_for_captures()
         if run.stream not in self._free and len(self._free) >= _MOST_STREAMS:
             self._free.clear()
         free = self._free.setdefault(run.stream, [])
@@ -98,7 +100,9 @@ class Run:
         self._offsets = [0]
         for count in counts:
             self._offsets.append(self._offsets[-1] + count)
-        self.squares = torch.empty(self._offsets[-1], dtype=torch.float32, device=device)
+        # Later calls may be outside of inference mode.
+        with torch.inference_mode(False):
+            self.squares = torch.empty(self._offsets[-1], dtype=torch.float32, device=device)
         self._scales: Tensor | None = None
         # A gradient may be written and added to in one call: three rows for most matrices.
         self._tables: list[Table] = [Table(device, 3 * self._offsets[-1])]
@@ -164,7 +168,7 @@ class Run:
             scales: numbers, or (n,) on the device.
             drifts: C (k, k) of each; None: what the batch's projection leaves in the scratch memory.
         """
-        operation = self._pull_back(batch, members, operands, scales, accumulate)
+        operation = self._pull_back(batch, members, operands, isinstance(scales, Tensor), accumulate)
         where: Any = None
         if not operands.full:
             if drifts is None:
@@ -179,17 +183,20 @@ class Run:
         found: Operation[Any] = operation
         return found
 
-    def prepare_new_gradients(self, batch: int, members: Sequence[int], operands: Operands, dtype: torch.dtype) -> None:
-        """Find out now whether gradients of ``dtype`` that a backward pass will make can be computed.
+    def prepare_gradients(
+        self, batch: int, members: Sequence[int], operands: Operands, dtype: torch.dtype, accumulate: bool = False
+    ) -> None:
+        """Find out now whether gradients of ``dtype`` that do not exist yet can be computed: those that a backward pass
+        will make, or with ``accumulate`` contiguous ones that a later call of :meth:`stage_pull_back` will give.
 
-        Raises:
+        Raises (when sent):
             NoKernel, ValueError: a kernel is missing, or must not run here.
         """
-        scales = torch.empty(0)
-        operation = self._pull_back(batch, members, operands, scales, False)
-        shapes = [w.shape for w in operands.weights] if operands.full else [
-            (u.shape[0], v.shape[0]) for u, v in zip(operands.lefts, operands.rights, strict=True)
-        ]  # fmt: skip
+        operation = self._pull_back(batch, members, operands, not accumulate, accumulate)
+        if operands.full:
+            shapes = [(weight.shape[0], weight.shape[1]) for weight in operands.weights]
+        else:
+            shapes = [(u.shape[0], v.shape[0]) for u, v in zip(operands.lefts, operands.rights, strict=True)]
         facts: list[Facts] = [((m, n), (n, 1), dtype, 0) for m, n in shapes]
         if operation.expects(operands, facts):
             return
@@ -198,20 +205,20 @@ class Run:
         self._staged.append(operation)
 
     def _pull_back(
-        self, batch: int, members: Sequence[int], operands: Operands, scales: Sequence[float] | Tensor, accumulate: bool
+        self, batch: int, members: Sequence[int], operands: Operands, scales_on_device: bool, accumulate: bool
     ) -> Any:
         made = FullPullBack if operands.full else PullBack
-        on_device = isinstance(scales, Tensor)
-        memory = self._device_scales() if on_device else None
+        memory = self._device_scales() if scales_on_device else None
         return self._operation(
-            ("pull", batch, tuple(members), accumulate, on_device),
+            ("pull", batch, tuple(members), accumulate, scales_on_device),
             len(members),
             lambda rows: made(rows, self._device, self._profile, accumulate, memory),
         )
 
     def _device_scales(self) -> Tensor:
         if self._scales is None:
-            self._scales = torch.empty(max(1, self._offsets[-1]), dtype=torch.float32, device=self._device)
+            with torch.inference_mode(False):
+                self._scales = torch.empty(max(1, self._offsets[-1]), dtype=torch.float32, device=self._device)
         return self._scales
 
     def send(self) -> None:

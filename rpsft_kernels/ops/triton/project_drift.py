@@ -183,6 +183,7 @@ class Projection(Operation[ProjectKey]):
             self._place_anchors(operands)
         self.move("WEIGHT", addresses)
         self._drifts = drifts
+        self.sizes = self._sizes._replace(drifts=self._sizes.drifts if drifts is None else 0)
 
     def place_drifts(self) -> None:
         self.move("DRIFT", self.scratch_drifts if self._drifts is None else self._drifts)
@@ -213,7 +214,7 @@ class Projection(Operation[ProjectKey]):
             # Each at a multiple of 16 bytes, as fresh tensors are.
             size += up(left.shape[1] ** 2, 4)
         self._drift_offsets = offsets
-        self.sizes = Sizes(
+        self._sizes = Sizes(
             max(plan.planes_size for _, plan in self._groups),
             max(plan.partial_size for _, plan in self._groups),
             max(plan.slots for _, plan in self._groups),

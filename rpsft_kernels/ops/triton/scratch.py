@@ -36,20 +36,24 @@ class Scratch:
 
     def _empty(self, name: str, size: int) -> Tensor:
         dtype = torch.bfloat16 if name == "planes" else torch.float32
-        return torch.empty(size, dtype=dtype, device=self._device)
+        # Later calls may be outside of inference mode.
+        with torch.inference_mode(False):
+            return torch.empty(size, dtype=dtype, device=self._device)
 
     def reserve(self, sizes: Sizes) -> None:
         """Make every buffer at least as large as ``sizes`` say. To be called on the scratch memory's own stream."""
         wanted = Sizes(*map(max, self._sizes, sizes))
         if wanted == self._sizes:
             return
-        for name, before, size in zip(Sizes._fields, self._sizes, wanted, strict=True):
-            if size > before:
-                # The old one first: both need not fit.
-                setattr(self, name, None)
-                setattr(self, name, self._empty(name, size))
-        self._sizes = wanted
+        # First: should there be no memory, what was bound to the old buffers is stale all the same.
         self.generation += 1
+        for name, size in zip(Sizes._fields, wanted, strict=True):
+            if size > getattr(self._sizes, name):
+                # The old one goes before: both need not fit.
+                setattr(self, name, self._empty(name, 0))
+                self._sizes = self._sizes._replace(**{name: 0})
+                setattr(self, name, self._empty(name, size))
+                self._sizes = self._sizes._replace(**{name: size})
 
     @property
     def nbytes(self) -> int:

@@ -24,7 +24,9 @@ class Table:
 
     def __init__(self, device: torch.device, rows: int) -> None:
         self.host = np.zeros((rows, fields.WIDTH), np.int64)
-        self.memory = torch.empty(rows * fields.WIDTH, dtype=torch.int64, device=device)
+        # Later calls may be outside of inference mode.
+        with torch.inference_mode(False):
+            self.memory = torch.empty(rows * fields.WIDTH, dtype=torch.int64, device=device)
         self._used = self._last = self._takes = 0
         self._first = rows
         register_table(self)
@@ -75,7 +77,9 @@ class Rows:
 
 def float_bits(values: Sequence[float]) -> list[int]:
     """Numbers in float32 as a column holds them."""
-    bits: list[int] = np.array(values, np.float32).view(np.uint32).tolist()
+    # What is too large becomes infinite, as everywhere.
+    with np.errstate(over="ignore"):
+        bits: list[int] = np.array(values, np.float32).view(np.uint32).tolist()
     return bits
 
 

@@ -59,7 +59,7 @@ class _Room:
     """
 
     def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.uint8)
+        self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def reserve(self, size: int) -> None:
         """See to it that ``size`` bytes are free. Not while a graph is captured."""
@@ -83,7 +83,9 @@ _room = _Room()
 
 
 def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    # Whatever mode and default device the caller has set.
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def _queued_copy(host: Tensor, device: torch.device) -> Tensor:
