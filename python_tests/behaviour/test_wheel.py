@@ -211,7 +211,7 @@ def linked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def held(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
-        return [name for name in archive.namelist() if "/kernels/" in name or name.endswith("_kernels_build.txt")]
+        return [name for name in archive.namelist() if name.startswith("rpsft_kernels/kernels/") or name.endswith("_kernels_build.txt")]
 
 
 def test_an_installation_where_there_is_no_gpu_has_no_kernels(linked: Path, tmp_path: Path) -> None:
