@@ -82,7 +82,7 @@ def _counting(traffic: Traffic, name: str, function: Callable[..., Any]) -> Call
 def _noting(traffic: Traffic, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def noted(self: Any, *arguments: Any) -> Any:
         tensor = arguments[0].tensor if arguments and isinstance(arguments[0], PendingSum) else None
-        sent = arguments[0] if tensor is None and arguments else tensor
+        sent = arguments[0] if tensor is None and arguments and isinstance(arguments[0], Tensor) else tensor
         what = ""
         if sent is not None:
             what = " table" if sent.dtype == torch.int64 else " scalars" if sent.numel() == 1 + self.size else " C"
