@@ -182,6 +182,9 @@ class Projection(Operation[ProjectKey]):
         if not alike or self._casts:
             self._place_anchors(operands)
         self.move("WEIGHT", addresses)
+        if (drifts is None) != (self._drifts is None):
+            # Bound anew, with room for the drifts in the scratch memory or without.
+            self._generation = -1
         self._drifts = drifts
         self.sizes = self._sizes._replace(drifts=self._sizes.drifts if drifts is None else 0)
 
