@@ -26,7 +26,7 @@ def test_nothing_to_plan() -> None:
 
 def test_one_class_fills_buckets_in_order() -> None:
     specs = [WeightSpec(16, 32, 4)] * 20
-    assert plan_buckets(specs) == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
+    assert plan_buckets(specs) == [list(range(16)), list(range(16, 20))]
     assert plan_buckets(specs, BucketLimits(weights=20)) == [list(range(20))]
     assert plan_buckets(specs, BucketLimits(weights=1)) == [[i] for i in range(20)]
 

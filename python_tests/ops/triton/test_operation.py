@@ -135,7 +135,7 @@ def test_drifts_of_their_own_move_their_column_alone(bench: Bench) -> None:
     drifts = [torch.zeros(RANK, RANK) for _ in SHAPES]
     operation.stage(operands, addresses_of(drifts))
     bench.send(operation)
-    assert bench.changed() == {"DRIFT"} and bench.found == []
+    assert bench.changed() == {"DRIFT"}
     operation.stage(operands, None)
     bench.send(operation)
     inside = bench.scratch.drifts

@@ -13,7 +13,7 @@ from ..operands import Operands
 from . import device as devices
 from .aot import dispatch as aot
 from .full_form import FullProjection, FullPullBack
-from .layout import Facts, addresses_of, up, vectors
+from .layout import Facts, addresses_of, vectors
 from .operation import Operation, facts_of
 from .project_drift import Projection
 from .pull_back import PullBack
@@ -268,10 +268,5 @@ class Run:
 
 
 def new_drifts(ranks: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Memory for C (k, k) of each rank, in float32, each at a multiple of 16 bytes; one allocation."""
-    sizes = [up(rank * rank, 4) for rank in ranks]
-    memory = torch.empty(sum(sizes), dtype=torch.float32, device=device)
-    if len(set(ranks)) == 1 and sizes[0] == ranks[0] ** 2:
-        return list(memory.view(len(ranks), ranks[0], ranks[0]).unbind())
-    pieces: Sequence[Tensor] = torch.split(memory, sizes)
-    return [piece[: rank * rank].view(rank, rank) for piece, rank in zip(pieces, ranks, strict=True)]
+    """Memory for C (k, k) of each rank, in float32. An allocation each: what an operator returns may not share any."""
+    return [torch.empty((rank, rank), dtype=torch.float32, device=device) for rank in ranks]
