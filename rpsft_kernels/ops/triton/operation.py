@@ -7,7 +7,8 @@ addresses, that lie alike, cost their columns of the table; all else is planned 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ from .variants import Variant
 Key = TypeVar("Key")
 
 
-class LaunchGroup(NamedTuple, Generic[Key]):
+@dataclass(frozen=True)
+class LaunchGroup(Generic[Key]):
     """The weights of a batch that share launches, by their places in it."""
 
     key: Key
