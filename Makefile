@@ -28,6 +28,7 @@ PYTHON_oldest := 3.10
 PYTHON_torch-2.9 := 3.10
 PYTHON_torch-2.11 := 3.12
 CORNER = OMP_NUM_THREADS=1 .venv-$(@:test-%=%)/bin/python -m pytest -n 2 --dist loadgroup -rs -p no:cacheprovider
+# Triton 3.6 compiles no kernels for 9.0 that may be launched, which test_launches.py wants.
 # torch.compile of torch 2.6 cannot import Triton 3.6: it is tested where there is no Triton.
 COMPILED = compiled or opcheck or wrapped
 
@@ -35,6 +36,7 @@ test-oldest: .venv-oldest/ready
 	$(CORNER) python_tests/ops python_tests/test_penalty.py python_tests/anchors/test_collection.py \
 		python_tests/anchors/test_file_format.py python_tests/distributed/test_names.py python_tests/test_private_names.py \
 		--deselect python_tests/ops/triton/test_compiler.py --ignore python_tests/ops/triton/machine_code \
+		--ignore python_tests/ops/triton/aot/test_launches.py \
 		-k "not ($(COMPILED))" $(ARGS)
 	$(CORNER) -p python_tests.helpers.without_triton -k "($(COMPILED)) and not kernels" python_tests/ops/test_torch_ops.py \
 		python_tests/anchors/test_collection.py python_tests/test_penalty.py python_tests/distributed/test_names.py
