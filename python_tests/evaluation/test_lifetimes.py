@@ -6,7 +6,7 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,16 +18,6 @@ from rpsft_kernels.evaluation import plan
 from rpsft_kernels.ops.triton import scratch
 
 BACKENDS = ("native", "torch", "triton")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("kernels on the CPU take TRITON_INTERPRET=1, set before the start")
-    forget()
-    with rk.use_backend(request.param):
-        yield request.param
-    forget()
 
 
 def _accumulate(case: Case) -> None:

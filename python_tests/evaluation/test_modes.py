@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from plans import COEFF, RANK, Case, forget, same
+from plans import COEFF, RANK, Case, same
 from support import exact_penalty, relative_error
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -19,19 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import rpsft_kernels as rk
 from rpsft_kernels.ops.triton import launch
-
-BACKENDS = ("native", "torch", "triton")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("kernels on the CPU take TRITON_INTERPRET=1, set before the start")
-    forget()
-    with rk.use_backend(request.param):
-        yield request.param
-    forget()
-
 
 # -- graphs --------------------------------------------------------------------------------------------------
 

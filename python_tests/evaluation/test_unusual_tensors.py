@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -22,18 +21,6 @@ from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.distributed.weight import LocalWeight
 from rpsft_kernels.evaluation import pairing
 from rpsft_kernels.ops.triton import launch
-
-BACKENDS = ("native", "torch", "triton")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("kernels on the CPU take TRITON_INTERPRET=1, set before the start")
-    forget()
-    with rk.use_backend(request.param):
-        yield request.param
-    forget()
 
 
 def _anchored() -> tuple[Tensor, rk.Anchor]:

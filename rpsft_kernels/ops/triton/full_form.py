@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate as running_sums
@@ -63,8 +64,9 @@ class _FullOperation(Operation[FullKey]):
             self.move("BASE", addresses_of(bases))
         self.move("WEIGHT", addresses_of(weights))
 
+    @abstractmethod
     def variant(self, key: FullKey) -> Variant:
-        raise NotImplementedError
+        """The kernel that serves weights of a key."""
 
 
 def _slots(group: LaunchGroup[FullKey], variant: Variant) -> list[int]:

@@ -6,6 +6,7 @@ addresses, that lie alike, cost their columns of the table; all else is planned 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -34,7 +35,7 @@ class LaunchGroup(Generic[Key]):
     problems: tuple[Problem, ...]
 
 
-class Operation(Generic[Key]):
+class Operation(ABC, Generic[Key]):
     """``count`` weights on ``rows``. Subclasses say how they are planned, and which launches that takes."""
 
     sizes = Sizes()
@@ -100,8 +101,9 @@ class Operation(Generic[Key]):
     def place_drifts(self) -> None:
         """Say where C lies, which may be in the scratch memory."""
 
+    @abstractmethod
     def launches(self, scratch: Scratch) -> list[Launch]:
-        raise NotImplementedError
+        """The launches, in order."""
 
     def run(self) -> None:
         """Queue the launches."""
