@@ -74,7 +74,7 @@ sanitize: $(VENV)/requirements
 	$(CTEST)
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
 from wheels import FullWheel, build_full_wheel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

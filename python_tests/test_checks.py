@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from bad_weights import BAD_WEIGHTS
-from support import DTYPES, LAYOUTS, Layout, random_matrix
 
+from bad_weights import BAD_WEIGHTS
 from rpsft_kernels.checks import check_weight
+from support import DTYPES, LAYOUTS, Layout, random_matrix
 
 
 def _sharded() -> torch.Tensor:

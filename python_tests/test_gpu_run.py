@@ -16,17 +16,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
+
 import filling
 import parts
 import prepare
-import pytest
 import run
 import sanitize
 import sanitized
-import torch
 from filling import Case, findings, make_inputs
 from parts import Counts, Outcome, Part, run_part, run_parts
-
 from rpsft_kernels.ops.triton import toolchain
 from rpsft_kernels.ops.triton.aot.targets import BY_CAPABILITY
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import rpsft_kernels as rk
 from bad_weights import BAD_WEIGHTS
 from support import (
     DTYPES,
@@ -21,9 +24,6 @@ from support import (
     random_matrix,
     relative_error,
 )
-from torch import Tensor, nn
-
-import rpsft_kernels as rk
 
 pytestmark = pytest.mark.usefixtures("reference_arithmetic")
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import FSDP2_RUNS
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from ranks import FSDP2_RUNS
 from rpsft_kernels.distributed.dtensor import gathered_by_fsdp2
 from rpsft_kernels.private_names import Zero3Parameter, fsdp2_parameters, shards_before
 from rpsft_kernels.private_names.table import TABLE, Row, read, spellings

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+
 from ranks import run_ranks
 
 README = Path(__file__).parents[1] / "README.md"

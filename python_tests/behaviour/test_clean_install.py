@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from wheels import FullWheel, build_wheel, copy_sources
 
 # One worker builds the wheel that is installed.

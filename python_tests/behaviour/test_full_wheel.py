@@ -11,15 +11,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from elf import needed_libraries
-from wheels import FullWheel
 
+from elf import needed_libraries
 from rpsft_kernels.ops.triton.aot import library as aot_library
 from rpsft_kernels.ops.triton.aot.build import build_kernels
 from rpsft_kernels.ops.triton.aot.check import check_kernels
 from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import list_variants
 from rpsft_kernels.tools.cli import main
+from wheels import FullWheel
 
 pytestmark = pytest.mark.xdist_group("full wheel")
 

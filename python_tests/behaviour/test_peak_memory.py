@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from memory_trace import Trace, trace
-from support import random_matrix
 from torch import Tensor, nn
 
 import rpsft_kernels as rk
+from memory_trace import Trace, trace
 from rpsft_kernels import ops
 from rpsft_kernels.ops import reference
+from support import random_matrix
 
 SHAPE, RANK = (192, 256), 8
 MEMBERS = 24

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from small_models import tiny_llama
-from support import exact_gradient, exact_moved, exact_penalty, random_matrix
 from torch import Tensor, nn
 
 import rpsft_kernels as rk
+from small_models import tiny_llama
+from support import exact_gradient, exact_moved, exact_penalty, random_matrix
 
 pytestmark = pytest.mark.usefixtures("reference_arithmetic")
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from stand_in import DEVICE, OnGpu, StandIn
-from stand_in import stand_in as stand_in  # a fixture
-from support import random_matrix
 from torch import Tensor, nn
 
 import rpsft_kernels as rk
 from rpsft_kernels import ops
 from rpsft_kernels.ops.triton import upload
 from rpsft_kernels.ops.triton.tile_table import interpreted
+from stand_in import DEVICE, OnGpu, StandIn
+from stand_in import stand_in as stand_in  # a fixture
+from support import random_matrix
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels of the stand-in run in Triton's interpreter")
 

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from fake_driver import fake_driver
 from wheels import REPOSITORY, build_wheel, copy_sources, run_python, version, without
 

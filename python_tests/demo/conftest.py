@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from small_models import tiny_llama
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rpsft_kernels as rk
 from rpsft_kernels.demo.model import load_smollm2
+from small_models import tiny_llama
 
 VOCABULARY = 160
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from deepspeed_ranks import odd_partitions, partitioned, replicated, train
 from llama import llama, whole_anchors
 from ranks import run_ranks

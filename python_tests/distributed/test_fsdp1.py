@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fsdp1_ranks import compare, pretrained, train
 from llama import whole_anchors
 from ranks import TORCH, run_ranks

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fsdp2_ranks import compare, train
 from ranks import needs_fsdp2, run_ranks
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from ranks import run_ranks
 from replicated_ranks import FROZEN, compare_all, refusals, train
 

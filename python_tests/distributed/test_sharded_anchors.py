@@ -3,13 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import anchors_ranks
 import pytest
 import torch
+
+import anchors_ranks
+import rpsft_kernels as rk
 from llama import RANK, llama, whole_anchors
 from ranks import run_ranks
-
-import rpsft_kernels as rk
 
 FORMS: dict[str, dict[str, Any]] = {
     "base": {"basis_dtype": torch.float32},

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from ranks import TORCH, needs_fsdp2, run_ranks
 from tensor_parallel_ranks import SETTINGS, compare, refused, train
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from llama import RANK
 from ranks import needs_fsdp2, run_ranks
 from traffic_ranks import Traffic, replicated, sharded

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from plans import forget
 
 import rpsft_kernels as rk
+from plans import forget
 
 BACKENDS = ("native", "torch", "triton")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+
+import rpsft_kernels as rk
 from mutations import MUTATIONS
 from plan_ranks import Failures, failures
 from plans import COEFF, RANK, Case, copied, forget, same
 from ranks import needs_fsdp2, run_ranks
-
-import rpsft_kernels as rk
 from rpsft_kernels.ops import native
 from rpsft_kernels.ops.triton import launch
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plans import COEFF, RANK, Case, both_calls, forget, same
 from torch import Tensor, nn
 
 import rpsft_kernels as rk
+from plans import COEFF, RANK, Case, both_calls, forget, same
 from rpsft_kernels.evaluation import plan
 from rpsft_kernels.ops.triton import scratch
 

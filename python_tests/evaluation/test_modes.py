@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from plans import COEFF, RANK, Case, same
-from support import exact_penalty, relative_error
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -16,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rpsft_kernels as rk
+from plans import COEFF, RANK, Case, same
 from rpsft_kernels.ops.triton import launch
+from support import exact_penalty, relative_error
 
 # -- graphs --------------------------------------------------------------------------------------------------
 

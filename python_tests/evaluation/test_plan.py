@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import rpsft_kernels as rk
 from mutations import MUTATIONS
 from plan_ranks import Reshards, reshards
 from plans import COEFF, RANK, Case, Layers, both_calls, check, forget, move, no_new_plan, same
 from ranks import needs_fsdp2, run_ranks
-from small_models import refused
-from torch import Tensor, nn
-
-import rpsft_kernels as rk
 from rpsft_kernels.evaluation import plan
+from small_models import refused
 
 BACKENDS = ("native", "torch", "triton")
 # What changes neither weights nor anchors as a plan sees them: it must be found again.

@@ -8,10 +8,10 @@ import time
 
 import pytest
 import torch
-from mutations import MUTATIONS
-from plans import Case, forget
 
 import rpsft_kernels as rk
+from mutations import MUTATIONS
+from plans import Case, forget
 
 # Of wall time: a slow machine takes fewer steps, of one and the same sequence.
 SECONDS = {"native": 8.0, "torch": 8.0, "triton": 12.0}

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from plan_ranks import redistributed_gradients
-from plans import forget
-from ranks import run_ranks
-from support import random_matrix
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import rpsft_kernels as rk
+from plan_ranks import redistributed_gradients
+from plans import forget
+from ranks import run_ranks
 from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.distributed.weight import LocalWeight
 from rpsft_kernels.evaluation import pairing
 from rpsft_kernels.ops.triton import launch
+from support import random_matrix
 
 
 def _anchored() -> tuple[Tensor, rk.Anchor]:

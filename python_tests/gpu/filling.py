@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from support import Form, Layout, laid_out
 from torch import Tensor
 
 from rpsft_kernels import ops
+from support import Form, Layout, laid_out
 
 # Both orientations, more tiles than any GPU has multiprocessors, and edges that no tile divides.
 SHAPES = ((4096, 4096), (1032, 4104), (4104, 1032), (14336, 4096), (4096, 14328))

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from support import Form, Layout, laid_out, make_problem, operands_of
 
 from rpsft_kernels import ops
 from rpsft_kernels.ops.triton import toolchain
 from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
+from support import Form, Layout, laid_out, make_problem, operands_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Shapes = tuple[tuple[int, int, int], ...]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support import exact_gradient, exact_penalty
 from torch import Tensor, nn
 
 import rpsft_kernels as rk
+from support import exact_gradient, exact_penalty
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):

@@ -6,8 +6,9 @@ import gc
 
 import pytest
 import torch
-from stepping import BACKENDS, CALLS, FORMS, Model
 from torch import Tensor
+
+from stepping import BACKENDS, CALLS, FORMS, Model
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

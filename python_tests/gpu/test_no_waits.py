@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from stepping import BACKENDS, CALLS, FORMS, Model
 
 # 200 ms of a GPU at 2 GHz: far longer than the host needs to queue a step.

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from filling import Case, make_inputs, step
 
 # Whole tiles, ragged edges and both orientations in one launch.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from filling import SHAPES, Case, Inputs, findings, make_inputs, step
 from torch import Tensor
+
+from filling import SHAPES, Case, Inputs, findings, make_inputs, step
 
 TIMES = 24
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

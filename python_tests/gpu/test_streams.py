@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from filling import Case, Inputs, findings, make_inputs, step
 from torch import Tensor
 
 import rpsft_kernels as rk
+from filling import Case, Inputs, findings, make_inputs, step
 from rpsft_kernels import ops
 
 # 100 ms of a GPU at 2 GHz: far longer than the host needs to queue a step.

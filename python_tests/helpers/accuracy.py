@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from support import Problem, exact_drift, exact_moved, exact_pull, relative_error
 from torch import Tensor
+
+from support import Problem, exact_drift, exact_moved, exact_pull, relative_error
 
 
 def plain_error(problem: Problem) -> float:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fsdp2_ranks import wrapped as fully_sharded
-from llama import RANK, drift, expected, llama, whole_anchors
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rpsft_kernels as rk
+from fsdp2_ranks import wrapped as fully_sharded
+from llama import RANK, drift, expected, llama, whole_anchors
 from rpsft_kernels.distributed import find_parameters
 
 

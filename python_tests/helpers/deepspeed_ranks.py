@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
+import rpsft_kernels as rk
 from llama import (
     COEFF,
     RANK,
@@ -24,9 +27,6 @@ from llama import (
     whole_anchors,
 )
 from small_models import refused
-from torch import Tensor, nn
-
-import rpsft_kernels as rk
 
 
 def initialized(

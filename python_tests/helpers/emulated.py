@@ -8,18 +8,18 @@ from functools import cache
 from itertools import product
 
 import torch
+from torch import Tensor
+
 from accuracy import check_drifts, check_pulled
 from emulation import Emulator, profile_of
 from planned import planned_for
-from support import Problem, exact_drift, operands_of, random_matrix, relative_error
-from torch import Tensor
-
 from rpsft_kernels.ops import Operands
 from rpsft_kernels.ops.triton import backend as kernels
 from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.layout import TYPE_NAMES
 from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import WEIGHT_AND_BASE, Variant
+from support import Problem, exact_drift, operands_of, random_matrix, relative_error
 
 BOTH = (False, True)
 TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from compiling import Compiler
-from planned import planned_for
-from ptxrun import GlobalMemory, Stats, region_of, run
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from compiling import Compiler
+from planned import planned_for
+from ptxrun import GlobalMemory, Stats, region_of, run
 from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.variants import ARGUMENTS, Variant

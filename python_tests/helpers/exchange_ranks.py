@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import FSDP2_RUNS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import rpsft_kernels as rk
+from ranks import FSDP2_RUNS
 from rpsft_kernels.distributed import GroupCall
 from rpsft_kernels.evaluation import bucket as buckets
 from rpsft_kernels.evaluation import plan

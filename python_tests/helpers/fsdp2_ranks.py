@@ -7,6 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+import rpsft_kernels as rk
 from llama import (
     COEFF,
     RANK,
@@ -21,12 +27,6 @@ from llama import (
     whole_anchors,
 )
 from small_models import refused
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
-
-import rpsft_kernels as rk
 
 
 def wrapped(

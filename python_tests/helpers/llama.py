@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from small_models import tiny_llama
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import rpsft_kernels as rk
+from small_models import tiny_llama
 
 RANK = 24  # of k and v projections (24, 48) the whole: a full anchor
 COEFF = 0.3

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from plans import RANK, Case, Mutation
-from support import Layout, laid_out
 from torch import Tensor, nn
 
 import rpsft_kernels as rk
+from plans import RANK, Case, Mutation
+from support import Layout, laid_out
 
 NOISE = 0.03
 

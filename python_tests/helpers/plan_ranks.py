@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from plans import COEFF, RANK, forget, move
-from small_models import linear_layers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +17,8 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.nn.parallel import DistributedDataParallel
 
 import rpsft_kernels as rk
+from plans import COEFF, RANK, forget, move
+from small_models import linear_layers
 
 
 @dataclass

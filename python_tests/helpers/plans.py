@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from support import exact_gradient, exact_penalty, relative_error
 from torch import Tensor, nn
 
 import rpsft_kernels as rk
 from rpsft_kernels.evaluation import plan
+from support import exact_gradient, exact_penalty, relative_error
 
 COEFF = 0.3
 RANK = 8

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from llama import COEFF, RANK, batch, distance, drift, errors, expected, llama, own_batch, task_loss, train_alone
-from small_models import found_at_anchor, linear_layers, mean_square, refused, vectors
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rpsft_kernels as rk
+from llama import COEFF, RANK, batch, distance, drift, errors, expected, llama, own_batch, task_loss, train_alone
+from small_models import found_at_anchor, linear_layers, mean_square, refused, vectors
 
 FROZEN = "2.weight"
 

@@ -6,11 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import small_models
 import torch
 import torch.distributed as dist
-from llama import COEFF, RANK, batch, drift, errors, expected, llama, task_loss
-from small_models import found_at_anchor, linear_layers, mean_square, vectors
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import rpsft_kernels as rk
+import small_models
+from llama import COEFF, RANK, batch, drift, errors, expected, llama, task_loss
+from small_models import found_at_anchor, linear_layers, mean_square, vectors
 
 _COLUMNWISE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 _ROWWISE = ("self_attn.o_proj", "mlp.down_proj")

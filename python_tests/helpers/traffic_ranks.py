@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from exchange_ranks import CALLS, backward, layers
-from exchange_ranks import wrapped as wrapped_layers
-from fsdp2_ranks import wrapped
-from llama import RANK, llama, own_batch, task_loss
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import rpsft_kernels as rk
+from exchange_ranks import CALLS, backward, layers
+from exchange_ranks import wrapped as wrapped_layers
+from fsdp2_ranks import wrapped
+from llama import RANK, llama, own_batch, task_loss
 from rpsft_kernels.distributed import GroupCall, PendingSum
 from rpsft_kernels.evaluation import bucket as buckets
 from rpsft_kernels.evaluation.pairing import pair

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from planned import profiled
 from torch import Tensor
 
+from planned import profiled
 from rpsft_kernels.ops import Operands
 from rpsft_kernels.ops.triton import backend
 from rpsft_kernels.ops.triton import launch as triton_launch

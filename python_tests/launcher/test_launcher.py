@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import launches
 import pytest
+
+import launches
 
 CSRC = Path(__file__).parents[2] / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "")) or ["c++"]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import make_problem, operands_of
 from torch import Tensor
 
 import rpsft_kernels as rk
 from rpsft_kernels import ops
 from rpsft_kernels.ops import dispatch, native, reference
+from support import make_problem, operands_of
 
 CPU = torch.device("cpu")
 

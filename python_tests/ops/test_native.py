@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+import rpsft_kernels as rk
+from rpsft_kernels import ops
+from rpsft_kernels.ops import native
 from support import (
     FORMS,
     LAYOUTS,
@@ -25,11 +30,6 @@ from support import (
     random_matrix,
     relative_error,
 )
-from torch import Tensor
-
-import rpsft_kernels as rk
-from rpsft_kernels import ops
-from rpsft_kernels.ops import native
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

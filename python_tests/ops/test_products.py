@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from memory_trace import trace
+from rpsft_kernels import ops
+from rpsft_kernels.ops import products, reference
+from rpsft_kernels.ops.products import Machine, Parts, Plain
 from support import (
     DTYPES,
     FORMS,
@@ -25,11 +30,6 @@ from support import (
     random_matrix,
     relative_error,
 )
-from torch import Tensor
-
-from rpsft_kernels import ops
-from rpsft_kernels.ops import products, reference
-from rpsft_kernels.ops.products import Machine, Parts, Plain
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 # Small enough for several blocks of the shapes below.

@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
+from rpsft_kernels import ops
+from rpsft_kernels.ops import products
+from rpsft_kernels.ops.products import Machine
 from support import (
     DTYPES,
     FORMS,
@@ -19,11 +24,6 @@ from support import (
     orthonormal,
     random_matrix,
 )
-from torch import Tensor
-
-from rpsft_kernels import ops
-from rpsft_kernels.ops import products
-from rpsft_kernels.ops.products import Machine
 
 CASES = [
     *((1, 1, 1), (5, 3, 1), (5, 3, 3)),

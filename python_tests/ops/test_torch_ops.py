@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+import rpsft_kernels as rk
+from rpsft_kernels import ops
 from support import (
     DTYPES,
     FORMS,
@@ -20,11 +25,6 @@ from support import (
     random_matrix,
     relative_error,
 )
-from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-
-import rpsft_kernels as rk
-from rpsft_kernels import ops
 
 SHAPES = [(7, 5), (5, 8), (4, 4)]
 OPERATORS = torch.ops.rpsft_kernels

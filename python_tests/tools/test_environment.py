@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from world import SQUARES, World
 
 from rpsft_kernels.ops import native
 from rpsft_kernels.ops.triton import device as triton_device
@@ -16,6 +15,7 @@ from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.ops.triton.aot import loader as aot_loader
 from rpsft_kernels.ops.triton.aot.library import Device
 from rpsft_kernels.tools import environment
+from world import SQUARES, World
 
 NO_TRITON = "the package triton is not installed (pip install triton)"
 NO_COMPILER = (

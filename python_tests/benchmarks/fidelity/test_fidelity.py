@@ -8,13 +8,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from support import random_matrix
 from torch import Tensor
 
 from benchmarks.fidelity.__main__ import main, table, worst_weight
 from benchmarks.fidelity.case import FidelityCase
 from benchmarks.fidelity.contract import Agreement, AnchorForm, Measurement, violations
 from benchmarks.fidelity.fine_tuning import PROJECTIONS, fine_tuned_weights, weight_name
+from support import random_matrix
 
 # One process for all that needs the model: fine-tuning it takes most of the time.
 real_model = pytest.mark.xdist_group("smollm2")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from result_files import RUN, write
 
 from benchmarks.reporting import compare
 from benchmarks.reporting.results import load
+from result_files import RUN, write
 
 FAST, MIDDLE, SLOW = [0.100, 0.101, 0.102], [0.100, 0.110, 0.130], [0.120, 0.121, 0.122]
 GEMM = {"provider": "torch.mm", "role": "gemm"}

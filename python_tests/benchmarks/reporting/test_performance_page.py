@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from result_files import write as write_results
 
 from benchmarks.reporting import performance_page
 from benchmarks.reporting.results import load
+from result_files import write as write_results
 
 RESULT: dict[str, Any] = {"seconds": [0.010] * 3, "flops": 3_000_000_000, "extra_bytes": 838861}
 PUBLISHED: dict[str, Any] = {"role": "published", "error_bound": None}

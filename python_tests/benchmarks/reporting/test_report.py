@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from result_files import write as write_results
 
 from benchmarks.reporting import report
 from benchmarks.reporting.results import load
+from result_files import write as write_results
 
 RUN: dict[str, Any] = {
     "device": "Toy <CPU>",

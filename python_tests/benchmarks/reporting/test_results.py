@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from result_files import RESULT, RUN, write
 
 from benchmarks.reporting.results import (
     bandwidth_shares,
@@ -20,6 +19,7 @@ from benchmarks.reporting.results import (
     spread,
     times_text,
 )
+from result_files import RESULT, RUN, write
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planned import planned_for
 
+from planned import planned_for
 from rpsft_kernels.ops.selftest import cases
 from rpsft_kernels.ops.selftest.cases import REPEATED, all_cases
 from rpsft_kernels.ops.selftest.checks import Subject, call_once

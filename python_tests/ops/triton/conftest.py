@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from compiling import Compiler
 from emulated import split_by_shape
-
 from rpsft_kernels.ops.triton import project_drift, scratch, toolchain
 
 # On a GPU deterministic algorithms ask this of cuBLAS, which tests compare with.

@@ -11,12 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from wheels import FullWheel
 
 from rpsft_kernels.ops.triton.aot.library import kernel_id
 from rpsft_kernels.ops.triton.aot.targets import BY_ARCHITECTURE, DESCRIPTORS
 from rpsft_kernels.ops.triton.compiler import read_file
 from rpsft_kernels.ops.triton.variants import list_variants
+from wheels import FullWheel
 
 # The matrix instructions of each generation.
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "sm_120": "HMMA", "gfx942": "v_mfma"}

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from compiling import Compiler
 from emulated import Forward, asked, chosen, ways
 from emulation import NEWEST, WHY_NEWEST, Emulator
-from support import operands_of
-
 from rpsft_kernels.ops.triton import backend as kernels
 from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
 from rpsft_kernels.ops.triton.machine_code.cubin import disassemble
 from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import Variant, list_variants
+from support import operands_of
 
 newest = pytest.mark.skipif(not NEWEST, reason=WHY_NEWEST)
 ARCHITECTURES = ("sm_80", "sm_90")

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+
 from compiling import Compiled, Compiler
 from emulated import Backward, Forward
 from emulation import COMPILER, NEWEST, WHY_NEWEST, Emulator
 from ptxrun import MemoryFault, Program, PtxError, RaceError, RegisterHazard, UninitialisedRead, parse
-from support import operands_of
-
 from rpsft_kernels.ops.triton import backend as kernels
 from rpsft_kernels.ops.triton import project_drift, pull_back
 from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import Access, Precision, Variant, project_variant
+from support import operands_of
 
 newest = pytest.mark.skipif(not NEWEST, reason=WHY_NEWEST)
 ARCHITECTURES = ("sm_80", "sm_90")

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from accuracy import check_drifts, check_pulled
+from rpsft_kernels import ops
+from rpsft_kernels.ops.triton import device as triton_device
+from rpsft_kernels.ops.triton import project_drift, pull_back, variants
+from rpsft_kernels.ops.triton.device import Profile
+from rpsft_kernels.ops.triton.tile_table import TileConfig
 from support import (
     LAYOUTS,
     Form,
@@ -20,13 +27,6 @@ from support import (
     random_matrix,
     relative_error,
 )
-from torch import Tensor
-
-from rpsft_kernels import ops
-from rpsft_kernels.ops.triton import device as triton_device
-from rpsft_kernels.ops.triton import project_drift, pull_back, variants
-from rpsft_kernels.ops.triton.device import Profile
-from rpsft_kernels.ops.triton.tile_table import TileConfig
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

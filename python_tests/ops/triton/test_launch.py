@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from world import DEVICE
 
 from rpsft_kernels.ops.triton import launch as launches
 from rpsft_kernels.ops.triton.aot.dispatch import ImageRefused, NoKernel
 from rpsft_kernels.ops.triton.launch import Launch, watched
 from rpsft_kernels.ops.triton.variants import Variant, squares_variant
+from world import DEVICE
 
 SQUARES = squares_variant()
 ARGUMENTS = tuple(torch.zeros(4) for _ in range(3))

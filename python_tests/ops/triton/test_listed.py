@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from planned import planned_for
-from support import laid_out
 from torch import Tensor, nn
 
 import rpsft_kernels as rk
+from planned import planned_for
 from rpsft_kernels import ops
 from rpsft_kernels.anchors.anchor import Anchor
 from rpsft_kernels.anchors.tensors import computed_block, padded
@@ -29,6 +28,7 @@ from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
 from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import Variant, list_variants
+from support import laid_out
 
 BOTH = (False, True)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

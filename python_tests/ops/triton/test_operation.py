@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import Layout, laid_out, random_matrix
 from torch import Tensor
 
 from rpsft_kernels.ops import Operands
@@ -23,6 +22,7 @@ from rpsft_kernels.ops.triton.pull_back import PullBack
 from rpsft_kernels.ops.triton.scratch import Scratch, Sizes
 from rpsft_kernels.ops.triton.table import SCALE, Table, float_bits
 from rpsft_kernels.ops.triton.variants import Variant
+from support import Layout, laid_out, random_matrix
 
 CPU = torch.device("cpu")
 PROFILE = Profile("sm_80", 8, False)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import Form, Problem, make_problem, operands_of
 from torch import Tensor
 
 import rpsft_kernels as rk
@@ -18,6 +17,7 @@ from rpsft_kernels.ops.triton import table as tables
 from rpsft_kernels.ops.triton import upload
 from rpsft_kernels.ops.triton.program import Program
 from rpsft_kernels.ops.triton.variants import Variant
+from support import Form, Problem, make_problem, operands_of
 
 SMALL = ((9, 20, 4), (20, 9, 4))
 LARGE = ((70, 40, 20), (40, 70, 20), (33, 140, 20))

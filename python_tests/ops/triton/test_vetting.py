@@ -14,16 +14,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jitted
 import pytest
 import torch
-from sass_text import BROKEN, TRITONS, cubin
 from triton.runtime.cache import FileCacheManager
-from world import DEVICE, World, launch
 
+import jitted
 from rpsft_kernels.ops.triton import jit, toolchain, vetting
 from rpsft_kernels.ops.triton.machine_code.cubin import disassembler
 from rpsft_kernels.ops.triton.variants import ARGUMENTS, Variant, list_variants
+from sass_text import BROKEN, TRITONS, cubin
+from world import DEVICE, World, launch
 
 pytestmark = pytest.mark.xdist_group("aot")
 REPOSITORY = Path(__file__).resolve().parents[3]

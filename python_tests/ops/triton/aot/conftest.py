@@ -3,11 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from world import World
 
 from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.ops.triton.aot import loader as aot_loader
 from rpsft_kernels.ops.triton.aot.build import build_kernels
+from world import World
 
 ARCHITECTURES = "8.0;9.0"
 # A few of each kind: with masks and without, through pointers and descriptors, elementwise.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wheels import without
 
 from rpsft_kernels.ops.triton.aot import build as aot_build
 from rpsft_kernels.ops.triton.aot import library as aot_library
@@ -20,6 +19,7 @@ from rpsft_kernels.ops.triton.aot.compile import Kernel, LeftOut, parameter_tabl
 from rpsft_kernels.ops.triton.aot.targets import BY_ARCH, Compatibility
 from rpsft_kernels.ops.triton.variants import Variant, list_variants
 from rpsft_kernels.tools.cli import main
+from wheels import without
 
 # One worker for what shares the built folder.
 pytestmark = pytest.mark.xdist_group("aot")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sass_text import cubin
 
 from rpsft_kernels.ops.triton.aot import compile as aot_compile
 from rpsft_kernels.ops.triton.aot import library as aot_library
@@ -24,6 +23,7 @@ from rpsft_kernels.ops.triton.aot.limits import exceeded
 from rpsft_kernels.ops.triton.machine_code.cubin import nvidia_tools, read_cubin
 from rpsft_kernels.ops.triton.tile_table import tile_table
 from rpsft_kernels.tools.cli import main
+from sass_text import cubin
 
 pytestmark = pytest.mark.xdist_group("aot")
 Change = Callable[[Path, list[dict[str, Any]]], None]

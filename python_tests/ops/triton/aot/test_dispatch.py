@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from world import DEVICE, PULL, SQUARES, World, launch
 
 from rpsft_kernels.ops.triton import backend, toolchain
 from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.ops.triton.aot.library import kernel_id
 from rpsft_kernels.ops.triton.variants import ARGUMENTS, Variant
+from world import DEVICE, PULL, SQUARES, World, launch
 
 LIMIT = 99 << 10
 

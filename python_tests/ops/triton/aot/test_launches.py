@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import workload
-from planned import planned_for
 from torch import Tensor
 
+import workload
+from planned import planned_for
 from rpsft_kernels.ops.triton.aot.build import build_kernels
 from rpsft_kernels.ops.triton.aot.compile import parameter_table
 from rpsft_kernels.ops.triton.aot.library import Library

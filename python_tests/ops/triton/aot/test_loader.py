@@ -7,11 +7,11 @@ import time
 from typing import Any
 
 import pytest
-from world import SQUARES, World
 
 from rpsft_kernels.ops.triton.aot import loader as aot_loader
 from rpsft_kernels.ops.triton.aot.library import KernelMatch, Library
 from rpsft_kernels.ops.triton.aot.targets import Compatibility
+from world import SQUARES, World
 
 
 def test_threads_that_ask_at_once_get_one_kernel(world: World) -> None:

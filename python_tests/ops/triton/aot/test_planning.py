@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from planned import planned_for
 from torch import Tensor
 
+from planned import planned_for
 from rpsft_kernels import ops
 from rpsft_kernels.ops import Operands, running
 from rpsft_kernels.ops.triton import toolchain

@@ -8,11 +8,11 @@ import re
 import pytest
 import torch
 from triton.backends.nvidia.compiler import ptx_get_version
-from world import DEVICE, PULL, SQUARES, World, launch
 
 from rpsft_kernels.ops.triton import device as triton_device
 from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.ops.triton.aot.library import Device
+from world import DEVICE, PULL, SQUARES, World, launch
 
 TOO_NEW = (
     "kernel 'squares' on CUDA device 0: cuModuleLoadDataEx failed with CUDA_ERROR_UNSUPPORTED_PTX_VERSION (222), "

@@ -10,10 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
-from planned import profiled
 from torch import Tensor
-from world import DEVICE, SQUARES, World
 
+from planned import profiled
 from rpsft_kernels.ops import Operands
 from rpsft_kernels.ops.triton import backend, tile_table
 from rpsft_kernels.ops.triton import device as triton_device
@@ -23,6 +22,7 @@ from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS, Compatibility, Gen
 from rpsft_kernels.ops.triton.tile_table import rank_classes
 from rpsft_kernels.ops.triton.variants import Variant, list_variants
 from rpsft_kernels.tools import tune
+from world import DEVICE, SQUARES, World
 
 # Bytes of shared memory that a block of these capabilities may have.
 LIMITS = {86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

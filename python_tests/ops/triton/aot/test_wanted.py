@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from fake_driver import fake_driver
 
+from fake_driver import fake_driver
 from rpsft_kernels.ops.triton.aot import devices as aot_devices
 from rpsft_kernels.ops.triton.aot.devices import NoDevices, compute_capabilities
 from rpsft_kernels.ops.triton.aot.wanted import named, strict, wanted

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sass_text import BROKEN, KERNELS, TRITONS, cubin, put, text_of
 
 from rpsft_kernels.ops.triton.machine_code.cubin import nvidia_tools
 from rpsft_kernels.ops.triton.machine_code.register_hazards import find_hazards, scan_cubin
+from sass_text import BROKEN, KERNELS, TRITONS, cubin, put, text_of
 
 pytestmark = pytest.mark.xdist_group("aot")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from sass_text import program
 
 from rpsft_kernels.ops.triton.machine_code.register_hazards import find_hazards
+from sass_text import program
 
 pytestmark = pytest.mark.xdist_group("aot")
 # Accumulators R24 to R39; the operand in R51 to R54, where compilers would not put it: so that what is wide reaches it.
