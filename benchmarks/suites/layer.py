@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.fidelity.contract import Agreement
-from rpsft_kernels.anchors.tensors import padded
+from rpsft_kernels.anchors.tensors import pad_rows
 from rpsft_kernels.costs import elementwise_bytes, is_full, projected_flops
 
 # ||W - W0|| / ||W0|| before rounding. A bfloat16 weight sees a drift only where it exceeds half a unit in the last
@@ -86,7 +86,7 @@ class Layer:
     def bases(self) -> list[tuple[Tensor, Tensor]]:
         """U and V of each weight in bfloat16, laid out as an anchor holds them and shared by all who read them."""
         pairs = zip(self.lefts, self.rights, strict=True)
-        return [(padded(left.bfloat16()), padded(right.bfloat16())) for left, right in pairs]
+        return [(pad_rows(left.bfloat16()), pad_rows(right.bfloat16())) for left, right in pairs]
 
     @cached_property
     def bf16_pretrained(self) -> list[Tensor]:

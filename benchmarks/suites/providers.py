@@ -18,7 +18,7 @@ from benchmarks.fidelity.contract import MAX_ERROR, AnchorForm
 from benchmarks.reporting.results import Role
 from benchmarks.suites.layer import Layer
 from rpsft_kernels import ops
-from rpsft_kernels.anchors.tensors import computed_block
+from rpsft_kernels.anchors.tensors import compute_block
 from rpsft_kernels.distributed.shard import Shard
 
 # R as a scalar tensor; None where the step computes none.
@@ -76,7 +76,7 @@ def anchor_of(layer: Layer, index: int, form: AnchorForm) -> rk.Anchor:
         return rk.Anchor(base=base, shape=shape, weight_dtype=dtype, rank=rank, energy=1.0)
     left, right = layer.bases[index]
     # From the very bases that the step reads: the block must cancel to the last bit.
-    block, arithmetic = computed_block(before, left, right, Shard.whole(shape)) if form == "block" else (None, None)
+    block, arithmetic = compute_block(before, left, right, Shard.whole(shape)) if form == "block" else (None, None)
     return rk.Anchor(
         left=left,
         right=right,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -29,8 +28,8 @@ def _split_mix(index: int) -> int:
 def _by_hand(words: list[int], position: int = 0) -> int:
     total = 0
     for i, word in enumerate(words, position):
-        block, low = divmod(i, fingerprint._BLOCK)
-        total += word * _split_mix(low) * _split_mix(-1 - block)
+        segment, low = divmod(i, fingerprint._SEGMENT)
+        total += word * _split_mix(low) * _split_mix(-1 - segment)
     return total & _MASK
 
 
@@ -47,7 +46,7 @@ def test_sum_is_that_of_exact_integers(dtype: torch.dtype, word: torch.dtype) ->
     tensor = _weight(40, 3, dtype=dtype)
     words = tensor.view(-1).view(word).tolist()
     assert content_sum(tensor) == _by_hand(words)
-    offset = fingerprint._BLOCK - 50
+    offset = fingerprint._SEGMENT - 50
     assert content_sum(tensor, offset) == _by_hand(words, offset * len(words) // tensor.numel())
 
 
@@ -58,16 +57,16 @@ def test_checksum_is_stable_across_versions() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_over_parts_add_up(dtype: torch.dtype) -> None:
+def test_sums_over_ranges_add_up(dtype: torch.dtype) -> None:
     tensor = _weight(23, 17, dtype=dtype).reshape(-1)
     cuts = [0, 1, 60, 61, 200, tensor.numel()]
-    parts = sum(content_sum(tensor[a:b], offset=a) for a, b in pairwise(cuts))
-    assert parts & _MASK == content_sum(tensor)
+    total = sum(content_sum(tensor[a:b], offset=a) for a, b in pairwise(cuts))
+    assert total & _MASK == content_sum(tensor)
 
 
-@pytest.mark.parametrize("piece", [1, 7, 40, 1 << 20])
-def test_strides_do_not_count(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "_PIECE", piece)
+@pytest.mark.parametrize("chunk", [1, 7, 40, 1 << 20])
+def test_strides_do_not_count(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "_CHUNK", chunk)
     tensor = _weight(12, 9)
     expected = content_checksum(tensor)
     assert content_checksum(tensor.T.contiguous().T) == expected
@@ -111,7 +110,7 @@ def test_order_counts(dtype: torch.dtype) -> None:
 
 
 def test_swap_of_opposite_signs_far_apart_counts() -> None:
-    tensor = torch.ones(3 * fingerprint._BLOCK, dtype=torch.float64)
+    tensor = torch.ones(3 * fingerprint._SEGMENT, dtype=torch.float64)
     tensor[5], tensor[-7] = -0.0, 0.0
     swapped = tensor.clone()
     swapped[5], swapped[-7] = 0.0, -0.0
@@ -179,20 +178,6 @@ def test_damaged_json(change: dict[str, object], message: str) -> None:
         Fingerprint.from_json(record)
     with pytest.raises(ValueError, match="expected a JSON object"):
         Fingerprint.from_json([record])
-
-
-def test_difference_in_words() -> None:
-    weight = _weight(4, 5)
-    known = Fingerprint.of("w", weight)
-    assert known.difference(weight.clone()) is None
-    assert known.difference(weight.T.contiguous().T) is None
-    assert known.difference(weight.T) == "got shape (5, 4), anchored with (4, 5)"
-    assert known.difference(weight.double()) == "got dtype float64, anchored in float32"
-    moved = weight.clone()
-    moved[3, 4] += 1e-3
-    difference = known.difference(moved)
-    assert difference is not None and difference.startswith("got other values (checksum ")
-    assert replace(known, checksum=content_checksum(moved)).difference(moved) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

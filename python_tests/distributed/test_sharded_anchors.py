@@ -70,7 +70,7 @@ def test_memory_is_known_before(tmp_path: Path) -> None:
     for layout in ("shard0", "replicated", "flat"):
         planned = rk.Anchors.memory(llama(torch.bfloat16).to("meta"), RANK, ranks=4, layout=layout)  # type: ignore[arg-type]
         assert len(planned.per_rank) == 4
-        assert planned.per_rank == tuple(b + k for b, k in zip(planned.bases, planned.kept, strict=True))
+        assert planned.per_rank == tuple(s + k for s, k in zip(planned.subspaces, planned.kept, strict=True))
     whole = rk.Anchors.from_model(llama(torch.bfloat16), RANK, progress=False)
     assert rk.Anchors.memory(llama(torch.bfloat16), RANK).per_rank == (whole.nbytes,)
     assert rk.Anchors.memory(llama(torch.bfloat16), RANK, ranks=1).per_rank == (whole.nbytes,)

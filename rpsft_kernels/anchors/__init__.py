@@ -1,4 +1,4 @@
-"""What is kept of the pretrained weights: made, stored, read and checked."""
+"""Anchors keep what the penalty needs of the pretrained weights: making, storing, loading and checking them."""
 
 from .anchor import Anchor
 from .collection import Anchors

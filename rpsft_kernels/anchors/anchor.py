@@ -12,14 +12,14 @@ from torch import Tensor
 from ..checks import DTYPES, check_basis_dtype, check_finite, check_rank, check_weight, dtype_name
 from ..distributed.shard import Shard
 from .make import AnchorOptions, anchor_fields, solve
-from .tensors import computed_block, padded
+from .tensors import compute_block, pad_rows
 
 Form = Literal["base", "block", "full"]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Anchor:
-    """What the penalty compares a weight (m, n) with. Immutable; two anchors are equal only if identical.
+    """The constants that the penalty compares a weight (m, n) with. Immutable; two anchors are equal only if identical.
 
     There are three forms. ``"base"`` keeps U, V and W0: C = U^T (W - W0) V. ``"block"`` keeps U, V and
     B = U^T W0 V: C = U^T W V - B. ``"full"`` keeps W0 alone, for ranks of at least min(m, n), where the
@@ -36,8 +36,8 @@ class Anchor:
         energy: Share of ||W0||_F^2 in the k directions, in [0, 1].
         arithmetic: :func:`rpsft_kernels.ops.arithmetic_id` of what computed ``block``; None where unknown
             or where there is no block.
-        part: What of the weight the pieces belong to, where that is not all of it: ``left`` has the part's rows,
-            ``right`` its columns, ``base`` its elements (1-D for a flat range) and ``block`` is the part's own
+        part: The shard of the weight that the pieces belong to; None for the whole weight. ``left`` has the shard's
+            rows, ``right`` its columns, ``base`` its elements (1-D for a flat range) and ``block`` is the shard's own
             summand of U^T W0 V. ``shape`` and ``rank`` remain those of the whole weight.
 
     A basis is held as the first k columns of a zero-padded buffer whose rows are a multiple of 16 elements
@@ -66,7 +66,7 @@ class Anchor:
         # Tensors made in inference mode could not be saved for a backward pass later.
         with torch.inference_mode(False), torch.no_grad():
             for name, piece in self.pieces().items():
-                laid_out = padded(piece) if name in ("left", "right") else piece.contiguous()
+                laid_out = pad_rows(piece) if name in ("left", "right") else piece.contiguous()
                 object.__setattr__(self, name, laid_out)
 
     @classmethod
@@ -108,13 +108,13 @@ class Anchor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pieces, the bases' padding included."""
-        bases = sum(p.shape[0] * p.stride(0) * p.element_size() for p in (self.left, self.right) if p is not None)
-        return bases + sum(p.nbytes for p in (self.base, self.block) if p is not None)
+        """Bytes of all pieces, the padding of U and V included."""
+        subspaces = sum(p.shape[0] * p.stride(0) * p.element_size() for p in (self.left, self.right) if p is not None)
+        return subspaces + sum(p.nbytes for p in (self.base, self.block) if p is not None)
 
     @property
     def held(self) -> Shard:
-        """What of the weight this anchor covers: ``part``, or all of it."""
+        """The shard that this anchor covers: ``part``, or the whole weight."""
         return Shard.whole(self.shape) if self.part is None else self.part
 
     def pieces(self) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ class Anchor:
 
         Args:
             weight: W0 as it was anchored (not checked beyond shape, dtype, device and finiteness), on the anchor's
-                device: (m, n), or of an anchor of a part that part alone.
+                device: of shape (m, n), or the values of the anchor's shard alone.
 
         Raises:
             ValueError: the anchor has no block, or ``weight`` is not of its shape, dtype and device.
@@ -153,7 +153,7 @@ class Anchor:
             )
         check_finite(weight.detach(), "weight")
         with torch.inference_mode(False), torch.no_grad():
-            block, arithmetic = computed_block(weight.detach(), self.left, self.right, self.held)
+            block, arithmetic = compute_block(weight.detach(), self.left, self.right, self.held)
         return self._with({**self.pieces(), "block": block}, arithmetic)
 
     def _with(self, pieces: dict[str, Tensor], arithmetic: str | None = None) -> Anchor:
@@ -161,9 +161,9 @@ class Anchor:
         return dataclasses.replace(self, **changes)
 
     def __repr__(self) -> str:
-        of = "" if self.part is None else f"part={self.part}, "
+        part = "" if self.part is None else f"part={self.part}, "
         return (
-            f"Anchor(form={self.form!r}, shape={self.shape}, {of}weight_dtype={dtype_name(self.weight_dtype)}, "
+            f"Anchor(form={self.form!r}, shape={self.shape}, {part}weight_dtype={dtype_name(self.weight_dtype)}, "
             f"rank={self.rank}, energy={self.energy:.4f}, device='{self.device}', nbytes={self.nbytes})"
         )
 

@@ -1,4 +1,4 @@
-"""Anchors of a model's weights as they lie: each subspace is computed once, each rank keeps the anchor of its shard."""
+"""Builds anchors of weights as they lie: each subspace is computed once, each rank keeps its shard's anchor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .make import AnchorOptions, Basis, Solution, anchor_fields, solve
 def build_anchors(
     weights: Mapping[str, LocalWeight], options: AnchorOptions
 ) -> Iterator[tuple[str, Anchor, Fingerprint]]:
-    """Each weight's anchor, or that of the shard that lies here; collective where weights lie on several ranks.
+    """Build each weight's anchor, or its local shard's anchor; collective where weights lie on several ranks.
 
     A weight that lies on several ranks is gathered on one of them, one weight per rank at a time, and the ranks compute
     subspaces side by side; the rows of U and V that each rank needs are sent back.
@@ -63,7 +63,7 @@ def _build_together(
 def _assign_solvers(
     weights: dict[str, LocalWeight], shards_by_rank: dict[str, list[Shard]]
 ) -> Iterator[dict[str, int]]:
-    """For each round, the rank that solves each weight, at most one weight a rank: dearest first, to the least busy."""
+    """Name the solver of each weight, round by round: a rank solves at most one weight a round, the dearest first."""
 
     def cost(name: str) -> float:
         m, n = weights[name].shape
@@ -83,7 +83,7 @@ def _assign_solvers(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a weight's solver tells the other ranks: the solution, or in ``problem`` why there is none."""
+    """The message of a weight's solver to the other ranks: a solution, or in ``problem`` why there is none."""
 
     solution: Solution | None = None
     fingerprint: Fingerprint | None = None
@@ -96,9 +96,9 @@ class _Round:
 
     Attributes:
         solvers: the rank (within the group) that solves each weight of the round; equal on all ranks.
-        weights: as they lie here.
-        shards_by_rank: of each weight, every rank's shard.
-        options: of all anchors.
+        weights: the weights of the group as they lie here.
+        shards_by_rank: every rank's shard of each weight.
+        options: the properties that all anchors share.
         group: the processes that hold the weights.
     """
 
@@ -110,15 +110,15 @@ class _Round:
 
     def run(self) -> Iterator[tuple[str, Anchor, Fingerprint]]:
         # The gathered weights are dropped before rows of U and V are received.
-        own, whole_bases = self._solve(self._gather())
+        own, whole_basis_by_name = self._solve(self._gather())
         outcomes = self._exchange(own)
-        bases = self._scatter(whole_bases)
+        basis_by_name = self._scatter(whole_basis_by_name)
         for name, outcome in outcomes.items():
             assert outcome.solution is not None and outcome.fingerprint is not None
-            yield name, self._anchor(name, outcome.solution, bases.get(name)), outcome.fingerprint
+            yield name, self._anchor(name, outcome.solution, basis_by_name.get(name)), outcome.fingerprint
 
     def _gather(self) -> dict[str, Tensor]:
-        """The whole weights (m, n) that this rank solves."""
+        """Bring together the whole weights (m, n) that this rank solves."""
         here, transfer = self.group.rank(), Transfer(self.group)
         gathered: dict[str, Tensor] = {}
         for name, solver in self.solvers.items():
@@ -143,9 +143,9 @@ class _Round:
         return gathered
 
     def _solve(self, gathered: dict[str, Tensor]) -> tuple[dict[str, _Outcome], dict[str, Basis]]:
-        """The outcome of this rank's weights, and their bases where there are any."""
+        """Solve this rank's weights; a weight whose anchor has the full form has no basis."""
         outcomes: dict[str, _Outcome] = {}
-        bases: dict[str, Basis] = {}
+        basis_by_name: dict[str, Basis] = {}
         for name, whole in gathered.items():
             try:
                 solution, basis = solve(whole, self.options)
@@ -154,14 +154,14 @@ class _Round:
                 continue
             outcomes[name] = _Outcome(solution, Fingerprint.of(name, whole))
             if basis is not None:
-                bases[name] = basis
-        return outcomes, bases
+                basis_by_name[name] = basis
+        return outcomes, basis_by_name
 
     def _exchange(self, own: dict[str, _Outcome]) -> dict[str, _Outcome]:
-        """Every weight's outcome, in the order of ``solvers``.
+        """Tell every rank each weight's outcome, in the order of ``solvers``.
 
         Raises:
-            ValueError: one of them could not be solved.
+            ValueError: a weight could not be solved.
         """
         gathered: list[Any] = [None] * self.group.size()
         dist.all_gather_object(gathered, own, group=self.group)
@@ -171,29 +171,28 @@ class _Round:
                 raise ValueError(outcome.problem)
         return outcomes
 
-    def _scatter(self, whole_bases: dict[str, Basis]) -> dict[str, Basis]:
-        """This rank's rows of U and V of every weight that has them, sent by the ranks in whose ``whole_bases`` they
-        are."""
+    def _scatter(self, whole_basis_by_name: dict[str, Basis]) -> dict[str, Basis]:
+        """Send every rank its rows of U and V, from the solver that has them in ``whole_basis_by_name``."""
         here, transfer = self.group.rank(), Transfer(self.group)
-        bases: dict[str, Basis] = {}
+        basis_by_name: dict[str, Basis] = {}
         for name, solver in self.solvers.items():
             weight = self.weights[name]
             if is_full((weight.shape[0], weight.shape[1]), self.options.rank):
                 continue
             if solver == here:
                 for member, shard in enumerate(self.shards_by_rank[name]):
-                    rows = whole_bases[name].of(shard)
+                    rows = whole_basis_by_name[name].of(shard)
                     if member == here:
-                        bases[name] = rows
+                        basis_by_name[name] = rows
                     else:
                         transfer.send(rows.left, member)
                         transfer.send(rows.right, member)
             else:
-                rows = bases[name] = self._empty_basis(weight)
+                rows = basis_by_name[name] = self._empty_basis(weight)
                 transfer.receive(rows.left, solver)
                 transfer.receive(rows.right, solver)
         transfer.run()
-        return bases
+        return basis_by_name
 
     def _empty_basis(self, weight: LocalWeight) -> Basis:
         left, right = (

@@ -1,4 +1,4 @@
-"""A model's anchors by parameter name: made, saved, loaded and checked against a model."""
+"""A model's anchors by parameter name: making, saving and loading them, and checking a model against them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .file_format import Contents, write_anchors
 from .fingerprint import Fingerprint
 from .load import read_anchors
 from .make import AnchorOptions
-from .memory import AnchorMemory, anchor_memory, in_units
+from .memory import AnchorMemory, anchor_memory, format_bytes
 from .save import save_sharded
 from .select import Patterns, select_weights
 from .summary import table
-from .verify import differences
+from .verify import find_differences
 
 
 class Anchors(Mapping[str, Anchor]):
@@ -60,12 +60,10 @@ class Anchors(Mapping[str, Anchor]):
         self._fingerprints = dict(fingerprints or {})
         self._skipped = dict(skipped or {})
         for name, fingerprint in self._fingerprints.items():
-            anchor_of = self._anchors.get(name)
+            owner = self._anchors.get(name)
             described = (fingerprint.name, fingerprint.shape, fingerprint.dtype)
-            if anchor_of is None or described != (name, anchor_of.shape, dtype_name(anchor_of.weight_dtype)):
-                raise ValueError(
-                    f"fingerprints[{name!r}]: got {fingerprint}, expected that of the weight of {anchor_of}"
-                )
+            if owner is None or described != (name, owner.shape, dtype_name(owner.weight_dtype)):
+                raise ValueError(f"fingerprints[{name!r}]: got {fingerprint}, expected that of the weight of {owner}")
 
     @classmethod
     def from_model(
@@ -97,7 +95,7 @@ class Anchors(Mapping[str, Anchor]):
             progress: Whether to draw a progress bar on stderr.
 
         Tied parameters are anchored once, under their first name; a glob that matches any of their names has
-        matched them. :attr:`skipped` says what was not anchored, and why.
+        matched them. :attr:`skipped` has the parameters that were not anchored, with the reason.
 
         Raises:
             ValueError: a glob matches no parameter; nothing is left to anchor; a weight is on the meta device or not
@@ -106,14 +104,14 @@ class Anchors(Mapping[str, Anchor]):
         options = AnchorOptions(rank, keep_base, basis_dtype)
         selection = select_weights(model, include, exclude)
         weights = assign_shards(selection.chosen, options.effective_ranks(selection.chosen))
-        made: dict[str, tuple[Anchor, Fingerprint]] = {}
+        built: dict[str, tuple[Anchor, Fingerprint]] = {}
         building = build_anchors(weights, options)
         for name, anchor, fingerprint in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
-            made[name] = anchor, fingerprint
-        # The order is the model's, whatever order they were made in.
+            built[name] = anchor, fingerprint
+        # Anchors come in the model's order, in whatever order they were built.
         return cls(
-            {name: made[name][0] for name in weights},
-            fingerprints={name: made[name][1] for name in weights},
+            {name: built[name][0] for name in weights},
+            fingerprints={name: built[name][1] for name in weights},
             skipped=selection.skipped,
         )
 
@@ -126,15 +124,15 @@ class Anchors(Mapping[str, Anchor]):
         device: torch.device | str = "cpu",
         verify: bool = True,
     ) -> Anchors:
-        """Read what :meth:`save` wrote, however many ranks wrote it.
+        """Read the file or folder that :meth:`save` wrote, however many ranks wrote it.
 
         Args:
             path: The file, or the folder that ranks of a sharded model have written.
             model: The pretrained model, if at hand: it is verified (:meth:`verify`), and blocks that another
                 backend or sharding computed are rebuilt (:meth:`rebuilt`). If it is sharded or replicated over
-                processes, all ranks make this call, and each reads only what belongs to its part.
+                processes, all ranks make this call, and each reads the anchors of its shards alone.
             device: Where the anchors go.
-            verify: False for a ``model`` that has been trained since: it then tells only which part to read.
+            verify: False for a ``model`` that has been trained since: it then tells only which shards to read.
 
         Raises:
             ValueError: the file is not one of ours, of another version, incomplete or not finite (the message
@@ -219,7 +217,7 @@ class Anchors(Mapping[str, Anchor]):
             ValueError: lists every anchored weight that the model lacks or has in another shape or dtype or
                 with other values, or whose fingerprint was never taken (anchors that were built by hand).
         """
-        problems = differences(self._anchors, self._fingerprints, _located(self._anchors, model))
+        problems = find_differences(self._anchors, self._fingerprints, _locate_anchored(self._anchors, model))
         if problems:
             listed = "\n  ".join(problems)
             raise ValueError(
@@ -229,7 +227,7 @@ class Anchors(Mapping[str, Anchor]):
             )
 
     def rebuilt(self, model: nn.Module) -> Anchors:
-        """These anchors, with the blocks recomputed that another arithmetic than ``model``'s has made.
+        """Return these anchors with every block recomputed that another arithmetic than ``model``'s has made.
 
         Args:
             model: The pretrained model, on the devices it will be trained on.
@@ -238,7 +236,7 @@ class Anchors(Mapping[str, Anchor]):
             ValueError: as :meth:`verify`.
         """
         self.verify(model)
-        weights = _located(self._anchors, model)
+        weights = _locate_anchored(self._anchors, model)
         anchors = dict(self._anchors)
         for name, anchor in self._anchors.items():
             if anchor.form != "block" or not anchor.held.numel:
@@ -251,7 +249,7 @@ class Anchors(Mapping[str, Anchor]):
         return self._with(anchors)
 
     def to(self, device: torch.device | str) -> Anchors:
-        """The same anchors on ``device``; blocks stay as computed, see :meth:`rebuilt`."""
+        """Return the same anchors on ``device``; blocks stay as computed, see :meth:`rebuilt`."""
         return self._with({name: anchor.to(device) for name, anchor in self._anchors.items()})
 
     @property
@@ -292,17 +290,17 @@ class Anchors(Mapping[str, Anchor]):
         forms = [anchor.form for anchor in self._anchors.values()]
         counts = ", ".join(f"{forms.count(f)} {f}" for f in ("base", "block", "full") if f in forms)
         devices = ", ".join(sorted({str(anchor.device) for anchor in self._anchors.values()}))
-        return f"Anchors({counts}; {len(self._skipped)} skipped; {in_units(self.nbytes)} on {devices})"
+        return f"Anchors({counts}; {len(self._skipped)} skipped; {format_bytes(self.nbytes)} on {devices})"
 
     def _with(self, anchors: Mapping[str, Anchor]) -> Anchors:
         return Anchors(anchors, fingerprints=self._fingerprints, skipped=self._skipped)
 
 
-def _located(anchors: Mapping[str, Anchor], model: nn.Module) -> dict[str, LocalWeight]:
-    """The anchored weights that the model has, as they lie here; replicated ones get the shards of their anchors."""
+def _locate_anchored(anchors: Mapping[str, Anchor], model: nn.Module) -> dict[str, LocalWeight]:
+    """Find the anchored weights that the model has, as they lie here; replicated ones get their anchors' shards."""
     parameters = find_parameters(model)
-    located = {}
+    weights = {}
     for name, anchor in anchors.items():
         if name in parameters:
-            located[name] = parameters[name].locate(name).with_work(anchor.part)
-    return located
+            weights[name] = parameters[name].locate(name).with_work(anchor.part)
+    return weights

@@ -28,7 +28,7 @@ DTYPE_OF = {dtype_name(dtype): dtype for dtype in DTYPES}
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds: anchors by weight name, the fingerprints that are known, and what was left out."""
+    """The contents of a file: anchors by weight name, the fingerprints that are known, and the skipped parameters."""
 
     anchors: Mapping[str, Anchor]
     fingerprints: Mapping[str, Fingerprint]
@@ -41,11 +41,11 @@ def write_anchors(
     left_out: Collection[tuple[str, str]] = (),
     save_id: str | None = None,
 ) -> None:
-    """Write the file whole or not at all: under another name in its folder first, then renamed.
+    """Write the file whole or not at all: under another name in its folder first, which is then renamed.
 
     Args:
         path: The file.
-        contents: What to write.
+        contents: The anchors, fingerprints and skipped parameters to write.
         left_out: (weight, piece) of tensors that another file of the same save holds.
         save_id: The same in all files of one sharded save.
 
@@ -57,11 +57,12 @@ def write_anchors(
         raise ValueError(
             f"path: got {str(target)!r}, expected a file name in an existing folder; create the folder first"
         )
+    left_out_of = {name: [piece for owner, piece in left_out if owner == name] for name in contents.anchors}
     description = {
         "format": FORMAT,
         "version": VERSION,
         "weights": [
-            _record(name, anchor, contents.fingerprints.get(name), [p for n, p in left_out if n == name])
+            _record(name, anchor, contents.fingerprints.get(name), left_out_of[name])
             for name, anchor in contents.anchors.items()
         ],
         "skipped": dict(contents.skipped),
@@ -84,7 +85,7 @@ class AnchorFile:
     """One file that :func:`write_anchors` wrote, open for reading; a context manager.
 
     Raises:
-        ValueError: the file is none of these, of another version, or incomplete; the message names the path.
+        ValueError: it is no such file, of another version, or incomplete; the message names the path.
         FileNotFoundError: there is no such file.
     """
 
@@ -113,19 +114,19 @@ class AnchorFile:
         """An identifier that all files of one sharded save share."""
         return self._description.get("save_id")
 
-    def part(self, name: str) -> Shard:
-        """The shard of the weight that the file's pieces belong to."""
+    def shard(self, name: str) -> Shard:
+        """Read the shard of the weight that the file's pieces belong to."""
         record = self.records[name]
         try:
-            return _part_from_json(tuple(record["shape"]), record.get("part"))
+            return _shard_from_json(tuple(record["shape"]), record.get("part"))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: {name}: {words(error)}") from error
+            raise ValueError(f"{self.path}: {name}: {describe_error(error)}") from error
 
     def has(self, name: str, piece: str) -> bool:
         return name in self.records and _key(name, piece) in self._keys
 
     def read(self, name: str, piece: str) -> Any:
-        """A lazy tensor: indexing it reads the indexed elements alone into memory."""
+        """Return a lazy tensor: indexing it reads the indexed elements alone into memory."""
         return self._file.get_slice(_key(name, piece))
 
     def fingerprint(self, name: str) -> Fingerprint | None:
@@ -152,21 +153,21 @@ def _record(name: str, anchor: Anchor, fingerprint: Fingerprint | None, left_out
         "energy": anchor.energy,
         "arithmetic": anchor.arithmetic,
         "fingerprint": None if fingerprint is None else fingerprint.to_json(),
-        "part": None if anchor.part is None else _part_to_json(anchor.part),
+        "part": None if anchor.part is None else _shard_to_json(anchor.part),
         "left_out": left_out,
     }
 
 
-def _part_to_json(part: Shard) -> dict[str, Any]:
+def _shard_to_json(shard: Shard) -> dict[str, Any]:
     return {
-        "rows": list(part.rows),
-        "cols": list(part.cols),
-        "flat": None if part.flat is None else list(part.flat),
-        "alone": part.unsharded,
+        "rows": list(shard.rows),
+        "cols": list(shard.cols),
+        "flat": None if shard.flat is None else list(shard.flat),
+        "alone": shard.unsharded,
     }
 
 
-def _part_from_json(shape: tuple[int, int], record: Any) -> Shard:
+def _shard_from_json(shape: tuple[int, int], record: Any) -> Shard:
     if record is None:
         return Shard.whole(shape)
     rows, cols, flat = (
@@ -183,9 +184,9 @@ def _tensors(anchors: Mapping[str, Anchor], left_out: Collection[tuple[str, str]
             if (name, piece) in left_out:
                 continue
             stored = tensor.to("cpu").contiguous()
-            # safetensors refuses tensors that share memory, as one anchor under two names does.
+            # safetensors refuses tensors that share memory, as those of one anchor under two names do. Empty tensors
+            # all have the same address, and may share it.
             storage = stored.untyped_storage().data_ptr()
-            # Empty tensors have no storage of their own either.
             tensors[_key(name, piece)] = stored.clone() if storage in seen and stored.numel() else stored
             seen.add(storage)
     return tensors
@@ -204,7 +205,7 @@ def _description(source: Path, metadata: Mapping[str, str] | None) -> dict[str, 
     try:
         description = json.loads(text)
     except json.JSONDecodeError as error:
-        raise _damaged(source, str(error)) from error
+        raise _damage_error(source, str(error)) from error
     version = description.get("version") if isinstance(description, dict) else None
     if version != VERSION:
         raise ValueError(
@@ -213,20 +214,20 @@ def _description(source: Path, metadata: Mapping[str, str] | None) -> dict[str, 
         )
     skipped = description.get("skipped")
     if not isinstance(skipped, dict) or not all(isinstance(reason, str) for reason in skipped.values()):
-        raise _damaged(source, "skipped: no reasons by name")
+        raise _damage_error(source, "skipped: no reasons by name")
     return dict(description)
 
 
 def _records(source: Path, description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    damaged = _damaged(source, "weights: no list of one record per weight")
+    damage = _damage_error(source, "weights: no list of one record per weight")
     listed = description.get("weights")
     if not isinstance(listed, list) or not listed:
-        raise damaged
+        raise damage
     records: dict[str, dict[str, Any]] = {}
     for record in listed:
         name = record.get("name") if isinstance(record, dict) else None
         if not isinstance(name, str) or name in records or record.get("form") not in PIECES:
-            raise damaged
+            raise damage
         records[name] = record
     return records
 
@@ -246,9 +247,9 @@ def _check_tensors(source: Path, present: set[str], records: Mapping[str, Mappin
             )
 
 
-def _damaged(source: Path, detail: str) -> ValueError:
+def _damage_error(source: Path, detail: str) -> ValueError:
     return ValueError(f"{source}: got a damaged description ({detail}); save the anchors again")
 
 
-def words(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     return f"got a damaged record (missing or unknown {error})" if isinstance(error, KeyError) else str(error)

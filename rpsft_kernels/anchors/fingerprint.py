@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..checks import dtype_name
 
-# Words share one table of multipliers per block. The table takes 2 MiB of int64, and the products as much.
-_BLOCK = 1 << 18
+# Words share one table of multipliers per segment. The table takes 2 MiB of int64, and the products as much.
+_SEGMENT = 1 << 18
 # Elements of one contiguous copy made of a strided tensor.
-_PIECE = 1 << 20
+_CHUNK = 1 << 20
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _WRAP = 1 << 64
 
@@ -37,30 +37,19 @@ class Fingerprint:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Fingerprint:
-        """The fingerprint of a dense ``tensor`` (any shape and strides) under ``name``."""
+        """Take the fingerprint of a dense ``tensor`` (any shape and strides) under ``name``."""
         return cls(name, tuple(tensor.shape), dtype_name(tensor.dtype), content_checksum(tensor))
 
-    def difference(self, tensor: Tensor) -> str | None:
-        """Describe how ``tensor`` differs from the anchored weight; None when it does not."""
-        if tuple(tensor.shape) != self.shape:
-            return f"got shape {tuple(tensor.shape)}, anchored with {self.shape}"
-        if dtype_name(tensor.dtype) != self.dtype:
-            return f"got dtype {dtype_name(tensor.dtype)}, anchored in {self.dtype}"
-        checksum = content_checksum(tensor)
-        if checksum != self.checksum:
-            return f"got other values (checksum {checksum}), anchored with {self.checksum}"
-        return None
-
     def to_json(self) -> dict[str, object]:
-        """Plain values for ``json.dumps``."""
+        """Return plain values for ``json.dumps``."""
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype, "checksum": self.checksum}
 
     @classmethod
     def from_json(cls, record: object) -> Fingerprint:
-        """The inverse of :meth:`to_json`.
+        """Undo :meth:`to_json`.
 
         Raises:
-            ValueError: ``record`` is not what :meth:`to_json` gives.
+            ValueError: ``record`` has not the keys and types that :meth:`to_json` gives.
         """
         if not isinstance(record, Mapping):
             raise ValueError(f"fingerprint: got {record!r}, expected a JSON object")
@@ -73,12 +62,12 @@ class Fingerprint:
 
 
 def content_checksum(tensor: Tensor, offset: int = 0) -> str:
-    """Sixteen hexadecimal digits of :func:`content_sum`."""
+    """Write :func:`content_sum` as sixteen hexadecimal digits."""
     return f"{content_sum(tensor, offset):016x}"
 
 
 def content_sum(tensor: Tensor, offset: int = 0, row_stride: int | None = None) -> int:
-    """A checksum of a tensor's bits, in [0, 2^64): the sum over elements of bits times h(index) mod 2^64.
+    """Compute a checksum of a tensor's bits, in [0, 2^64): the sum over elements of bits times h(index) mod 2^64.
 
     It uses integers only, hence it is the same on every device and for every split: the sums over contiguous
     ranges, each with the flat row-major index of its first element as ``offset``, add up (mod 2^64) to the whole's.
@@ -93,7 +82,7 @@ def content_sum(tensor: Tensor, offset: int = 0, row_stride: int | None = None) 
         row_stride: Columns of the whole tensor, where ``tensor`` (2-D) has only some of them.
 
     Raises:
-        ValueError: the tensor is sparse, complex, or has no data; or a negative ``offset``.
+        ValueError: the tensor is sparse, complex, or has no data; or ``offset`` is negative.
     """
     if tensor.layout != torch.strided or tensor.is_complex() or tensor.device.type == "meta":
         raise ValueError(
@@ -111,82 +100,82 @@ def content_sum(tensor: Tensor, offset: int = 0, row_stride: int | None = None) 
     buffer = torch.empty_like(table)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     with torch.no_grad():
-        for piece in _pieces(tensor.detach()):
-            words = piece.view(word)
-            for start, stop, block, low in _blocks(position, words.numel()):
+        for chunk in _chunks(tensor.detach()):
+            words = chunk.view(word)
+            for start, stop, segment, low in _segments(position, words.numel()):
                 products = buffer[: stop - start].copy_(words[start:stop])
                 products.mul_(table[low : low + stop - start])
-                total += products.sum() * _block_multiplier(block)
+                total += products.sum() * _segment_multiplier(segment)
             position += words.numel()
     return int(total) % _WRAP
 
 
 def _rectangle_sum(tensor: Tensor, offset: int, row_stride: int) -> int:
-    """:func:`content_sum` of some of the columns: elements of a row follow each other, but rows do not."""
+    """Compute :func:`content_sum` of some columns: elements of a row follow each other, rows do not."""
     word = _WORDS[min(tensor.element_size(), 4)]
     per = tensor.element_size() // word.itemsize
     table, total = _multipliers(tensor.device), 0
     rows, cols = tensor.shape
-    step = max(1, _PIECE // max(1, cols * per))
+    step = max(1, _CHUNK // max(1, cols * per))
     for row in range(0, rows if cols else 0, step):
         words = tensor[row : row + step].contiguous().view(word).to(torch.int64)
         first = (offset + row * row_stride) * per
         down = torch.arange(words.shape[0], device=tensor.device) * (row_stride * per)
         index = first + down[:, None] + torch.arange(words.shape[1], device=tensor.device)
-        low, high = first // _BLOCK, int(index[-1, -1]) // _BLOCK
-        blocks = torch.tensor([_block_multiplier(block) for block in range(low, high + 1)], device=tensor.device)
-        total += int((words * table[index % _BLOCK] * blocks[index // _BLOCK - low]).sum())
+        low, high = first // _SEGMENT, int(index[-1, -1]) // _SEGMENT
+        factors = torch.tensor([_segment_multiplier(i) for i in range(low, high + 1)], device=tensor.device)
+        total += int((words * table[index % _SEGMENT] * factors[index // _SEGMENT - low]).sum())
     return total % _WRAP
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements in row-major order as contiguous 1-D tensors, copied a piece at a time where strided."""
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the elements in row-major order as contiguous 1-D tensors, copied a chunk at a time where strided."""
     if tensor.is_contiguous():
         yield tensor.view(-1)
-    elif tensor.numel() <= _PIECE:
+    elif tensor.numel() <= _CHUNK:
         yield tensor.reshape(-1)
     elif tensor.shape[0] == 1:
-        yield from _pieces(tensor[0])
+        yield from _chunks(tensor[0])
     else:
-        for part in torch.split(tensor, max(1, _PIECE * tensor.shape[0] // tensor.numel())):
-            yield from _pieces(part)
+        for rows in torch.split(tensor, max(1, _CHUNK * tensor.shape[0] // tensor.numel())):
+            yield from _chunks(rows)
 
 
-def _blocks(position: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cut [position, position + count) where blocks end, into (start, stop, block, index in the block)."""
+def _segments(position: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut [position, position + count) where segments end, into (start, stop, segment, index in the segment)."""
     start = 0
     while start < count:
-        block, low = divmod(position + start, _BLOCK)
-        stop = min(count, start + _BLOCK - low)
-        yield start, stop, block, low
+        segment, low = divmod(position + start, _SEGMENT)
+        stop = min(count, start + _SEGMENT - low)
+        yield start, stop, segment, low
         start = stop
 
 
-# h(index) = table[index % _BLOCK] * _block_multiplier(index // _BLOCK) takes one multiplication per word, and is odd
-# as a product of odd numbers.
+# h(index) = table[index % _SEGMENT] * _segment_multiplier(index // _SEGMENT) takes one multiplication per word. It is
+# odd, as a product of odd numbers.
 @lru_cache(maxsize=16)
 def _multipliers(device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return _mix(torch.arange(_BLOCK, dtype=torch.int64, device="cpu")).to(device)
+        return _mix(torch.arange(_SEGMENT, dtype=torch.int64, device="cpu")).to(device)
 
 
 @lru_cache(maxsize=1 << 16)
-def _block_multiplier(block: int) -> int:
-    return int(_mix(torch.tensor([-1 - block], device="cpu")))
+def _segment_multiplier(segment: int) -> int:
+    return int(_mix(torch.tensor([-1 - segment], device="cpu")))
 
 
 def _mix(index: Tensor) -> Tensor:
     """Apply SplitMix64's finaliser in int64, and make the result odd."""
     z = (index + 1) * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ _shifted(z, shift)) * _signed(factor)
-    return (z ^ _shifted(z, 31)) | 1
+        z = (z ^ _shift_right(z, shift)) * _signed(factor)
+    return (z ^ _shift_right(z, 31)) | 1
 
 
 def _signed(word: int) -> int:
     return word - _WRAP if word >= _WRAP // 2 else word
 
 
-def _shifted(z: Tensor, bits: int) -> Tensor:
+def _shift_right(z: Tensor, bits: int) -> Tensor:
     # torch's >> keeps the sign; the mask makes it a shift of the unsigned word.
     return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""Reads anchors from one file or a folder of them; each rank reads its own shards, however they were sharded before."""
+"""Reads anchors from one file or a folder of them; each rank reads its own shards, however they were saved."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..distributed import LocalWeight, Rect, Shard
+from ..distributed.shard import Span
 from .anchor import Anchor
-from .file_format import DTYPE_OF, PIECES, AnchorFile, Contents, words
+from .file_format import DTYPE_OF, PIECES, AnchorFile, Contents, describe_error
 
 INDEX = "anchors.json"
 
@@ -24,17 +25,17 @@ def read_anchors(
     device: torch.device | str,
     locate: Callable[[Mapping[str, int]], Mapping[str, LocalWeight]] | None = None,
 ) -> Contents:
-    """Read and check what :meth:`Anchors.save` wrote; every tensor in memory of its own.
+    """Read and check the anchors that :meth:`Anchors.save` wrote; every tensor has memory of its own.
 
     Args:
         path: A file, or the folder of a sharded save.
         device: Where the anchors go.
-        locate: gives, for the rank k of each weight in the file, the weights that lie over several ranks; of the
-            others the whole is read.
+        locate: finds the weights as they lie here, given k of each weight in the file by name. A weight that lies
+            over several ranks gets the anchor of its shard, any other that of the whole.
 
     Raises:
-        ValueError: it is none of these, of another version, incomplete, or its values are not finite; the message
-            names the path and the weight.
+        ValueError: it is no such file or folder, of another version, incomplete, or its values are not finite; the
+            message names the path and the weight.
         FileNotFoundError: there is no such file.
     """
     with ExitStack() as stack:
@@ -47,11 +48,11 @@ def read_anchors(
         anchors, fingerprints = {}, {}
         for name, record in files[0].records.items():
             weight = weights.get(name)
-            part = None if weight is None or weight.group is None else weight.shard
+            shard = None if weight is None or weight.group is None else weight.shard
             try:
-                anchors[name] = _Assembly(name, record, files, torch.device(device)).anchor(part)
+                anchors[name] = _Assembly(name, record, files, torch.device(device)).anchor(shard)
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: {name}: {words(error)}") from error
+                raise ValueError(f"{path}: {name}: {describe_error(error)}") from error
             fingerprint = files[0].fingerprint(name)
             if fingerprint is not None:
                 fingerprints[name] = fingerprint
@@ -72,27 +73,27 @@ def _files(path: Path) -> list[Path]:
 
 
 class _Assembly:
-    """One weight's anchor, put together from the pieces that files hold."""
+    """Puts one weight's anchor together from the pieces that files hold."""
 
     def __init__(self, name: str, record: Mapping[str, Any], files: list[AnchorFile], device: torch.device) -> None:
         self._name, self._record, self._files, self._device = name, record, files, device
         self._shape: tuple[int, int] = tuple(record["shape"])
-        self._parts = [file.part(name) for file in files]
+        self._shards = [file.shard(name) for file in files]
 
-    def anchor(self, part: Shard | None) -> Anchor:
-        """The anchor of ``part``, or of the whole weight."""
-        record, target = self._record, Shard.whole(self._shape) if part is None else part
+    def anchor(self, shard: Shard | None) -> Anchor:
+        """Read the anchor of ``shard``; None reads that of the whole weight."""
+        record, target = self._record, Shard.whole(self._shape) if shard is None else shard
         pieces: dict[str, Tensor] = {}
         arithmetic = record["arithmetic"]
         for piece in PIECES[record["form"]]:
             if piece == "left":
-                pieces[piece] = self._rows(piece, target.rows, [p.rows for p in self._parts])
+                pieces[piece] = self._read_rows(piece, target.rows, [stored.rows for stored in self._shards])
             elif piece == "right":
-                pieces[piece] = self._rows(piece, target.cols, [p.cols for p in self._parts])
+                pieces[piece] = self._read_rows(piece, target.cols, [stored.cols for stored in self._shards])
             elif piece == "base":
-                pieces[piece] = self._base(target)
+                pieces[piece] = self._read_base(target)
             else:
-                pieces[piece], arithmetic = self._block(target)
+                pieces[piece], arithmetic = self._read_block(target)
         return Anchor(
             **{name: tensor.to(self._device) for name, tensor in pieces.items()},
             shape=self._shape,
@@ -100,34 +101,34 @@ class _Assembly:
             rank=record["rank"],
             energy=record["energy"],
             arithmetic=arithmetic,
-            part=part,
+            part=shard,
         )
 
     def _sources(self, piece: str) -> Iterator[tuple[int, Any]]:
         for i, file in enumerate(self._files):
             if file.has(self._name, piece):
                 source = file.read(self._name, piece)
-                self._check_shape(piece, tuple(source.get_shape()), self._parts[i])
+                self._check_shape(piece, tuple(source.get_shape()), self._shards[i])
                 yield i, source
 
-    def _check_shape(self, piece: str, shape: tuple[int, ...], part: Shard) -> None:
-        rank, (rows, cols) = self._record["rank"], part.bounds.shape
+    def _check_shape(self, piece: str, shape: tuple[int, ...], shard: Shard) -> None:
+        rank, (rows, cols) = self._record["rank"], shard.bounds.shape
         expected = {
             "left": (rows, rank),
             "right": (cols, rank),
-            "base": part.local_shape,
-            "block": (rank, rank) if part.numel else (0, 0),
+            "base": shard.local_shape,
+            "block": (rank, rank) if shard.numel else (0, 0),
         }[piece]
         if shape != expected:
             raise ValueError(
                 f"{piece}: got shape {shape}, expected {expected} for a weight of shape {self._shape} at rank {rank}"
             )
 
-    def _rows(self, piece: str, span: tuple[int, int], spans: list[tuple[int, int]]) -> Tensor:
-        """Rows ``span`` of a basis."""
+    def _read_rows(self, piece: str, span: Span, spans: list[Span]) -> Tensor:
+        """Read the rows ``span`` of a basis, of which each file holds the rows ``spans[file]``."""
         result: Tensor | None = None
         missing = span[0]
-        for i, source in sorted(self._sources(piece), key=lambda found: spans[found[0]]):
+        for i, source in sorted(self._sources(piece), key=lambda numbered: spans[numbered[0]]):
             begin, end = spans[i]
             stop = min(end, span[1])
             if result is None:
@@ -139,44 +140,44 @@ class _Assembly:
             raise ValueError(f"got no rows {missing}:{span[1]} of {piece!r} in the files; save the anchors again")
         return result
 
-    def _base(self, target: Shard) -> Tensor:
+    def _read_base(self, target: Shard) -> Tensor:
         result: Tensor | None = None
         filled = 0
         for i, source in self._sources("base"):
-            held = self._parts[i]
+            stored = self._shards[i]
             if result is None:
                 result = source[:0].new_empty(target.local_shape)
             offset = 0
-            for rect in held.rects:
+            for rect in stored.rects:
                 for wanted, view in target.views(result):
                     common = rect.common(wanted)
                     if common is not None:
-                        view[common.within(wanted)] = _rectangle(source, held, rect, offset, common)
+                        view[common.within(wanted)] = _read_rectangle(source, stored, rect, offset, common)
                         filled += common.shape[0] * common.shape[1]
                 offset += rect.shape[0] * rect.shape[1]
         if result is None or filled != target.numel:
             raise ValueError(f"got {filled} elements of 'base' in the files, expected {target.numel}; save them again")
         return result
 
-    def _block(self, target: Shard) -> tuple[Tensor, str | None]:
-        """The block of ``target``: as stored for that shard, or for a whole weight the sum of all shards' blocks."""
-        found = [(self._parts[i], source[:]) for i, source in self._sources("block")]
-        for part, block in found:
-            if part == target or (part.is_whole and target.is_whole):
+    def _read_block(self, target: Shard) -> tuple[Tensor, str | None]:
+        """Read the block of ``target``: as stored for that shard, or for a whole weight the sum of all blocks."""
+        blocks = [(self._shards[i], source[:]) for i, source in self._sources("block")]
+        for shard, block in blocks:
+            if shard == target or (shard.is_whole and target.is_whole):
                 return block.clone(), self._record["arithmetic"]
         if not target.numel:
-            return found[0][1].new_empty((0, 0)), None
-        total = torch.stack([block for _, block in found if block.numel()]).sum(0)
+            return blocks[0][1].new_empty((0, 0)), None
+        total = torch.stack([block for _, block in blocks if block.numel()]).sum(0)
         # For another shard, zeros without an arithmetic hold the place until the block is rebuilt from the weights.
         return (total if target.is_whole else torch.zeros_like(total)), None
 
 
-def _rectangle(source: Any, held: Shard, rect: Rect, offset: int, wanted: Rect) -> Tensor:
-    """``wanted``, which lies in ``rect``, read from a stored shard."""
+def _read_rectangle(source: Any, stored: Shard, rect: Rect, offset: int, wanted: Rect) -> Tensor:
+    """Read ``wanted`` from ``rect`` of a stored shard, whose elements begin at ``offset`` in a flat ``source``."""
     rows, cols = wanted.within(rect)
-    if held.flat is None:
-        found: Tensor = source[rows, cols]
-        return found
+    if stored.flat is None:
+        elements: Tensor = source[rows, cols]
+        return elements
     width = rect.shape[1]
     lines: Tensor = source[offset + rows.start * width : offset + rows.stop * width]
     return lines.view(-1, width)[:, cols]

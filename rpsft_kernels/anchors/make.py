@@ -1,4 +1,4 @@
-"""The one way to make an anchor: solve a whole weight once, then lay out what each of its shards keeps.
+"""The one way to make an anchor: solve a whole weight once, then lay out the pieces that each of its shards keeps.
 
 A weight that lies in one process is the case of a single shard.
 """
@@ -16,7 +16,7 @@ from ..checks import check_basis_dtype, check_finite, check_rank, check_weight
 from ..costs import is_full
 from ..distributed import LocalWeight, Shard
 from .subspace import top_subspaces
-from .tensors import base_copy, computed_block, exact_base_dtype, padded
+from .tensors import compute_block, copy_base, exact_base_dtype, pad_rows
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class AnchorOptions:
         check_rank(self.rank)
 
     def effective_ranks(self, weights: Mapping[str, LocalWeight]) -> dict[str, int]:
-        """k of each weight's anchor, by name."""
+        """Return k of each weight's anchor, by name."""
         return {name: self.effective_rank(weight.shape) for name, weight in weights.items()}
 
     def effective_rank(self, shape: tuple[int, ...]) -> int:
-        """k of the anchor of a weight (m, n): at most min(m, n)."""
+        """Return k of the anchor of a weight (m, n): at most min(m, n)."""
         return min(self.rank, *shape)
 
 
@@ -64,7 +64,7 @@ class Basis:
     right: Tensor
 
     def of(self, shard: Shard) -> Basis:
-        """The rows that belong to ``shard``, as views of a whole weight's."""
+        """Return the rows that belong to ``shard``, as views of a whole weight's."""
         return Basis(self.left[slice(*shard.rows)], self.right[slice(*shard.cols)])
 
 
@@ -72,7 +72,7 @@ class Basis:
 @torch.inference_mode(False)
 @torch.no_grad()
 def solve(weight: Tensor, options: AnchorOptions) -> tuple[Solution, Basis | None]:
-    """The subspaces of a whole weight (m, n); without a basis where its anchor has the full form.
+    """Find the subspaces of a whole weight (m, n); the basis is None where its anchor has the full form.
 
     Raises:
         ValueError: the weight is not a dense, finite, non-empty floating point matrix, or ``basis_dtype`` does not suit
@@ -97,14 +97,14 @@ def solve(weight: Tensor, options: AnchorOptions) -> tuple[Solution, Basis | Non
 def anchor_fields(
     values: Tensor, shard: Shard, solution: Solution, basis: Basis | None, options: AnchorOptions
 ) -> dict[str, Any]:
-    """The arguments of :class:`Anchor` for one shard, except ``part``.
+    """Return the arguments of :class:`Anchor` for one shard, except ``part``.
 
     Args:
-        values: W0 of the shard, of ``shard.local_shape``. Nothing of the result shares its memory.
-        shard: the whole weight, or what one rank keeps of it.
-        solution: of the whole weight.
+        values: W0 of the shard, of ``shard.local_shape``. The result shares no memory with it.
+        shard: the whole weight, or the shard that one rank keeps.
+        solution: the facts of the whole weight.
         basis: the shard's rows of U and V; None in the full form.
-        options: of the call.
+        options: the properties that all anchors of the call share.
     """
     values = values.detach()
     fields: dict[str, Any] = {
@@ -114,9 +114,9 @@ def anchor_fields(
         "energy": solution.energy,
     }
     if basis is not None:
-        fields["left"], fields["right"] = padded(basis.left), padded(basis.right)
+        fields["left"], fields["right"] = pad_rows(basis.left), pad_rows(basis.right)
     if basis is None or options.keep_base:
-        fields["base"] = base_copy(values, solution.base_dtype)
+        fields["base"] = copy_base(values, solution.base_dtype)
     else:
-        fields["block"], fields["arithmetic"] = computed_block(values, fields["left"], fields["right"], shard)
+        fields["block"], fields["arithmetic"] = compute_block(values, fields["left"], fields["right"], shard)
     return fields

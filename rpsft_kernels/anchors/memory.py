@@ -18,29 +18,29 @@ class AnchorMemory:
 
     Attributes:
         per_rank: All pieces, one number for each rank.
-        bases: Of these, U and V.
-        kept: The rest: W0, or the blocks.
+        subspaces: The bytes of U and V among them.
+        kept: The others: W0, or the blocks.
     """
 
-    bases: tuple[int, ...]
+    subspaces: tuple[int, ...]
     kept: tuple[int, ...]
 
     @property
     def per_rank(self) -> tuple[int, ...]:
-        return tuple(b + k for b, k in zip(self.bases, self.kept, strict=True))
+        return tuple(s + k for s, k in zip(self.subspaces, self.kept, strict=True))
 
     def __str__(self) -> str:
-        most = max(range(len(self.kept)), key=self.per_rank.__getitem__)
+        fullest = max(range(len(self.kept)), key=self.per_rank.__getitem__)
         return (
-            f"{in_units(self.per_rank[most])} on the fullest of {len(self.kept)} ranks ({in_units(self.bases[most])} "
-            f"of U and V, {in_units(self.kept[most])} of W0 or blocks)"
+            f"{format_bytes(self.per_rank[fullest])} on the fullest of {len(self.kept)} ranks "
+            f"({format_bytes(self.subspaces[fullest])} of U and V, {format_bytes(self.kept[fullest])} of W0 or blocks)"
         )
 
 
 def anchor_memory(
     weights: Mapping[str, LocalWeight], options: AnchorOptions, world_size: int | None, layout: Layout
 ) -> AnchorMemory:
-    """Bytes of the anchors of ``weights`` as they lie (this rank alone), or as they would over ``world_size`` ranks."""
+    """Count the bytes of the anchors of ``weights`` as they lie (this rank alone), or as over ``world_size`` ranks."""
     for weight in weights.values():
         check_basis_dtype(options.basis_dtype, weight.dtype, "basis_dtype")
     if world_size is None:
@@ -57,8 +57,8 @@ def anchor_memory(
     return AnchorMemory(tuple(subspaces), tuple(kept))
 
 
-def in_units(count: int) -> str:
-    """``1536`` bytes as ``"1.5 KiB"``."""
+def format_bytes(count: int) -> str:
+    """Write ``1536`` bytes as ``"1.5 KiB"``."""
     amount = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < 1024:

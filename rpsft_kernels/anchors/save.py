@@ -1,4 +1,4 @@
-"""Sharded anchors, written by the ranks that hold them: one file each, and an index."""
+"""Writes sharded anchors: each rank the file of those that it holds, and the first rank an index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .load import INDEX
 
 
 def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Every rank of the job makes this call. The index comes last: without it a folder is no save.
+    """Write the folder; every rank of the job makes this call. The index comes last: without it a folder is no save.
 
     Rows of U and V that several ranks hold are written by the first of them.
 
@@ -33,14 +33,14 @@ def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
             _make_folder(folder)
         except ValueError as error:
             problem = str(error)
-    ours: list[Any] = [(problem, uuid.uuid4().hex)]
-    dist.broadcast_object_list(ours, src=0)
-    problem, save_id = ours[0]
+    decision: list[Any] = [(problem, uuid.uuid4().hex)]
+    dist.broadcast_object_list(decision, src=0)
+    problem, save_id = decision[0]
     if problem:
         raise ValueError(problem)
     name = f"rank-{rank:05d}-of-{size:05d}.safetensors"
     try:
-        write_anchors(folder / name, contents, _written_earlier(held, rank), save_id)
+        write_anchors(folder / name, contents, _pieces_of_earlier_ranks(held, rank), save_id)
     except (OSError, ValueError) as error:
         problem = f"rank {rank}: {error}"
     outcomes: list[Any] = [None] * size
@@ -66,11 +66,11 @@ def _make_folder(folder: Path) -> None:
     (folder / INDEX).unlink(missing_ok=True)
 
 
-def _written_earlier(held: list[dict[str, Shard]], rank: int) -> set[tuple[str, str]]:
-    """(weight, piece) that an earlier rank writes."""
+def _pieces_of_earlier_ranks(held: list[dict[str, Shard]], rank: int) -> set[tuple[str, str]]:
+    """Return the (weight, piece) that a rank before ``rank`` writes."""
     left_out = set()
     for name, shard in held[rank].items():
-        earlier = [other[name] for other in held[:rank] if name in other]
+        earlier = [shards[name] for shards in held[:rank] if name in shards]
         if any(other.rows == shard.rows for other in earlier):
             left_out.add((name, "left"))
         if any(other.cols == shard.cols for other in earlier):

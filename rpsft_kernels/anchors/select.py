@@ -1,4 +1,4 @@
-"""Selects the parameters of a model to anchor, and gives the reason why each other one is left out."""
+"""Selects the parameters of a model to anchor, and says why each other one is left out."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
         ValueError: ``model`` is not a module, a glob matches no parameter, nothing is left to anchor, or
             a parameter to anchor is not initialised or sharded in a way that is not known.
     """
-    weights = find_parameters(model)
-    included = _patterns(include, "include", weights)
-    excluded = _patterns(exclude, "exclude", weights)
+    parameters = find_parameters(model)
+    included = _check_patterns(include, "include", parameters)
+    excluded = _check_patterns(exclude, "exclude", parameters)
     names: dict[int, list[str]] = {}
-    for name, found in weights.items():
-        names.setdefault(found.identity, []).append(name)
+    for name, reference in parameters.items():
+        names.setdefault(reference.identity, []).append(name)
 
     chosen: dict[str, LocalWeight] = {}
     skipped: dict[str, str] = {}
-    for name, found in weights.items():
-        aliases = names[found.identity]
+    for name, reference in parameters.items():
+        aliases = names[reference.identity]
         if name != aliases[0]:
             skipped[name] = f"tied to {aliases[0]}"
             continue
-        reason = _excluded(aliases, excluded)
-        if reason is None and not _included(aliases, included):
+        reason = _reason_excluded(aliases, excluded)
+        if reason is None and not _is_included(aliases, included):
             reason = "matches none of include"
         if reason is None:
-            if is_lazy(found.parameter):
+            if is_lazy(reference.parameter):
                 raise ValueError(f"{name}: got an uninitialised lazy parameter; run one forward pass first")
-            reason = _unsuitable(found)
+            reason = _reason_unsuitable(reference)
         if reason is None:
-            chosen[name] = found.locate(name)
+            chosen[name] = reference.locate(name)
         else:
             skipped[name] = reason
     if not chosen:
@@ -69,7 +69,7 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
     return Selection(chosen, skipped)
 
 
-def _patterns(given: Patterns, argument: str, names: Mapping[str, object]) -> Sequence[str] | None:
+def _check_patterns(given: Patterns, argument: str, names: Mapping[str, object]) -> Sequence[str] | None:
     if given is None:
         return None
     patterns = [given] if isinstance(given, str) else given
@@ -87,11 +87,11 @@ def _patterns(given: Patterns, argument: str, names: Mapping[str, object]) -> Se
     return patterns
 
 
-def _included(aliases: list[str], patterns: Sequence[str] | None) -> bool:
+def _is_included(aliases: list[str], patterns: Sequence[str] | None) -> bool:
     return patterns is None or any(fnmatchcase(alias, pattern) for alias in aliases for pattern in patterns)
 
 
-def _excluded(aliases: list[str], patterns: Sequence[str] | None) -> str | None:
+def _reason_excluded(aliases: list[str], patterns: Sequence[str] | None) -> str | None:
     for pattern in patterns or ():
         for alias in aliases:
             if fnmatchcase(alias, pattern):
@@ -100,12 +100,12 @@ def _excluded(aliases: list[str], patterns: Sequence[str] | None) -> str | None:
     return None
 
 
-def _unsuitable(found: ParameterRef) -> str | None:
-    if len(found.shape) != 2:
-        return f"{len(found.shape)}-D"
-    if math.prod(found.shape) == 0:
+def _reason_unsuitable(reference: ParameterRef) -> str | None:
+    if len(reference.shape) != 2:
+        return f"{len(reference.shape)}-D"
+    if math.prod(reference.shape) == 0:
         return "empty"
-    if found.dtype not in DTYPES:
-        floating = found.dtype.is_floating_point or found.dtype.is_complex
-        return f"{'unsupported' if floating else 'integer'} dtype {dtype_name(found.dtype)}"
+    if reference.dtype not in DTYPES:
+        floating = reference.dtype.is_floating_point or reference.dtype.is_complex
+        return f"{'unsupported' if floating else 'integer'} dtype {dtype_name(reference.dtype)}"
     return None

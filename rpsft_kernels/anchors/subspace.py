@@ -30,10 +30,10 @@ class Subspaces:
 
 
 def top_subspaces(weight: Tensor, rank: int) -> Subspaces:
-    """Exact top-``rank`` singular subspaces of ``weight``.
+    """Compute the exact top-``rank`` singular subspaces of ``weight``.
 
     The float64 Gram matrix of the shorter side is diagonalised; the longer side follows from a QR
-    factorisation of W V_k, so both bases are orthonormal to float64 even where singular values vanish,
+    factorisation of W V_k, so U and V are orthonormal to float64 even where singular values vanish,
     and U^T W V has a non-negative diagonal. The Gram matrix is summed over chunks: no float64 copy of the
     weight is ever held, only (m + n) k and min(m, n)^2 elements. Directions whose singular value is below
     about 1e-8 of the largest are null to this method: an arbitrary orthonormal completion.
@@ -63,7 +63,7 @@ def top_subspaces(weight: Tensor, rank: int) -> Subspaces:
         eigenvalues, eigenvectors = torch.linalg.eigh(gram)
         short_basis = eigenvectors[:, -rank:].flip(1)
 
-        image = _times(tall, short_basis, scale)
+        image = _multiply(tall, short_basis, scale)
         long_basis, triangle = torch.linalg.qr(image)
         diagonal = triangle.diagonal()
         long_basis *= torch.where(diagonal < 0, -1.0, 1.0)
@@ -82,7 +82,7 @@ def top_subspaces(weight: Tensor, rank: int) -> Subspaces:
 
 
 def _scale(weight: Tensor) -> float:
-    """A power of two that brings the largest entry near 1, so that squares of fp64 entries stay in range."""
+    """Find a power of two that brings the largest entry near 1, so that squares of float64 entries stay in range."""
     low, high = torch.aminmax(weight)
     largest = max(abs(float(low)), abs(float(high)))
     if math.isnan(float(low)) or not math.isfinite(largest):
@@ -104,7 +104,7 @@ def _gram(tall: Tensor, scale: float) -> Tensor:
     return gram
 
 
-def _times(tall: Tensor, basis: Tensor, scale: float) -> Tensor:
+def _multiply(tall: Tensor, basis: Tensor, scale: float) -> Tensor:
     image = torch.empty(tall.shape[0], basis.shape[1], dtype=torch.float64, device=tall.device)
     step = _chunk_rows(tall)
     for chunk, out in zip(torch.split(tall, step), torch.split(image, step), strict=True):

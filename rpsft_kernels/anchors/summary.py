@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .anchor import Anchor
-from .memory import in_units
+from .memory import format_bytes
 
 _SHOWN = 3
 
 
 def table(anchors: Mapping[str, Anchor], skipped: Mapping[str, str]) -> str:
-    """Per form the weights, ranks, bytes and captured energy, then the skipped parameters by reason."""
+    """List per form the weights, ranks, bytes and captured energy, then the skipped parameters by reason."""
     lines = [f"{'form':<6}{'weights':>8}{'rank':>11}{'memory':>12}{'energy min':>12}{'mean':>8}"]
     for form in ("base", "block", "full"):
         members = [anchor for anchor in anchors.values() if anchor.form == form]
@@ -29,9 +29,10 @@ def table(anchors: Mapping[str, Anchor], skipped: Mapping[str, str]) -> str:
 
 
 def _row(label: str, anchors: list[Anchor]) -> str:
-    ranks = [anchor.rank for anchor in anchors]
+    anchor_ranks = [anchor.rank for anchor in anchors]
     energies = [anchor.energy for anchor in anchors]
-    spread = str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}"
-    memory = in_units(sum(anchor.nbytes for anchor in anchors))
+    least, most = min(anchor_ranks), max(anchor_ranks)
+    spread = str(least) if least == most else f"{least}-{most}"
+    memory = format_bytes(sum(anchor.nbytes for anchor in anchors))
     mean = sum(energies) / len(energies)
     return f"{label:<6}{len(anchors):>8}{spread:>11}{memory:>12}{min(energies):>12.4f}{mean:>8.4f}"

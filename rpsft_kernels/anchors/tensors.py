@@ -13,8 +13,8 @@ from ..distributed.shard import Shard
 _TRIAL_ELEMENTS = 1 << 22
 
 
-def padded(basis: Tensor) -> Tensor:
-    """``basis`` (rows, k) as the first k columns of a zero-padded buffer with aligned rows."""
+def pad_rows(basis: Tensor) -> Tensor:
+    """Return ``basis`` (rows, k) as the first k columns of a zero-padded buffer with aligned rows."""
     rows, rank = basis.shape
     stride = padded_columns(rank)
     # The padding of a view that already has some may not be zero: copy it.
@@ -26,7 +26,7 @@ def padded(basis: Tensor) -> Tensor:
 
 
 def exact_base_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype to keep a weight (m, n) in: bfloat16 if that loses nothing, else its own."""
+    """Return the dtype to keep a weight (m, n) in: bfloat16 if that loses nothing, else its own."""
     if weight.dtype == torch.bfloat16:
         return torch.bfloat16
     for rows in torch.split(weight, max(1, _TRIAL_ELEMENTS // weight.shape[1])):
@@ -35,15 +35,22 @@ def exact_base_dtype(weight: Tensor) -> torch.dtype:
     return torch.bfloat16
 
 
-def base_copy(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy of ``values`` in ``dtype``."""
+def copy_base(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a contiguous copy of ``values`` in ``dtype``."""
     return torch.empty(values.shape, dtype=dtype, device=values.device).copy_(values)
 
 
-def computed_block(weight: Tensor, left: Tensor, right: Tensor, shard: Shard) -> tuple[Tensor, str]:
-    """B = U^T W0 V by the operation that will compute U^T W V, so that they cancel to the last bit.
+def compute_block(weight: Tensor, left: Tensor, right: Tensor, shard: Shard) -> tuple[Tensor, str]:
+    """Compute B = U^T W0 V by the operation that will compute U^T W V, so that they cancel to the last bit.
 
-    ``weight`` has the values of ``shard``, ``left`` and ``right`` its rows of U and V.
+    Args:
+        weight: W0, the values of ``shard``.
+        left: the shard's rows of U.
+        right: the shard's rows of V.
+        shard: the whole weight, or the shard that one rank keeps.
+
+    Returns:
+        B (k, k) of the shard, and the arithmetic that computed it.
     """
     backend = ops.resolve_backend(weight.device, weight.dtype)
     block = left.new_zeros((0, 0), dtype=ops.accumulation_dtype(weight.dtype))

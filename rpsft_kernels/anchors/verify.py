@@ -15,10 +15,10 @@ from .fingerprint import Fingerprint, content_sum
 _WRAP = 1 << 64
 
 
-def differences(
+def find_differences(
     anchors: Mapping[str, Anchor], fingerprints: Mapping[str, Fingerprint], weights: Mapping[str, LocalWeight]
 ) -> list[str]:
-    """A line for each weight that differs from the anchored one, saying how.
+    """Describe, in a line each, the weights that differ from the anchored ones.
 
     Collective where weights lie on several ranks; every rank then has the same answer.
     """
@@ -39,7 +39,7 @@ def differences(
         else:
             pending.setdefault(weight.group_name, []).append(name)
     for names in pending.values():
-        for name, total in zip(names, _sums([weights[name] for name in names]), strict=True):
+        for name, total in zip(names, _whole_sums([weights[name] for name in names]), strict=True):
             if f"{total:016x}" != fingerprints[name].checksum:
                 problems[name] = (
                     f"got other values (checksum {total:016x}), anchored with {fingerprints[name].checksum}"
@@ -47,8 +47,8 @@ def differences(
     return [f"{name}: {problems[name]}" for name in anchors if name in problems]
 
 
-def _sums(weights: list[LocalWeight]) -> list[int]:
-    """Checksums of whole weights that lie in one group."""
+def _whole_sums(weights: list[LocalWeight]) -> list[int]:
+    """Return the checksums of whole weights that lie in one group."""
     own = [shard_sum(weight) for weight in weights]
     group = weights[0].group
     # A replica lies whole on every rank: read all of it where no shards were assigned.
@@ -62,7 +62,7 @@ def _sums(weights: list[LocalWeight]) -> list[int]:
 
 
 def shard_sum(weight: LocalWeight) -> int:
-    """What the shard adds to its weight's checksum."""
+    """Return the shard's summand of its weight's checksum."""
     if not weight.shard.numel:
         return 0
     columns = weight.shape[1]
