@@ -1,4 +1,4 @@
-"""Batches of weights prepared for a backend, to be run at every step."""
+"""Programs: batches of weights prepared for a backend, to be run at every step."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .torch_ops import make_ready, without_autocast
 
 
 def prepare_program(backend: str, device: torch.device, counts: Sequence[int]) -> Program:
-    """A program for batches of so many matrices each.
+    """Prepare a program for batches of so many matrices each.
 
     Raises:
         RuntimeError: the GPU's kernels have failed their self-test.
     """
     ready = make_ready(backend, device)
     if backend == "triton":
-        from .triton.program import Program as TritonProgram
+        from .triton.program import TritonProgram
 
         return TritonProgram(device, counts)
     return _DirectProgram(ready, device)
 
 
 class _DirectProgram:
-    """A backend that has nothing to prepare."""
+    """The program of a backend that has nothing to prepare."""
 
     def __init__(self, backend: Backend, device: torch.device) -> None:
         self._backend, self._device = backend, device
@@ -73,7 +73,15 @@ class _DirectRun:
         accumulate: bool,
         drifts: Sequence[Tensor] | None = None,
     ) -> _Pull:
-        return _Pull(batch, members, operands, grads, scales, accumulate, drifts)
+        return _Pull(
+            batch=batch,
+            members=members,
+            operands=operands,
+            grads=grads,
+            scales=scales,
+            accumulate=accumulate,
+            drifts=drifts,
+        )
 
     def prepare_gradients(
         self, batch: int, members: Sequence[int], operands: Operands, dtype: torch.dtype, accumulate: bool = False

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ops.operands import Operands
 from ..ops.runs import running
 from ..ops.triton.device import own_profile
-from ..ops.triton.program import Program
+from ..ops.triton.program import TritonProgram
 from ..ops.triton.project_drift import plan_forward
 from ..ops.triton.pull_back import plan_backward
 from ..ops.triton.tile_table import forget_tuned, rank_class, tile_table
@@ -129,7 +129,7 @@ def _workload(
     scales = [1.0] * len(shapes)
 
     def forward() -> Callable[[], None]:
-        program = Program(device, [len(shapes)])
+        program = TritonProgram(device, [len(shapes)])
 
         def run() -> None:
             with running(program) as step:
@@ -140,7 +140,7 @@ def _workload(
         return run
 
     def backward() -> Callable[[], None]:
-        program = Program(device, [len(shapes)])
+        program = TritonProgram(device, [len(shapes)])
 
         def run() -> None:
             with running(program) as step:

@@ -41,7 +41,7 @@ class Bench:
         self.found: list[Variant] = []
         self._before: np.ndarray = np.zeros_like(self.table.host)
 
-    def send(self, operation: Operation[Any]) -> None:
+    def send(self, operation: Operation[Any, Any]) -> None:
         self.scratch.reserve(operation.sizes)
         operation.bind(self.scratch)
         self.table.send()
@@ -55,7 +55,7 @@ class Bench:
         self._before[:used] = now
         return found
 
-    def column(self, operation: Operation[Any], name: str) -> list[int]:
+    def column(self, operation: Operation[Any, Any], name: str) -> list[int]:
         rows = operation.rows
         found: list[int] = self.table.host[rows.first : rows.first + rows.count, INDEX[name]].tolist()
         return found

@@ -15,7 +15,7 @@ from rpsft_kernels.ops.triton import launch as triton_launch
 from rpsft_kernels.ops.triton import program as programs
 from rpsft_kernels.ops.triton import table as tables
 from rpsft_kernels.ops.triton import upload
-from rpsft_kernels.ops.triton.program import Program
+from rpsft_kernels.ops.triton.program import TritonProgram
 from rpsft_kernels.ops.triton.variants import Variant
 from support import Form, Problem, make_problem, operands_of
 
@@ -33,7 +33,7 @@ def operands(
     return operands_of(found)
 
 
-def check_step(program: Program, given: Operands, grow: Callable[[], None] = lambda: None) -> None:
+def check_step(program: TritonProgram, given: Operands, grow: Callable[[], None] = lambda: None) -> None:
     """Project and pull back in one run, against plain torch; ``grow`` comes between sending and queueing."""
     drifts, squares = reference.project_drift(given)
     grads = [torch.ones_like(weight) for weight in given.weights]
@@ -82,7 +82,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
 
 def test_all_that_is_staged_is_sent_at_once(device: torch.device, sent: list[int]) -> None:
     batches = [operands(SMALL, device=device), operands(LARGE, device=device), operands(SMALL, "full", device=device)]
-    program = Program(device, [len(each.weights) for each in batches])
+    program = TritonProgram(device, [len(each.weights) for each in batches])
     for turn in range(3):
         with running(program) as run:
             pulls = []
@@ -108,7 +108,7 @@ def test_scratch_memory_that_another_program_moves_is_found_again(
     device: torch.device, prepared: list[Variant]
 ) -> None:
     """Between what a run has sent and what it queues: its launches are made anew."""
-    one, other = Program(device, [len(SMALL)]), Program(device, [len(LARGE)])
+    one, other = TritonProgram(device, [len(SMALL)]), TritonProgram(device, [len(LARGE)])
     small, large = operands(SMALL, device=device), operands(LARGE, device=device)
     check_step(one, small)
     asked = len(prepared)
@@ -126,7 +126,7 @@ def test_scratch_memory_that_another_program_moves_is_found_again(
 
 
 def test_a_step_that_is_run_again_prepares_nothing(device: torch.device, prepared: list[Variant]) -> None:
-    program, given = Program(device, [len(LARGE)]), operands(LARGE, device=device)
+    program, given = TritonProgram(device, [len(LARGE)]), operands(LARGE, device=device)
     check_step(program, given)
     assert prepared
     del prepared[:]
@@ -140,7 +140,7 @@ def test_a_step_that_is_run_again_prepares_nothing(device: torch.device, prepare
 
 
 def test_runs_at_a_time_have_tables_and_squares_of_their_own(device: torch.device) -> None:
-    program = Program(device, [len(SMALL)])
+    program = TritonProgram(device, [len(SMALL)])
     one, other = operands(SMALL, device=device), operands(SMALL, seed=9, device=device)
     with running(program) as first, running(program) as second:
         assert first is not second
@@ -160,7 +160,7 @@ def test_runs_at_a_time_have_tables_and_squares_of_their_own(device: torch.devic
 
 def test_another_profile_makes_other_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a driver has refused the kernels of a tile table."""
-    program = Program(device, [len(SMALL)])
+    program = TritonProgram(device, [len(SMALL)])
     with running(program) as first:
         pass
     profile = programs.devices.device_profile(device)
@@ -173,7 +173,7 @@ def test_another_profile_makes_other_launches(device: torch.device, monkeypatch:
 
 
 def test_drifts_that_are_kept_are_in_memory_of_their_own(device: torch.device) -> None:
-    program, given = Program(device, [len(LARGE)]), operands(LARGE, device=device)
+    program, given = TritonProgram(device, [len(LARGE)]), operands(LARGE, device=device)
     expected, _ = reference.project_drift(given)
     with running(program) as run:
         run.stage_projection(0, given, keep=True)

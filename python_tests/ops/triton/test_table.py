@@ -42,7 +42,7 @@ def test_rows_lie_behind_each_other(copied: list[int]) -> None:
     table.send()
     assert copied == [5], "one copy for all that was written"
     assert column(first, "ROWS") == [1, 2] and column(second, "ROWS") == [3, 4, 5]
-    assert column(second.part(1, 2), "ROWS") == [4, 5]
+    assert column(second.slice(1, 2), "ROWS") == [4, 5]
     assert first.memory().data_ptr() == table.memory.data_ptr()
     assert second.memory().data_ptr() == table.memory.data_ptr() + 2 * WIDTH * 8
 

@@ -48,9 +48,9 @@ def arithmetic(device: torch.device) -> str:
 
 
 def project_drift(operands: Operands) -> tuple[list[Tensor], Tensor]:
-    from .program import Program
+    from .program import TritonProgram
 
-    with running(Program(operands.weights[0].device, [len(operands.weights)])) as run:
+    with running(TritonProgram(operands.weights[0].device, [len(operands.weights)])) as run:
         run.stage_projection(0, operands, keep=True)
         run.send()
         return run.project(0), run.squares_of(0)
@@ -59,10 +59,10 @@ def project_drift(operands: Operands) -> tuple[list[Tensor], Tensor]:
 def pull_back_into(
     grads: Sequence[Tensor], operands: Operands, drifts: Sequence[Tensor], scales: Tensor, accumulate: bool
 ) -> None:
-    from .program import Program
+    from .program import TritonProgram
 
     factors = scales.detach().tolist() if scales.device.type == "cpu" else scales
-    with running(Program(grads[0].device, [len(grads)])) as run:
+    with running(TritonProgram(grads[0].device, [len(grads)])) as run:
         staged = run.stage_pull_back(0, range(len(grads)), operands, grads, factors, accumulate, drifts)
         run.send()
         run.pull_back_(staged, factors)

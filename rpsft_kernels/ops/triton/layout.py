@@ -66,19 +66,19 @@ def layout_of(matrix: Facts, transposed: bool) -> MatrixLayout:
         and misalignment == 0
         and shape[0] * shape[1] > 0
     )
-    vectors = described and shape[contiguous] % unit == 0
+    whole_vectors = described and shape[contiguous] % unit == 0
     strides = (across, down) if transposed else (down, across)
-    return MatrixLayout(strides, (contiguous == 0) != transposed, vectors, described)
+    return MatrixLayout(strides, (contiguous == 0) != transposed, whole_vectors, described)
 
 
-def vectors(values: Tensor) -> Tensor:
-    """Numbers (C, B, scales) in float32, contiguous, and at a multiple of 16 bytes as fresh tensors are."""
+def to_aligned_float32(values: Tensor) -> Tensor:
+    """Numbers (C or B) in float32, contiguous, and at a multiple of 16 bytes as fresh tensors are."""
     values = values.to(torch.float32).contiguous()
     return values if values.data_ptr() % 16 == 0 else values.clone()
 
 
 class Problem(NamedTuple):
-    """The static description of one weight, equal for equal layouts. What a phase lacks has strides (0, 0)."""
+    """The static description of one weight, equal for equal layouts. An operand that is not read has strides (0, 0)."""
 
     rows: int
     cols: int
@@ -91,9 +91,9 @@ class Problem(NamedTuple):
 
 
 class ProjectKey(NamedTuple):
-    """What weights must share to be projected by the same launches."""
+    """The properties that weights must share to be projected by the same launches."""
 
-    form: Precision
+    precision: Precision
     rank_class: int
     transposed: bool
     rows_contiguous: bool
@@ -101,7 +101,10 @@ class ProjectKey(NamedTuple):
 
 
 class PullKey(NamedTuple):
-    """What gradients must share to be computed by the same launches; ``rows_contiguous`` says how the gradients lie."""
+    """The properties that gradients must share to be computed by the same launches.
+
+    ``rows_contiguous`` says how the gradients lie.
+    """
 
     basis: TypeName
     grad: TypeName
@@ -113,7 +116,10 @@ class PullKey(NamedTuple):
 
 
 class FullKey(NamedTuple):
-    """What full anchors must share for one launch; ``flipped``: seen transposed, so that rows are contiguous."""
+    """The properties that full anchors must share for one launch.
+
+    ``flipped``: the matrices are seen transposed, so that rows are contiguous.
+    """
 
     weight: TypeName
     base: TypeName
@@ -127,11 +133,13 @@ def is_transposed(shape: tuple[int, int]) -> bool:
     return shape[0] > shape[1]
 
 
-def up(value: int, unit: int) -> int:
+def round_up(value: int, unit: int) -> int:
+    """The smallest multiple of ``unit`` that is not less than ``value``."""
     return -(-value // unit) * unit
 
 
 def static_columns(problems: Sequence[Problem]) -> dict[str, list[int]]:
+    """The columns of the table that the problems themselves decide: extents and strides."""
     columns = {
         "ROWS": [p.rows for p in problems],
         "COLS": [p.cols for p in problems],

@@ -13,35 +13,37 @@ from ..operands import Operands
 from . import device as devices
 from .aot import dispatch as aot
 from .full_form import FullProjection, FullPullBack
-from .layout import Facts, addresses_of, vectors
-from .operation import Operation, facts_of
+from .layout import Facts, addresses_of, to_aligned_float32
+from .operation import Operation, PullBackOperation, facts_of
 from .project_drift import Projection
 from .pull_back import PullBack
 from .scratch import Scratch, scratch_of
 from .table import Rows, Table
-from .upload import capturing, reserve_for_captures
+from .upload import is_capturing, reserve_for_captures
 
 # More operations than a step can need mean that what is asked for keeps changing: they are dropped then.
 _MOST_OPERATIONS = 4096
 # Runs kept for each stream; concurrent calls have one each.
 _MOST_RUNS = 2
 _MOST_STREAMS = 4
+AnyOperation = Operation[Any, Any]
+AnyPullBack = PullBackOperation[Any, Any]
 
 
-class Program:
+class TritonProgram:
     """The batches of a plan, by their numbers of matrices. Any number of threads and streams may run it at a time."""
 
     def __init__(self, device: torch.device, counts: Sequence[int]) -> None:
         self._device, self._counts = device, list(counts)
-        self._free: dict[int, list[Run]] = {}
+        self._free: dict[int, list[TritonRun]] = {}
 
-    def begin(self) -> Run:
-        """What one call uses, on the device's current stream, and no other call before :meth:`end`."""
+    def begin(self) -> TritonRun:
+        """A run on the device's current stream, which no other call uses before :meth:`end`."""
         device = self._device
         circumstances = _circumstances(device)
-        if capturing(device):
-            # The graph's own: nothing that the program keeps may be written at a replay.
-            return Run(device, self._counts, Scratch(device), circumstances, None)
+        if is_capturing(device):
+            # The graph's own run: nothing that the program keeps may be written at a replay.
+            return TritonRun(device, self._counts, Scratch(device), circumstances, None)
         stream = _stream(device)
         try:
             # Another thread may take the last one at the same time.
@@ -49,11 +51,11 @@ class Program:
         except (KeyError, IndexError):
             run = None
         if run is None or run.circumstances != circumstances:
-            run = Run(device, self._counts, scratch_of(device, stream), circumstances, stream)
+            run = TritonRun(device, self._counts, scratch_of(device, stream), circumstances, stream)
         return run
 
-    def end(self, run: Run) -> None:
-        """Give it back, to be used by a later call on its stream."""
+    def end(self, run: TritonRun) -> None:
+        """Take a run back, for a later call on its stream."""
         run.end()
         if run.stream is None:
             return
@@ -77,12 +79,12 @@ def _circumstances(device: torch.device) -> tuple[Any, ...]:
     return devices.device_profile(device), aot.mode() if device.type == "cuda" else ""
 
 
-class Run:
+class TritonRun:
     """One call's use of a program. Stage all operations, send, then queue them.
 
     Attributes:
         squares: float32, the squares of every batch's matrices, behind each other; valid until the next run.
-        circumstances: what it was made under.
+        circumstances: the profile and mode that its launches were planned under.
         stream: the handle of its stream; None for one that a captured graph owns.
     """
 
@@ -95,7 +97,7 @@ class Run:
         stream: int | None,
     ) -> None:
         self.circumstances, self.stream = circumstances, stream
-        self.operations: dict[Any, Operation[Any]] = {}
+        self.operations: dict[Any, AnyOperation] = {}
         self._device, self._profile, self._scratch = device, circumstances[0], scratch
         self._offsets = [0]
         for count in counts:
@@ -106,7 +108,7 @@ class Run:
         self._scales: Tensor | None = None
         # A gradient may be written and added to in one call: three rows for most matrices.
         self._tables: list[Table] = [Table(device, 3 * self._offsets[-1])]
-        self._staged: list[Operation[Any]] = []
+        self._staged: list[AnyOperation] = []
         self._drifts: dict[int, list[Tensor]] = {}
         self._held: list[Any] = []
 
@@ -121,25 +123,23 @@ class Run:
             self.operations.clear()
             self._tables = [Table(self._device, 3 * self._offsets[-1])]
 
-    def _operation(self, key: Any, count: int, make: Callable[[Rows], Operation[Any]]) -> Any:
-        found = self.operations.get(key)
-        if found is None:
+    def _operation(self, key: Any, count: int, make: Callable[[Rows], AnyOperation]) -> Any:
+        operation = self.operations.get(key)
+        if operation is None:
             if not self._tables[-1].has_room(count):
                 self._tables.append(Table(self._device, max(count, 3 * self._offsets[-1])))
-            found = self.operations[key] = make(self._tables[-1].take(count))
-        return found
-
-    # -- what is to be computed -----------------------------------------------------------------------------
+            operation = self.operations[key] = make(self._tables[-1].take(count))
+        return operation
 
     def stage_projection(self, batch: int, operands: Operands, keep: bool) -> None:
         """Prepare the drifts and squares of a batch. ``keep``: in memory of their own; else they are gone when the next
         batch is projected.
         """
-        made = FullProjection if operands.full else Projection
+        kind = FullProjection if operands.full else Projection
         operation = self._operation(
             ("project", batch),
             len(operands.weights),
-            lambda rows: made(rows, self._device, self._profile, self.squares, self._offsets[batch]),
+            lambda rows: kind(rows, self._device, self._profile, self.squares, self._offsets[batch]),
         )
         addresses = None
         if operands.full:
@@ -159,7 +159,7 @@ class Run:
         scales: Sequence[float] | Tensor,
         accumulate: bool,
         drifts: Sequence[Tensor] | None = None,
-    ) -> Operation[Any]:
+    ) -> AnyOperation:
         """Prepare gradients of some of a batch's matrices.
 
         Args:
@@ -169,19 +169,18 @@ class Run:
             drifts: C (k, k) of each; None: what the batch's projection leaves in the scratch memory.
         """
         operation = self._pull_back(batch, members, operands, isinstance(scales, Tensor), accumulate)
-        where: Any = None
+        drift_places: Any = None
         if not operands.full:
             if drifts is None:
-                where = self.operations["project", batch], list(members)
+                drift_places = self.operations["project", batch], list(members)
             else:
-                aligned = [vectors(drift) for drift in drifts]
+                aligned = [to_aligned_float32(drift) for drift in drifts]
                 self._held.append(aligned)
-                where = addresses_of(aligned)
+                drift_places = addresses_of(aligned)
         numbers = None if isinstance(scales, Tensor) else scales
-        operation.stage(operands, facts_of(grads), addresses_of(grads), where, numbers)
+        operation.stage(operands, facts_of(grads), addresses_of(grads), drift_places, numbers)
         self._staged.append(operation)
-        found: Operation[Any] = operation
-        return found
+        return operation
 
     def prepare_gradients(
         self, batch: int, members: Sequence[int], operands: Operands, dtype: torch.dtype, accumulate: bool = False
@@ -206,14 +205,15 @@ class Run:
 
     def _pull_back(
         self, batch: int, members: Sequence[int], operands: Operands, scales_on_device: bool, accumulate: bool
-    ) -> Any:
-        made = FullPullBack if operands.full else PullBack
+    ) -> AnyPullBack:
+        kind = FullPullBack if operands.full else PullBack
         memory = self._device_scales() if scales_on_device else None
-        return self._operation(
+        operation: AnyPullBack = self._operation(
             ("pull", batch, tuple(members), accumulate, scales_on_device),
             len(members),
-            lambda rows: made(rows, self._device, self._profile, accumulate, memory),
+            lambda rows: kind(rows, self._device, self._profile, accumulate, memory),
         )
+        return operation
 
     def _device_scales(self) -> Tensor:
         if self._scales is None:
@@ -237,8 +237,6 @@ class Run:
             for table in self._tables:
                 table.send()
 
-    # -- queueing it ----------------------------------------------------------------------------------------
-
     def turn(self) -> AbstractContextManager[Any]:
         """Held while a batch is projected and pulled back, where its drifts are not kept."""
         return self._scratch.lock
@@ -252,19 +250,19 @@ class Run:
         """The squares of a projected batch, a view of :attr:`squares`."""
         return self.squares[self._offsets[batch] : self._offsets[batch + 1]]
 
-    def pull_back_(self, operation: Operation[Any], scales: Sequence[float] | Tensor = ()) -> None:
+    def pull_back_(self, operation: AnyOperation, scales: Sequence[float] | Tensor = ()) -> None:
         """Queue what :meth:`stage_pull_back` gave; ``scales`` again where they lie on the device."""
         with self._scratch.lock:
             if isinstance(scales, Tensor):
                 self._device_scales()[: len(scales)].copy_(scales)
             self._queue(operation)
 
-    def _queue(self, operation: Operation[Any]) -> None:
+    def _queue(self, operation: AnyOperation) -> None:
         with self._scratch.lock:
             if not operation.is_bound(self._scratch):
                 # Another program of this stream needed larger buffers meanwhile.
                 self.send()
-            operation.run()
+            operation.queue()
 
 
 def new_drifts(ranks: Sequence[int], device: torch.device) -> list[Tensor]:

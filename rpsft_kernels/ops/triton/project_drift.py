@@ -21,12 +21,12 @@ from .layout import (
     addresses_of,
     is_transposed,
     layout_of,
+    round_up,
     static_columns,
+    to_aligned_float32,
     type_name,
-    up,
-    vectors,
 )
-from .operation import LaunchGroup, Operation, facts_of, group_by_key
+from .operation import ProjectionOperation, facts_of, group_by_key
 from .schedule import Grid, Schedule, build_schedule, splits_of
 from .scratch import Scratch, Sizes
 from .table import Rows
@@ -37,7 +37,6 @@ from .variants import (
     drift_variant,
     project_variant,
     reduce_variant,
-    squares_variant,
 )
 
 
@@ -63,34 +62,34 @@ class ForwardPlan:
 
     @property
     def schedules(self) -> list[Schedule]:
-        found = (self.project_schedule, self.drift_schedule, self.reduce_schedule)
-        return [schedule for schedule in found if schedule is not None]
+        schedules = (self.project_schedule, self.drift_schedule, self.reduce_schedule)
+        return [schedule for schedule in schedules if schedule is not None]
 
 
 @lru_cache(maxsize=1024)
 def plan_forward(
-    profile: Profile, group: ProjectKey, problems: tuple[Problem, ...], has_block: bool, drift_aligned: bool
+    profile: Profile, key: ProjectKey, problems: tuple[Problem, ...], has_block: bool, drift_aligned: bool
 ) -> ForwardPlan:
     """The launches for weights of one group (not full anchors)."""
-    arch, form, rank = profile.architecture, group.form, group.rank_class
+    arch, precision, rank = profile.architecture, key.precision, key.rank_class
 
     def project_of(even: bool) -> Variant:
-        return project_variant(arch, form, rank, group.rows_contiguous, access_of(profile, group.aligned, even))
+        return project_variant(arch, precision, rank, key.rows_contiguous, access_of(profile, key.aligned, even))
 
     def drift_of(even: bool) -> Variant:
-        access = access_of(profile, group.aligned, even)
-        return drift_variant(arch, form, rank, group.transposed, access, drift_aligned, has_block)
+        access = access_of(profile, key.aligned, even)
+        return drift_variant(arch, precision, rank, key.transposed, access, drift_aligned, has_block)
 
     pm, pn, pk = project_of(False).blocks
     dm, dn, dk = drift_of(False).blocks
     # T is padded to whole tiles of both phases.
-    padded = [(up(p.rows, max(pm, dk)), up(p.rank, max(pn, dn))) for p in problems]
+    padded = [(round_up(p.rows, max(pm, dk)), round_up(p.rank, max(pn, dn))) for p in problems]
     whole = all((p.rows, p.rank) == size for p, size in zip(problems, padded, strict=True))
     project = project_of(whole and all(p.cols % pk == 0 for p in problems))
     drift = drift_of(
         drift_aligned and all(p.rank % dm == 0 and p.rank % dn == 0 and p.rows % dk == 0 for p in problems)
     )
-    planes = form.planes
+    planes = precision.planes
     columns: dict[str, list[int]] = {name: [] for name in ("PLANES_ROW", "PLANES_ROWS", "SPLITS", "SQUARES", "SLOTS")}
     project_grids, drift_grids, reduce_grids = [], [], []
     planes_offsets, partial_offsets = [], []
@@ -98,8 +97,8 @@ def plan_forward(
     for p, (height, width) in zip(problems, padded, strict=True):
         high, wide = -(-p.rank // dm), -(-p.rank // dn)
         splits = splits_of(p.rows, p.rank, dm, dn)
-        project_grids.append(Grid(height // pm, width // pn, 1, pm * pn * up(p.cols, pk)))
-        drift_grids.append(Grid(high, wide, splits, dm * dn * up(-(-p.rows // splits), dk) * planes))
+        project_grids.append(Grid(height // pm, width // pn, 1, pm * pn * round_up(p.cols, pk)))
+        drift_grids.append(Grid(high, wide, splits, dm * dn * round_up(-(-p.rows // splits), dk) * planes))
         reduce_grids.append(Grid(high, wide, int(splits > 1), splits))
         for name, value in (
             ("PLANES_ROW", width),
@@ -116,62 +115,70 @@ def plan_forward(
         slots += high * wide
     columns |= static_columns(problems)
     reduces = any(grid.tiles for grid in reduce_grids)
+    project_programs = profile.multiprocessors * project.blocks_per_sm
+    drift_programs = profile.multiprocessors * drift.blocks_per_sm
     return ForwardPlan(
-        project,
-        drift,
-        build_schedule(tuple(project_grids), profile.multiprocessors * project.blocks_per_sm, False),
-        build_schedule(tuple(drift_grids), profile.multiprocessors * drift.blocks_per_sm, False),
-        build_schedule(tuple(reduce_grids), profile.multiprocessors * drift.blocks_per_sm, False) if reduces else None,
-        columns,
-        planes_offsets,
-        planes_size,
-        partial_offsets,
-        partial_size,
-        slots,
+        project=project,
+        drift=drift,
+        project_schedule=build_schedule(tuple(project_grids), project_programs, False),
+        drift_schedule=build_schedule(tuple(drift_grids), drift_programs, False),
+        reduce_schedule=build_schedule(tuple(reduce_grids), drift_programs, False) if reduces else None,
+        columns=columns,
+        planes_offsets=planes_offsets,
+        planes_size=planes_size,
+        partial_offsets=partial_offsets,
+        partial_size=partial_size,
+        slots=slots,
     )
 
 
-def describe(
+def describe_projected(
     weight: Facts, left: Facts, right: Facts, base: Facts | None, profile: Profile
 ) -> tuple[ProjectKey, Problem]:
-    """What decides the launches of a projected weight, and its static description."""
+    """The key that decides the launches of a projected weight, and the weight's static description."""
     transposed = is_transposed(weight[0])
     if transposed:
         left, right = right, left
     rank = left[0][1]
-    pieces = [layout_of(weight, transposed)]
+    matrices = [layout_of(weight, transposed)]
     if base is not None:
-        pieces.append(layout_of(base, transposed))
+        matrices.append(layout_of(base, transposed))
     subspaces = [layout_of(left, False), layout_of(right, False)]
-    aligned = all(p.descriptor if profile.descriptors else p.pointer for p in pieces + subspaces)
-    aligned = aligned and len({p.rows_contiguous for p in pieces}) == 1
+    aligned = all(m.descriptor if profile.descriptors else m.pointer for m in matrices + subspaces)
+    aligned = aligned and len({m.rows_contiguous for m in matrices}) == 1
     aligned = aligned and not any(s.rows_contiguous for s in subspaces)
     # C and B are read and written in vectors where all else is.
     aligned = aligned and rank % 4 == 0
-    form = Precision(type_name(weight[2]), None if base is None else type_name(base[2]), type_name(left[2]))
+    key = ProjectKey(
+        precision=Precision(type_name(weight[2]), None if base is None else type_name(base[2]), type_name(left[2])),
+        rank_class=rank_class(rank),
+        transposed=transposed,
+        rows_contiguous=aligned and matrices[0].rows_contiguous,
+        aligned=aligned,
+    )
     rows, cols = sorted(weight[0])
-    key = ProjectKey(form, rank_class(rank), transposed, aligned and pieces[0].rows_contiguous, aligned)
-    base_strides = pieces[1].strides if base is not None else (0, 0)
-    return key, Problem(rows, cols, rank, pieces[0].strides, base_strides, subspaces[0].strides, subspaces[1].strides)
+    problem = Problem(
+        rows,
+        cols,
+        rank,
+        weight=matrices[0].strides,
+        base=(0, 0) if base is None else matrices[1].strides,
+        left=subspaces[0].strides,
+        right=subspaces[1].strides,
+    )
+    return key, problem
 
 
-class Projection(Operation[ProjectKey]):
-    """Drifts and squares of the projected weights (base, block and bare forms) of one batch.
-
-    Squares go to ``squares`` (float32) from ``number`` on.
-    """
-
-    _groups: list[tuple[LaunchGroup[ProjectKey], ForwardPlan]]
+class Projection(ProjectionOperation[ProjectKey, ForwardPlan]):
+    """Drifts and squares of the projected weights (base, block and bare forms) of one batch."""
 
     def __init__(self, rows: Rows, device: torch.device, profile: Profile, squares: Tensor, number: int) -> None:
-        super().__init__(rows, device, profile)
-        self._squares, self._number = squares, number
+        super().__init__(rows, device, profile, squares, number)
         self._drifts: list[int] | None = None
         # The addresses that the C of this batch have in the scratch memory.
         self.scratch_drifts: list[int] = []
 
     def stage(self, operands: Operands, drifts: list[int] | None) -> None:
-        """Take the tensors of a call. ``drifts``: addresses for C (k, k) in float32; None: in the scratch memory."""
         weights = operands.weights
         addresses = [weight.data_ptr() for weight in weights]
         alike = self.is_alike(facts_of(weights))
@@ -181,7 +188,7 @@ class Projection(Operation[ProjectKey]):
             self._plan(operands)
         if not alike or self._casts:
             self._place_anchors(operands)
-        self.move("WEIGHT", addresses)
+        self.set_column("WEIGHT", addresses)
         if (drifts is None) != (self._drifts is None):
             # Bound anew, with room for the drifts in the scratch memory or without.
             self._generation = -1
@@ -189,39 +196,39 @@ class Projection(Operation[ProjectKey]):
         self.sizes = self._sizes._replace(drifts=self._sizes.drifts if drifts is None else 0)
 
     def place_drifts(self) -> None:
-        self.move("DRIFT", self.scratch_drifts if self._drifts is None else self._drifts)
+        self.set_column("DRIFT", self.scratch_drifts if self._drifts is None else self._drifts)
 
     def _cast(self, operands: Operands) -> Operands:
         cast = operands.cast_subspaces()
         pretrained = [
             cast_base(w, base, READABLE) for w, base in zip(operands.weights, operands.pretrained, strict=False)
         ]
-        cast = cast._replace(pretrained=pretrained, blocks=[vectors(block) for block in operands.blocks])
+        cast = cast._replace(pretrained=pretrained, blocks=[to_aligned_float32(block) for block in operands.blocks])
         self.hold_casts(chain(*cast[1:]), chain(*operands[1:]))
         return cast
 
     def _plan(self, operands: Operands) -> None:
-        bases: Sequence[Facts | None] = facts_of(operands.pretrained) or [None] * len(operands.weights)
+        pretrained: Sequence[Facts | None] = facts_of(operands.pretrained) or [None] * len(operands.weights)
         lefts, rights = facts_of(operands.lefts), facts_of(operands.rights)
-        facts = zip(facts_of(operands.weights), lefts, rights, bases, strict=True)
-        groups = group_by_key([describe(*each, self.profile) for each in facts])
+        facts = zip(facts_of(operands.weights), lefts, rights, pretrained, strict=True)
+        groups = group_by_key([describe_projected(*each, self.profile) for each in facts])
         has_block = bool(operands.blocks)
         self._groups = [
             (group, plan_forward(self.profile, group.key, group.problems, has_block, group.key.aligned))
             for group in groups
         ]
-        self.order(groups)
+        self.assign_rows(groups)
         offsets, size = [], 0
         for left in operands.lefts:
             offsets.append(4 * size)
             # Each at a multiple of 16 bytes, as fresh tensors are.
-            size += up(left.shape[1] ** 2, 4)
+            size += round_up(left.shape[1] ** 2, 4)
         self._drift_offsets = offsets
         self._sizes = Sizes(
-            max(plan.planes_size for _, plan in self._groups),
-            max(plan.partial_size for _, plan in self._groups),
-            max(plan.slots for _, plan in self._groups),
-            size,
+            planes=max(plan.planes_size for _, plan in self._groups),
+            partial=max(plan.partial_size for _, plan in self._groups),
+            slots=max(plan.slots for _, plan in self._groups),
+            drifts=size,
         )
 
     def _place_anchors(self, operands: Operands) -> None:
@@ -229,28 +236,24 @@ class Projection(Operation[ProjectKey]):
         pairs = list(zip(operands.lefts, operands.rights, strict=True))
         turned = [(v, u) if transposed[i] else (u, v) for i, (u, v) in enumerate(pairs)]
         nothing = [0] * len(pairs)
-        self.move("LEFT", [left.data_ptr() for left, _ in turned])
-        self.move("RIGHT", [right.data_ptr() for _, right in turned])
-        self.move("BASE", addresses_of(operands.pretrained) or nothing)
-        self.move("BLOCK", addresses_of(operands.blocks) or nothing)
+        self.set_column("LEFT", [left.data_ptr() for left, _ in turned])
+        self.set_column("RIGHT", [right.data_ptr() for _, right in turned])
+        self.set_column("BASE", addresses_of(operands.pretrained) or nothing)
+        self.set_column("BLOCK", addresses_of(operands.blocks) or nothing)
 
-    def launches(self, scratch: Scratch) -> list[Launch]:
+    def place(self, scratch: Scratch) -> None:
+        super().place(scratch)
         first_drift = scratch.drifts.data_ptr()
         self.scratch_drifts = [first_drift + offset for offset in self._drift_offsets]
-        self.move("NUMBER", list(range(self._number, self._number + self.rows.count)))
-        found, begin = [], 0
-        for group, plan in self._groups:
-            rows = self.rows.part(begin, len(group.members))
-            begin += len(group.members)
-            for name, values in plan.columns.items():
-                rows.write(name, values)
-            rows.write("PLANES", [scratch.planes.data_ptr() + 2 * offset for offset in plan.planes_offsets])
-            rows.write("PARTIAL", [scratch.partial.data_ptr() + 4 * offset for offset in plan.partial_offsets])
-            found.append(self.scheduled(plan.project, plan.project_schedule, rows))
-            found.append(self.scheduled(plan.drift, plan.drift_schedule, rows, scratch.slots))
-            if plan.reduce_schedule is not None:
-                found.append(self.scheduled(reduce_variant(plan.drift), plan.reduce_schedule, rows, scratch.slots))
-            found.append(
-                Launch(squares_variant(), rows.count, self.device, rows.memory(), scratch.slots, self._squares)
-            )
-        return found
+
+    def launches_of(self, plan: ForwardPlan, rows: Rows, scratch: Scratch) -> list[Launch]:
+        rows.write("PLANES", [scratch.planes.data_ptr() + 2 * offset for offset in plan.planes_offsets])
+        rows.write("PARTIAL", [scratch.partial.data_ptr() + 4 * offset for offset in plan.partial_offsets])
+        launches = [
+            self.prepare_launch(plan.project, plan.project_schedule, rows),
+            self.prepare_launch(plan.drift, plan.drift_schedule, rows, scratch.slots),
+        ]
+        if plan.reduce_schedule is not None:
+            reduce = reduce_variant(plan.drift)
+            launches.append(self.prepare_launch(reduce, plan.reduce_schedule, rows, scratch.slots))
+        return [*launches, self.add_squares(rows, scratch)]

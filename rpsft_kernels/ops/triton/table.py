@@ -67,7 +67,7 @@ class Rows:
         self.table.host[self.first : self.first + self.count, fields.INDEX[column]] = values
         self.table.mark(self.first, self.count)
 
-    def part(self, begin: int, count: int) -> Rows:
+    def slice(self, begin: int, count: int) -> Rows:
         return Rows(self.table, self.first + begin, count)
 
     def memory(self) -> Tensor:

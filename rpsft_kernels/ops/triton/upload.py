@@ -132,7 +132,7 @@ def _captured(key: Hashable, arrays: Sequence[npt.NDArray[Any]], device: torch.d
     return _unpacked(_queued_copy(host, device), arrays)
 
 
-def capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the device's current stream."""
     if device.type != "cuda":
         return False
@@ -156,7 +156,7 @@ def upload(key: Hashable, arrays: Sequence[npt.NDArray[Any]], device: torch.devi
     global _cached_bytes
     # Backward passes of several devices run in threads of their own.
     with _lock:
-        if capturing(device):
+        if is_capturing(device):
             return _captured(key, arrays, device)
         found = _uploads.get((device, key))
         if found is None:
@@ -190,7 +190,7 @@ def copy_rows(source: npt.NDArray[Any], target: Tensor) -> None:
         memory.copy_(packed)
         return
     with _lock:
-        if capturing(target.device):
+        if is_capturing(target.device):
             content = source.tobytes()
             host = _replayed.get(content)
             if host is None:
