@@ -143,7 +143,7 @@ def test_the_drift_is_rounded_once(dtype: torch.dtype, where: torch.device) -> N
         base = (weight.double() * (1 + 1e-2 * random_matrix(40, 70, torch.float64, seed=3, device=where))).to(
             base_dtype
         )
-        found = reference._rounded_drift_rows(weight, base, slice(3, 37))
+        found = reference._subtract_rows_rounded(weight, base, slice(3, 37))
         exact = exact_moved(weight, base)[3:37]
         assert torch.equal(found, exact.float().bfloat16()) and bool(found.any()) and found.is_contiguous()
 
@@ -364,8 +364,8 @@ def test_other_devices() -> None:
 
 
 def test_float64_is_multiplied_as_it_is() -> None:
-    assert isinstance(products.products(Machine("mixed", 1), torch.float64, True), Plain)
-    assert isinstance(products.products(Machine("float32", 1), torch.float32, True), Plain)
+    assert isinstance(products.choose_multiplier(Machine("mixed", 1), torch.float64, True), Plain)
+    assert isinstance(products.choose_multiplier(Machine("float32", 1), torch.float32, True), Plain)
 
 
 def test_a_torch_that_cannot_multiply_into_float32_is_asked_once() -> None:

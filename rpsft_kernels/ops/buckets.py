@@ -1,4 +1,4 @@
-"""Which weights go through the operations together: about one transformer layer at a time."""
+"""Buckets: weights that go through the operations together, about one transformer layer at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class BucketLimits:
-    """What one bucket may hold; a single weight beyond a limit still gets a bucket of its own.
+    """The most that one bucket may hold; a single weight beyond a limit still gets a bucket of its own.
 
     ``weights`` bounds the share of a model whose gradients the backward pass holds at once, ``elements``
     their size (2 GiB in bfloat16), ``workspace_bytes`` the intermediates' (beside them split sums of C may take
@@ -52,7 +52,7 @@ class BucketLimits:
 
 
 def plan_buckets(specs: Sequence[WeightSpec], limits: BucketLimits | None = None) -> list[list[int]]:
-    """Indices of ``specs`` in buckets; each bucket has one key, in the given order.
+    """Divide the indices of ``specs`` into buckets; each bucket has one key, in the given order.
 
     The plan depends on nothing but its arguments.
     """
@@ -76,5 +76,5 @@ def plan_buckets(specs: Sequence[WeightSpec], limits: BucketLimits | None = None
                 drifts = specs[i].drift_bytes
             bucket.append(i)
         buckets.append(bucket)
-    # In the order of their first weights: neighbours in the model are processed near each other.
-    return sorted(buckets, key=lambda b: b[0])
+    # Sorted by their first weights, so that neighbours in the model are processed near each other.
+    return sorted(buckets, key=lambda bucket: bucket[0])

@@ -1,4 +1,4 @@
-"""Which backend runs the operations: chosen by device and dtype, by ``use_backend``, or by RPSFT_BACKEND."""
+"""The choice of a backend: by device and dtype, by ``use_backend``, or by RPSFT_BACKEND."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _override: ContextVar[str | None] = ContextVar("rpsft_backend", default=None)
 
 
 class Backend(Protocol):
-    """What a backend module offers."""
+    """The functions that every backend module offers."""
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why the backend cannot serve weights of this dtype on this device, or None when it can."""
+        """Return the reason why the backend cannot serve weights of this dtype on this device, or None when it can."""
 
     def arithmetic(self, device: torch.device) -> str:
-        """What beyond the backend's name decides the bits of a projection on this device."""
+        """Name what decides the bits of a projection on this device, beyond the backend's own name."""
 
     def project_drift(self, operands: Operands) -> tuple[list[Tensor], Tensor]:
-        """Drifts and their squared norms, as :func:`rpsft_kernels.ops.project_drift` describes them."""
+        """Compute drifts and their squared norms, as :func:`rpsft_kernels.ops.project_drift` describes them."""
 
     def pull_back_into(
         self, grads: Sequence[Tensor], operands: Operands, drifts: Sequence[Tensor], scales: Tensor, accumulate: bool
@@ -38,15 +38,15 @@ class Backend(Protocol):
         """Write the gradients, or add to them, as :func:`rpsft_kernels.ops.pull_back_` describes it."""
 
 
-def _checked(name: str, source: str) -> str:
+def _check_name(name: str, source: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(map(repr, NAMES))}")
     return name
 
 
 def load(name: str) -> Backend:
-    """The backend's module, imported on first use so that importing the package stays light."""
-    return cast(Backend, importlib.import_module(f"rpsft_kernels.ops.{_MODULES[_checked(name, 'backend')]}"))
+    """Return the backend's module, imported on first use so that importing the package stays light."""
+    return cast(Backend, importlib.import_module(f"rpsft_kernels.ops.{_MODULES[_check_name(name, 'backend')]}"))
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def use_backend(name: str) -> Iterator[None]:
     ``RPSFT_BACKEND``. A backward pass runs on the backend of its forward pass. Under ``torch.compile``
     the choice is the one in force while the function is traced.
     """
-    token = _override.set(_checked(name, "use_backend(name)"))
+    token = _override.set(_check_name(name, "use_backend(name)"))
     try:
         yield
     finally:
@@ -73,19 +73,19 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested_backend() -> str | None:
-    """The backend asked for by ``use_backend`` or ``RPSFT_BACKEND``, or None when the choice is free."""
+    """Return the backend asked for by ``use_backend`` or ``RPSFT_BACKEND``, or None when the choice is free."""
     override = _override.get()
     if override is not None:
         return override
     name = os.environ.get("RPSFT_BACKEND", "")
-    return _checked(name, "environment variable RPSFT_BACKEND") if name else None
+    return _check_name(name, "environment variable RPSFT_BACKEND") if name else None
 
 
 # Dynamo traces neither a ContextVar nor an import; the answer is a constant of the compiled function (documented at
 # use_backend).
 @constant_under_dynamo
 def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | None = None) -> str:
-    """The name of the backend that serves weights of ``dtype`` on ``device``.
+    """Return the name of the backend that serves weights of ``dtype`` on ``device``.
 
     Args:
         device: where the weights are.
@@ -112,7 +112,7 @@ def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | N
 
 
 def arithmetic_id(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Names everything that decides the bits of a projection, such as ``"torch:cpu:float32"``.
+    """Name everything that decides the bits of a projection, such as ``"torch:cpu:float32"``.
 
     A block form's ``B`` cancels ``U^T W0 V`` to the last bit only where both came from the same arithmetic.
     """
@@ -120,5 +120,5 @@ def arithmetic_id(backend: str, device: torch.device, dtype: torch.dtype) -> str
 
 
 def available_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Every backend's name with None where it can serve, or the reason why it cannot."""
+    """Map every backend's name to None where it can serve, or to the reason why it cannot."""
     return {name: load(name).unavailable(device, dtype) for name in NAMES}

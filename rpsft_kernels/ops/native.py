@@ -1,4 +1,4 @@
-"""The compiled CPU engine (``csrc``): tensors in, addresses, shapes and strides out.
+"""The ``native`` backend: hands tensors to the compiled CPU engine (``csrc``) as addresses, shapes and strides.
 
 Each block of a weight is read once: ``W - W0`` is formed in float32 and multiplied in place, as pairs of bfloat16 where
 the anchor's form and the processor allow, else in float32. Sums are float32. Results have the same bits for every
@@ -21,13 +21,13 @@ from torch import Tensor
 from .operands import Operands, cast_base
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-# The engine forms W - W0 of any two of its dtypes.
+# The engine subtracts any two of its dtypes.
 _READABLE = frozenset(product(_DTYPES, _DTYPES))
 
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[Any, str | None]:
-    """The compiled module, or None and the reason why there is none."""
+    """Return the compiled module, or None and the reason why there is none."""
     try:
         return importlib.import_module("rpsft_kernels._native"), None
     except ImportError as error:
@@ -40,18 +40,18 @@ def _load() -> tuple[Any, str | None]:
 
 @lru_cache(maxsize=1)
 def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets that the engine can use on this processor, best first; empty where it is not built."""
+    """List the instruction sets that the engine can use on this processor, best first; none where it is not built."""
     module, _ = _load()
     return () if module is None else tuple(module.instruction_sets())
 
 
 def missing() -> str | None:
-    """Why there is no engine."""
+    """Return the reason why there is no engine, or None where there is one."""
     return _load()[1]
 
 
 def instruction_set() -> str:
-    """The one in use: RPSFT_ISA, else the best.
+    """Return the instruction set in use: RPSFT_ISA, else the best.
 
     Raises:
         ValueError: RPSFT_ISA names one that this processor or build lacks, or there is no engine.
@@ -86,7 +86,7 @@ def arithmetic(device: torch.device) -> str:
 
 @lru_cache(maxsize=1)
 def _matrix_factory() -> tuple[Callable[..., Any], dict[torch.dtype, Any]]:
-    """The engine's ``Matrix`` and its name of each dtype, looked up once: every call describes a dozen matrices."""
+    """Return the engine's ``Matrix`` and its name of each dtype, looked up once: a call describes a dozen matrices."""
     module, _ = _load()
     return module.Matrix, {dtype: getattr(module.Dtype, name) for dtype, name in _DTYPES.items()}
 
@@ -99,12 +99,12 @@ def _matrix(tensor: Tensor | None) -> Any:
 
 
 def _contiguous_rows(basis: Tensor) -> Tensor:
-    # The engine reads a row fast where its elements are neighbours, as they are in anchors.
+    # The engine reads rows fast only where their elements are neighbours, as they are in anchors.
     return basis if basis.stride(1) == 1 else basis.contiguous()
 
 
 def _cast(operands: Operands) -> Operands:
-    """The operands in dtypes and layouts that the engine reads."""
+    """Cast operands to dtypes and layouts that the engine reads."""
     operands = operands.cast_subspaces()
     pretrained = operands.pretrained and [
         cast_base(weight, base, _READABLE) for weight, base in zip(operands.weights, operands.pretrained, strict=True)
@@ -119,29 +119,29 @@ def _cast(operands: Operands) -> Operands:
 def project_drift(operands: Operands) -> tuple[list[Tensor], Tensor]:
     chosen = instruction_set()
     module, _ = _load()
-    # Casts are held until the engine returns: it sees only their addresses.
+    # The casts must live until the engine returns, which sees only their addresses.
     operands = _cast(operands)
     weights, lefts, rights, pretrained = operands[:4]
     blocks = [block.float().contiguous() for block in operands.blocks]
     squares = weights[0].new_empty((len(weights),), dtype=torch.float32)
-    drifts, shards = [], []
+    drifts, items = [], []
     for i, weight in enumerate(weights):
         left, right = (lefts[i], rights[i]) if lefts else (None, None)
         rank = 0 if left is None else left.shape[1]
         drift = weight.new_empty((rank, rank), dtype=torch.float32)
         drifts.append(drift)
-        shards.append(
+        items.append(
             module.Projection(
-                _matrix(weight),
-                _matrix(pretrained[i] if pretrained else None),
-                _matrix(left),
-                _matrix(right),
-                blocks[i].data_ptr() if blocks else 0,
-                drift.data_ptr(),
-                squares.data_ptr() + i * squares.element_size(),
+                weight=_matrix(weight),
+                base=_matrix(pretrained[i] if pretrained else None),
+                left=_matrix(left),
+                right=_matrix(right),
+                block=blocks[i].data_ptr() if blocks else 0,
+                drift=drift.data_ptr(),
+                square=squares.data_ptr() + i * squares.element_size(),
             )
         )
-    module.project_drift(shards, chosen, torch.get_num_threads())
+    module.project_drift(items, chosen, torch.get_num_threads())
     return drifts, squares
 
 
@@ -158,7 +158,7 @@ def pull_back_into(
             )
     operands = _cast(operands.for_pull_back())
     drifts = [drift.float().contiguous() for drift in drifts]
-    shards = []
+    items = []
     for i, (grad, scale) in enumerate(zip(grads, scales.tolist(), strict=True)):
         left = right = weight = base = None
         drift = 0
@@ -166,7 +166,15 @@ def pull_back_into(
             weight, base = operands.weights[i], operands.pretrained[i]
         else:
             left, right, drift = operands.lefts[i], operands.rights[i], drifts[i].data_ptr()
-        shards.append(
-            module.Pullback(_matrix(grad), _matrix(left), _matrix(right), _matrix(weight), _matrix(base), drift, scale)
+        items.append(
+            module.Pullback(
+                grad=_matrix(grad),
+                left=_matrix(left),
+                right=_matrix(right),
+                weight=_matrix(weight),
+                base=_matrix(base),
+                drift=drift,
+                scale=scale,
+            )
         )
-    module.pull_back(shards, accumulate, chosen, torch.get_num_threads())
+    module.pull_back(items, accumulate, chosen, torch.get_num_threads())

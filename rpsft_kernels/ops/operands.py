@@ -42,18 +42,18 @@ class Operands(NamedTuple):
         return not self.lefts
 
     def pick(self, indices: Iterable[int]) -> Operands:
-        """The operands of some of the weights, in the order of ``indices``."""
+        """Return the operands of some of the weights, in the order of ``indices``."""
         chosen = list(indices)
         return Operands(*([column[i] for i in chosen] if column else [] for column in self))
 
     def for_pull_back(self) -> Operands:
-        """What ``pull_back`` reads: U and V, or W and W0 of full anchors."""
+        """Return the operands that ``pull_back`` reads: U and V, or W and W0 of full anchors."""
         if self.full:
             return Operands(weights=self.weights, pretrained=self.pretrained)
         return Operands(lefts=self.lefts, rights=self.rights)
 
     def cast_subspaces(self) -> Operands:
-        """U and V of each weight in one dtype that compiled kernels read: bfloat16 where both are, else float32."""
+        """Cast each U and V to one dtype that compiled kernels read: bfloat16 where both are, else float32."""
         if all(u.dtype == v.dtype in (torch.bfloat16, torch.float32) for u, v in self._subspaces()):
             return self
         lefts, rights = [], []
@@ -68,7 +68,7 @@ class Operands(NamedTuple):
 
 
 def cast_base(weight: Tensor, base: Tensor, readable: Container[tuple[torch.dtype, torch.dtype]]) -> Tensor:
-    """W0 in a dtype that a backend reads beside W: its own, or else W's, which is how the backend uses it in any case.
+    """Cast W0 to a dtype that a backend reads beside W: its own, else W's, as which the backend uses it in any case.
 
     Args:
         weight: W (m, n).

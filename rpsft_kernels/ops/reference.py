@@ -1,13 +1,13 @@
-"""The operations in plain PyTorch, for any floating dtype up to float64 and any device: the reference.
+"""The ``torch`` backend: both operations in plain PyTorch, for any floating dtype up to float64 and any device.
 
 On the CPU, and on GPUs that multiply bfloat16 no faster, arithmetic is float32; it is float64 for float64 weights, and
 for the small second product where there is no base. Other GPUs multiply bfloat16 into float32 sums
-(:mod:`rpsft_kernels.ops.products`). With U and V in bfloat16 what is as small as the drift is rounded to bfloat16, as
-the Triton kernels do: W - W0 (formed in float32), T, C and P. Everything else is as exact as float32.
+(:mod:`rpsft_kernels.ops.products`). With U and V in bfloat16 all numbers as small as the drift are rounded to bfloat16,
+as the Triton kernels do: W - W0 (subtracted in float32), T, C and P. Everything else is as exact as float32.
 
-Weights are read in blocks of rows. No temporary is as large as a weight on the CPU; on a GPU all temporaries of a block
-take at most 256 MiB, with what lies beside a block (U and V in other dtypes, intermediates of (k, min(m, n))) as long
-as three quarters of that hold it.
+Weights are read in blocks of rows. No temporary is as large as a weight on the CPU. On a GPU all temporaries of a block
+take at most 256 MiB, those beside a block (U and V in other dtypes, intermediates of (k, min(m, n))) included as long
+as three quarters of that hold them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import products
 from .operands import Operands
-from .products import Operand, Parts, Plain, Products, rows_of, transposed
+from .products import Multiplier, Operand, Parts, Plain, rows_of, transpose
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -31,116 +31,122 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def arithmetic(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
-    # The library chooses its products by the GPU's generation.
+    # CUDA's library chooses its products by the GPU's generation.
     generation = ".".join(map(str, torch.cuda.get_device_capability(device)))
     return f"{device.type}-{generation}-{products.machine(device).units}"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of every sum over weights of ``dtype``."""
+    """Return the dtype of every sum over weights of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _held(base: Tensor, weight: Tensor) -> Tensor:
-    """The base as a model of the weight's dtype holds it: a float32 checkpoint cast to bfloat16 has no drift yet."""
+def _cast_as_trained(base: Tensor, weight: Tensor) -> Tensor:
+    """Cast the base as a model of the weight's dtype holds it: a float32 checkpoint in bfloat16 has no drift yet."""
     return base.to(weight.dtype)
 
 
-def _drift_rows(weight: Tensor, base: Tensor | None, rows: slice, dtype: torch.dtype) -> Tensor:
-    # copy=True: a fresh, aligned buffer makes the bits of the product independent of where the weight lies.
-    drift = weight[rows].to(dtype, copy=True, memory_format=torch.contiguous_format)
+def _subtract_rows(weight: Tensor, base: Tensor | None, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Return rows of W - W0, or of W, in ``dtype``."""
+    # A fresh, aligned buffer (copy=True) makes the bits of a product independent of where the weight lies.
+    difference = weight[rows].to(dtype, copy=True, memory_format=torch.contiguous_format)
     if base is not None:
-        drift -= _held(base[rows], weight).to(dtype)
-    return drift
+        difference -= _cast_as_trained(base[rows], weight).to(dtype)
+    return difference
 
 
-def _drift_bytes(weight: Tensor, base: Tensor | None, dtype: torch.dtype) -> int:
-    """Of the temporaries of :func:`_drift_rows`, an element's."""
+def _subtract_bytes(weight: Tensor, base: Tensor | None, dtype: torch.dtype) -> int:
+    """Return the bytes of temporaries of :func:`_subtract_rows` for one element."""
     return dtype.itemsize + (0 if base is None else dtype.itemsize + weight.dtype.itemsize)
 
 
-def _rounded_drift_rows(weight: Tensor, base: Tensor, rows: slice) -> Tensor:
-    """W - W0, formed in float32 and rounded once to bfloat16."""
-    part, held = weight[rows], base[rows]
-    if not _subtracted_as_it_is(weight, base):
-        held = _held(held, weight)
+def _subtract_rows_rounded(weight: Tensor, base: Tensor, rows: slice) -> Tensor:
+    """Return rows of W - W0, subtracted in float32 and rounded once to bfloat16."""
+    weight_rows, base_rows = weight[rows], base[rows]
+    if not _can_subtract_directly(weight, base):
+        base_rows = _cast_as_trained(base_rows, weight)
     if weight.dtype == torch.float16:
         # The difference would be rounded to float16 in between.
-        part = part.float()
-    # One pass. The difference of bfloat16 numbers is rounded once in any case; a float32 number makes it float32.
-    return torch.sub(part, held, out=torch.empty(part.shape, dtype=torch.bfloat16, device=weight.device))
+        weight_rows = weight_rows.float()
+    # One pass subtracts and rounds: the difference of bfloat16 numbers is rounded once in any case, and a float32
+    # operand makes it float32.
+    difference = torch.empty(weight_rows.shape, dtype=torch.bfloat16, device=weight.device)
+    return torch.sub(weight_rows, base_rows, out=difference)
 
 
-def _subtracted_as_it_is(weight: Tensor, base: Tensor) -> bool:
-    """Whether the base's numbers are what a model of the weight's dtype holds, and the subtraction reads them so."""
+def _can_subtract_directly(weight: Tensor, base: Tensor) -> bool:
+    """Return whether a subtraction reads the base's numbers as a model of the weight's dtype holds them."""
     return base.dtype == weight.dtype or (weight.dtype == torch.float32 and base.dtype.itemsize == 2)
 
 
-def _rounded_drift_bytes(weight: Tensor, base: Tensor) -> int:
-    held = 0 if _subtracted_as_it_is(weight, base) else weight.dtype.itemsize
-    return 2 + held + (4 if weight.dtype == torch.float16 else 0)
+def _subtract_bytes_rounded(weight: Tensor, base: Tensor) -> int:
+    """Return the bytes of temporaries of :func:`_subtract_rows_rounded` for one element."""
+    cast_bytes = 0 if _can_subtract_directly(weight, base) else weight.dtype.itemsize
+    return 2 + cast_bytes + (4 if weight.dtype == torch.float16 else 0)
 
 
-class _Moved:
+class _Difference:
     """W - W0 (or W), block by block, as the operand of a product."""
 
-    def __init__(self, weight: Tensor, base: Tensor | None, how: Products) -> None:
-        self.weight, self.base, self.how = weight, base, how
+    def __init__(self, weight: Tensor, base: Tensor | None, multiplier: Multiplier) -> None:
+        self.weight, self.base, self.multiplier = weight, base, multiplier
 
     def rows(self, block: slice) -> Operand:
-        if self.base is not None and self.how.rounds:
-            return (_rounded_drift_rows(self.weight, self.base, block),)
-        if self.base is None and isinstance(self.how, Parts):
-            # As in _drift_rows: of a fresh buffer.
-            return self.how.operand(self.weight[block].clone(memory_format=torch.contiguous_format))
-        return self.how.operand(_drift_rows(self.weight, self.base, block, self.how.dtype))
+        if self.base is not None and self.multiplier.rounds:
+            return (_subtract_rows_rounded(self.weight, self.base, block),)
+        if self.base is None and isinstance(self.multiplier, Parts):
+            # A fresh buffer, for the reason given in _subtract_rows.
+            return self.multiplier.operand(self.weight[block].clone(memory_format=torch.contiguous_format))
+        return self.multiplier.operand(_subtract_rows(self.weight, self.base, block, self.multiplier.dtype))
 
     @property
     def bytes(self) -> int:
-        """Of the temporaries of an element."""
-        if self.base is not None and self.how.rounds:
-            return _rounded_drift_bytes(self.weight, self.base)
-        if self.base is None and isinstance(self.how, Parts):
-            return self.weight.dtype.itemsize + self.how.operand_bytes(self.weight.dtype)
-        return _drift_bytes(self.weight, self.base, self.how.dtype) + self.how.operand_bytes(self.how.dtype)
+        """Bytes of temporaries of :meth:`rows` for one element."""
+        multiplier = self.multiplier
+        if self.base is not None and multiplier.rounds:
+            return _subtract_bytes_rounded(self.weight, self.base)
+        if self.base is None and isinstance(multiplier, Parts):
+            return self.weight.dtype.itemsize + multiplier.operand_bytes(self.weight.dtype)
+        read = _subtract_bytes(self.weight, self.base, multiplier.dtype)
+        return read + multiplier.operand_bytes(multiplier.dtype)
 
 
-def _in_bfloat16(left: Tensor, right: Tensor) -> bool:
+def _are_bfloat16(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype == torch.bfloat16
 
 
 def _project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None) -> Tensor:
     dtype = accumulation_dtype(weight.dtype)
     machine = products.machine(weight.device)
-    first = products.products(machine, dtype, rounds=base is not None and _in_bfloat16(left, right))
-    # Without the base, what the second product sums is as large as the weight: float32 sums would lose the drift.
+    first = products.choose_multiplier(machine, dtype, rounds=base is not None and _are_bfloat16(left, right))
+    # Without the base, the second product sums numbers as large as the weight: float32 sums would lose the drift.
     # (Apple's GPUs have no float64.)
     second = Plain(torch.float64) if base is None and weight.device.type != "mps" else first
-    moved = _Moved(weight, base, first)
+    difference = _Difference(weight, base, first)
     (rows, cols), rank = weight.shape, left.shape[1]
-    # Of an intermediate's element: its sum, that of one more product, and what becomes of it.
-    between = 2 * first.dtype.itemsize + second.operand_bytes(first.dtype)
+    # Bytes of an intermediate's element: its sum, the sum of one more product, and the operand made of it.
+    intermediate_bytes = 2 * first.dtype.itemsize + second.operand_bytes(first.dtype)
     if rows <= cols:
         outer, inner = second.operand(left), first.operand(right)
         drift: Tensor | None = None
-        row_bytes = cols * moved.bytes + rank * between
-        for block in machine.row_blocks(weight.shape, row_bytes, _bytes_beside(left, right, outer, inner)):
-            middle = second.operand(first.multiply(moved.rows(block), inner, coarse=True))
-            drift = second.add(drift, transposed(rows_of(outer, block)), middle)
+        row_bytes = cols * difference.bytes + rank * intermediate_bytes
+        for block in machine.row_blocks(weight.shape, row_bytes, _fixed_bytes(left, right, outer, inner)):
+            middle = second.operand(first.multiply(difference.rows(block), inner, coarse=True))
+            drift = second.add(drift, transpose(rows_of(outer, block)), middle)
         return weight.new_zeros((rank, rank), dtype=dtype) if drift is None else drift.to(dtype)
     inner, outer = first.operand(left), second.operand(right)
-    beside = _bytes_beside(left, right, outer, inner) + rank * cols * between
-    blocks = list(machine.row_blocks(weight.shape, cols * moved.bytes, beside))
-    # A single block's product is the sum, and may be rounded already; several are added up in float32.
+    fixed_bytes = _fixed_bytes(left, right, outer, inner) + rank * cols * intermediate_bytes
+    blocks = list(machine.row_blocks(weight.shape, cols * difference.bytes, fixed_bytes))
+    # The product of a single block is the sum, and may be rounded already; several are added up in float32.
     total = None if len(blocks) == 1 else weight.new_zeros((rank, cols), dtype=first.dtype)
     for block in blocks:
-        total = first.add(total, transposed(rows_of(inner, block)), moved.rows(block), coarse=True)
+        total = first.add(total, transpose(rows_of(inner, block)), difference.rows(block), coarse=True)
     assert total is not None
     return second.multiply(second.operand(total), outer).to(dtype)
 
 
-def _bytes_beside(left: Tensor, right: Tensor, *operands: Operand) -> int:
-    """Bytes that the operands of products hold beside U and V themselves."""
+def _fixed_bytes(left: Tensor, right: Tensor, *operands: Operand) -> int:
+    """Return the bytes that the operands of products hold beside U and V themselves."""
     parts = {id(part): part for operand in operands for part in operand if part is not left and part is not right}
     return sum(part.numel() * part.element_size() for part in parts.values())
 
@@ -161,9 +167,9 @@ def project_drift(operands: Operands) -> tuple[list[Tensor], Tensor]:
         else:
             drift = weight.new_empty((0, 0), dtype=dtype)
             total = weight.new_zeros((), dtype=dtype)
-            row_bytes = weight.shape[1] * max(_drift_bytes(weight, base, dtype), 2 * dtype.itemsize)
+            row_bytes = weight.shape[1] * max(_subtract_bytes(weight, base, dtype), 2 * dtype.itemsize)
             for block in machine.row_blocks(weight.shape, row_bytes):
-                total += _drift_rows(weight, base, block, dtype).square().sum()
+                total += _subtract_rows(weight, base, block, dtype).square().sum()
             squares.append(total)
         drifts.append(drift)
     return drifts, torch.stack(squares)
@@ -172,48 +178,55 @@ def project_drift(operands: Operands) -> tuple[list[Tensor], Tensor]:
 def pull_back_into(
     grads: Sequence[Tensor], operands: Operands, drifts: Sequence[Tensor], scales: Tensor, accumulate: bool
 ) -> None:
-    # The scales may lie on the CPU: a number of it goes into an operator of a GPU like any other.
+    # The scales may lie on the CPU: an operator of a GPU takes a 0-dim tensor from there like a number.
     for i, grad in enumerate(grads):
         if not operands.full:
             _pull(grad, operands.lefts[i], operands.rights[i], drifts[i], scales[i], accumulate)
             continue
         weight, base = operands.weights[i], operands.pretrained[i]
         dtype = accumulation_dtype(weight.dtype)
-        row_bytes = grad.shape[1] * _drift_bytes(weight, base, dtype)
+        row_bytes = grad.shape[1] * _subtract_bytes(weight, base, dtype)
         for block in products.machine(grad.device).row_blocks(grad.shape, row_bytes):
-            rows = _drift_rows(weight, base, block, dtype).mul_(scales[i])
+            rows = _subtract_rows(weight, base, block, dtype).mul_(scales[i])
             _store(grad[block], rows, accumulate)
 
 
 def _pull(grad: Tensor, left: Tensor, right: Tensor, drift: Tensor, scale: Tensor, accumulate: bool) -> None:
     machine = products.machine(grad.device)
-    how = products.products(machine, accumulation_dtype(drift.dtype), _in_bfloat16(left, right))
-    first, second = how.operand(left), how.operand(right)
+    multiplier = products.choose_multiplier(machine, accumulation_dtype(drift.dtype), _are_bfloat16(left, right))
+    first, second = multiplier.operand(left), multiplier.operand(right)
     # The k x k block goes to the side where it is cheaper.
     if grad.shape[0] <= grad.shape[1]:
-        first = _scaled(how, first, drift, scale)
+        first = _multiply_drift(multiplier, first, drift, scale)
     else:
-        second = _scaled(how, second, drift.T, scale)
-    second = transposed(second)
-    # A product adds itself to gradients of its own dtype. (To bfloat16 perhaps by way of sums that are rounded, which
-    # torch allows by default: they are about as far off as P is, that was rounded too.)
-    if grad.dtype == (torch.bfloat16 if how.rounds else how.dtype if isinstance(how, Plain) else None):
+        second = _multiply_drift(multiplier, second, drift.T, scale)
+    second = transpose(second)
+    # A product adds itself to gradients of its own dtype. (torch may by default round partial sums of bfloat16
+    # products: these are about as far off as P is, which was rounded too.)
+    if grad.dtype == _product_dtype(multiplier):
         row_bytes = 0 if 1 in grad.stride() else grad.shape[1] * grad.element_size()
         for block in machine.row_blocks(grad.shape, row_bytes):
             grad[block].addmm_(first[0][block], second[0], beta=int(accumulate))
     else:
-        beside = _bytes_beside(left, right, first, second)
-        for block in machine.row_blocks(grad.shape, 2 * how.dtype.itemsize * grad.shape[1], beside):
-            _store(grad[block], how.multiply(rows_of(first, block), second), accumulate)
+        fixed_bytes = _fixed_bytes(left, right, first, second)
+        for block in machine.row_blocks(grad.shape, 2 * multiplier.dtype.itemsize * grad.shape[1], fixed_bytes):
+            _store(grad[block], multiplier.multiply(rows_of(first, block), second), accumulate)
 
 
-def _scaled(how: Products, basis: Operand, drift: Tensor, scale: Tensor) -> Operand:
-    """``P = scale * U C`` as an operand."""
-    if how.rounds:
-        # Multiplied in float32 and rounded once, in one pass.
+def _product_dtype(multiplier: Multiplier) -> torch.dtype | None:
+    """Return the dtype of one product of operands; None where several products make up a sum."""
+    if multiplier.rounds:
+        return torch.bfloat16
+    return multiplier.dtype if isinstance(multiplier, Plain) else None
+
+
+def _multiply_drift(multiplier: Multiplier, basis: Operand, drift: Tensor, scale: Tensor) -> Operand:
+    """Return ``P = scale * U C`` as an operand."""
+    if multiplier.rounds:
+        # One pass multiplies in float32 and rounds once.
         scaled = torch.mul(drift, scale, out=torch.empty(drift.shape, dtype=torch.bfloat16, device=drift.device))
-        return how.operand(how.multiply(basis, (scaled,), coarse=True))
-    return how.operand(how.multiply(basis, how.operand(drift)).mul_(scale))
+        return multiplier.operand(multiplier.multiply(basis, (scaled,), coarse=True))
+    return multiplier.operand(multiplier.multiply(basis, multiplier.operand(drift)).mul_(scale))
 
 
 def _store(target: Tensor, value: Tensor, accumulate: bool) -> None:

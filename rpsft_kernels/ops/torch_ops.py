@@ -1,7 +1,7 @@
-"""``project_drift`` and ``pull_back`` as torch operators: fake tensors, autograd, ``torch.compile``.
+"""``project_drift`` and ``pull_back`` as torch operators, with fake tensors, autograd and ``torch.compile``.
 
-Operators take flat lists of tensors, one for each field of :class:`Operands`: their schemas know no records. Only this
-module knows both.
+Operators take flat lists of tensors, one for each field of :class:`Operands`, because their schemas know no records.
+Only this module knows both.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .selftest.gate import ensure
 
 
 def without_autocast(device: torch.device) -> Any:
-    """A context in which products keep their dtypes."""
+    """Return a context in which products keep their dtypes."""
     # Autocast would reach the products inside an operator and round what must stay float32. Leaving it where it is off
     # would only take time.
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def make_ready(backend: str, device: torch.device) -> Backend:
-    """The backend, once what it would launch on ``device`` has passed its self-test: at once but for the first time.
+    """Return the backend, after the kernels that it would launch on ``device`` have passed their self-test once.
 
     Raises:
         RuntimeError: the GPU's kernels have failed it, or they were never tested and a CUDA graph is being captured.
@@ -37,7 +37,7 @@ def make_ready(backend: str, device: torch.device) -> Backend:
     return load(backend)
 
 
-# -- what the operators run ------------------------------------------------------------------------------
+# -- bodies of the operators -----------------------------------------------------------------------------
 
 
 def _run_project_drift(*flat: Any) -> tuple[list[Tensor], Tensor]:
@@ -74,7 +74,7 @@ def _fake_pull_back(*flat: Any) -> list[Tensor]:
 def _run_pull_back_(grads: list[Tensor], *flat: Any) -> None:
     *fields, drifts, scales, accumulate, backend = flat
     _pull_back_into(grads, Operands(*fields), drifts, scales, accumulate, backend)
-    # Autograd must see that a tensor which it has saved is another one now.
+    # Autograd must see that the values of a tensor which it may have saved are others now.
     torch.autograd.graph.increment_version(grads)
 
 
@@ -91,33 +91,33 @@ def _pull_back_into(
     backend: str,
 ) -> None:
     if grads:
-        # The device of the gradients: the scales may lie on the CPU.
+        # Not the device of the scales, which may lie on the CPU.
         device = grads[0].device
         with without_autocast(device):
             make_ready(backend, device).pull_back_into(grads, operands, drifts, scales, accumulate=accumulate)
 
 
 def empty_grads(operands: Operands, dtype: torch.dtype) -> list[Tensor]:
-    """New gradients (m, n) for :func:`pull_back_`, unset."""
+    """Allocate gradients (m, n) for :func:`pull_back_`, unset."""
     if operands.full:
         return [w.new_empty((w.shape[0], w.shape[1]), dtype=dtype) for w in operands.weights]
     pairs = zip(operands.lefts, operands.rights, strict=True)
     return [u.new_empty((u.shape[0], v.shape[0]), dtype=dtype) for u, v in pairs]
 
 
-# Not torch.library.custom_op: its wrappers take longer than the products of a small layer.
+# torch.library.custom_op is not used: its wrappers take longer than the products of a small layer.
 _library: Any = torch.library.Library("rpsft_kernels", "FRAGMENT")  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    # Written out: what older torch versions infer from annotations differs.
+    # Schemas are written out because older torch versions infer others from annotations.
     _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rpsft_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.rpsft_kernels, name).default
 
 
-_ANCHORS = "Tensor[] weights, Tensor[] lefts, Tensor[] rights, Tensor[] bases"
+_ANCHORS = "Tensor[] weights, Tensor[] lefts, Tensor[] rights, Tensor[] pretrained"
 _project_drift = _register(
     "project_drift",
     f"({_ANCHORS}, Tensor[] blocks, str backend) -> (Tensor[], Tensor)",
@@ -138,8 +138,8 @@ _pull_back_ = _register(
 )
 
 
-def _lists(operands: Operands) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """The lists that begin every schema: W, U, V and W0."""
+def _leading_lists(operands: Operands) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the lists that begin every schema: W, U, V and W0."""
     return list(operands.weights), list(operands.lefts), list(operands.rights), list(operands.pretrained)
 
 
@@ -151,8 +151,8 @@ def _save(ctx: Any, *lists: Sequence[Tensor]) -> None:
     ctx.save_for_backward(*(tensor for tensors in lists for tensor in tensors))
 
 
-def _saved(ctx: Any) -> list[list[Tensor]]:
-    """The lists that :func:`_save` was given."""
+def _restore(ctx: Any) -> list[list[Tensor]]:
+    """Return the lists that :func:`_save` was given."""
     tensors = iter(ctx.saved_tensors)
     return [[next(tensors) for _ in range(count)] for count in ctx.counts]
 
@@ -163,14 +163,14 @@ def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tenso
     ctx.set_materialize_grads(False)
     ctx.sizes = [len(field) for field in operands]
     ctx.dtype, ctx.backend = operands.weights[0].dtype, backend
-    # Only the full form's gradient reads the weight again; for the others it is not kept alive.
+    # Only the full form's gradient reads the weight again; the other forms do not keep it alive.
     _save(ctx, output[0], *operands.for_pull_back())
 
 
 def mix_drifts(
     drifts: list[Tensor], grad_drifts: Sequence[Tensor | None], scales: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """d/dC of the two outputs together, as drifts and scales for ``pull_back``."""
+    """Combine the gradients of both outputs into one gradient of C, as drifts and scales for ``pull_back``."""
     if all(g is None for g in grad_drifts):
         return drifts, scales
     mixed = [
@@ -187,15 +187,15 @@ def _backward_of_projection(
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[0]) if needed]
     if not wanted or (grad_squares is None and all(g is None for g in grad_drifts)):
         return (grads, *nothing, None)
-    drifts, *fields = _saved(ctx)
+    drifts, *fields = _restore(ctx)
     operands = Operands(*fields).pick(wanted)
     scales = drifts[0].new_zeros((len(drifts),)) if grad_squares is None else 2 * grad_squares
-    # Not scales[wanted]: an index by a list is sent to the GPU, which has to be waited for.
+    # scales[wanted] would send the list to the GPU as an index, and wait for it.
     factors = scales if len(wanted) == len(drifts) else torch.stack([scales[i] for i in wanted])
     chosen = [drifts[i] for i in wanted]
     if not operands.full:
         chosen, factors = mix_drifts(chosen, [grad_drifts[i] for i in wanted], factors)
-    pulled: list[Any] = _pull_back(*_lists(operands), chosen, factors, ctx.dtype, ctx.backend)
+    pulled: list[Any] = _pull_back(*_leading_lists(operands), chosen, factors, ctx.dtype, ctx.backend)
     for i, grad in zip(wanted, pulled, strict=True):
         grads[i] = grad
     return (grads, *nothing, None)
@@ -208,26 +208,26 @@ def _save_pull(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _backward_of_pull(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-    *fields, drifts, (scales,) = _saved(ctx)
+    *fields, drifts, (scales,) = _restore(ctx)
     operands = Operands(*fields)
     factors = scales.unbind()
     to_weights, to_lefts, to_rights, to_pretrained = ([None] * len(field) for field in fields)
     if operands.full:
         to_drifts = [torch.zeros_like(c) for c in drifts]
-        moved = [
+        differences = [
             w.to(scales.dtype) - b.to(w.dtype).to(scales.dtype)
             for w, b in zip(operands.weights, operands.pretrained, strict=True)
         ]
-        to_scales = torch.stack([(g * d).sum() for g, d in zip(grads, moved, strict=True)])
+        to_scales = torch.stack([(g * d).sum() for g, d in zip(grads, differences, strict=True)])
         pulled = [(g * f).to(w.dtype) for g, f, w in zip(grads, factors, operands.weights, strict=True)]
-        return pulled, to_lefts, to_rights, to_pretrained, to_drifts, _like(to_scales, scales), None, None
-    seen, _ = _project_drift(list(grads), operands.lefts, operands.rights, [], [], ctx.backend)
-    to_drifts = [s.to(c.dtype) * f for s, c, f in zip(seen, drifts, factors, strict=True)]
-    to_scales = torch.stack([(s * c).sum() for s, c in zip(seen, drifts, strict=True)])
-    return to_weights, to_lefts, to_rights, to_pretrained, to_drifts, _like(to_scales, scales), None, None
+        return pulled, to_lefts, to_rights, to_pretrained, to_drifts, _cast_like(to_scales, scales), None, None
+    projected, _ = _project_drift(list(grads), operands.lefts, operands.rights, [], [], ctx.backend)
+    to_drifts = [p.to(c.dtype) * f for p, c, f in zip(projected, drifts, factors, strict=True)]
+    to_scales = torch.stack([(p * c).sum() for p, c in zip(projected, drifts, strict=True)])
+    return to_weights, to_lefts, to_rights, to_pretrained, to_drifts, _cast_like(to_scales, scales), None, None
 
 
-def _like(values: Tensor, scales: Tensor) -> Tensor:
+def _cast_like(values: Tensor, scales: Tensor) -> Tensor:
     return values.to(scales.device, scales.dtype)
 
 
@@ -241,7 +241,7 @@ torch.library.register_autograd("rpsft_kernels::pull_back", _backward_of_pull, s
 
 
 def project_drift(operands: Operands, backend: str) -> tuple[list[Tensor], Tensor]:
-    """Drifts of many weights of one form, dtype and device: ``C = U^T (W - W0) V`` (arXiv 2605.10973).
+    """Project many weights of one form, dtype and device to their drifts: ``C = U^T (W - W0) V`` (arXiv 2605.10973).
 
     Args:
         operands: N weights with the tensors of their anchors (:class:`Operands`); differentiable in the weights.
@@ -251,27 +251,27 @@ def project_drift(operands: Operands, backend: str) -> tuple[list[Tensor], Tenso
         The N drifts (k, k), float32 (float64 for float64 weights), (0, 0) for full anchors; and (N,) their
         squared Frobenius norms, ``||W - W0||_F^2`` for full anchors.
     """
-    drifts, squares = _project_drift(*_lists(operands), list(operands.blocks), backend)
+    drifts, squares = _project_drift(*_leading_lists(operands), list(operands.blocks), backend)
     return list(drifts), squares
 
 
 def pull_back(
     operands: Operands, drifts: Sequence[Tensor], scales: Tensor, dtype: torch.dtype, backend: str
 ) -> list[Tensor]:
-    """The adjoint of :func:`project_drift`: ``scale * U C V^T``, or ``scale * (W - W0)`` for full anchors.
+    """Apply the adjoint of :func:`project_drift`: ``scale * U C V^T``, or ``scale * (W - W0)`` for full anchors.
 
     Args:
         operands: U and V of N weights, or W and W0 for full anchors (:meth:`Operands.for_pull_back`).
         drifts: N tensors (k, k), float32 (float64 for float64 weights).
-        scales: (N,), the dtype of the drifts, on the weights' device or on the CPU. Those of the CPU travel with what
-            the backend sends to a GPU in any case, and are not waited for.
-        dtype: of the gradients.
+        scales: (N,), the dtype of the drifts, on the weights' device or on the CPU. Those on the CPU travel with the
+            table that the backend sends to a GPU in any case, and are not waited for.
+        dtype: the dtype of the gradients.
         backend: the backend's name.
 
     Returns:
         N new tensors (m, n) of ``dtype``.
     """
-    return list(_pull_back(*_lists(operands), list(drifts), scales, dtype, backend))
+    return list(_pull_back(*_leading_lists(operands), list(drifts), scales, dtype, backend))
 
 
 def pull_back_(
@@ -282,8 +282,8 @@ def pull_back_(
     accumulate: bool,
     backend: str,
 ) -> None:
-    """:func:`pull_back` into existing gradients (m, n) of one dtype: added, or written over what is there.
+    """Like :func:`pull_back`, but add to existing gradients (m, n) of one dtype, or write over them.
 
     The sum is formed in float32 and rounded once to the gradient's dtype.
     """
-    _pull_back_(list(grads), *_lists(operands), list(drifts), scales, accumulate, backend)
+    _pull_back_(list(grads), *_leading_lists(operands), list(drifts), scales, accumulate, backend)
