@@ -48,9 +48,9 @@ COMPILE += ["-fno-math-errno", "-ffp-contract=fast", "-pthread", "-DNDEBUG", "-I
 # Python's own symbols come from the interpreter that loads the module.
 LINK = ["-shared", "-pthread", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ldl"])]
 # Raises for unknown architectures before anything is built.
-WANTED = AOT_WANTED.wanted(os.environ)
+WANTED = AOT_WANTED.wanted_targets(os.environ)
 # A wheel whose kernels nothing in it can launch is a mistake, unless the user asked for it.
-REQUIRED = WISH == "1" or (WISH != "0" and WANTED.required and WANTED.launched)
+REQUIRED = WISH == "1" or (WISH != "0" and WANTED.required and WANTED.launchable)
 
 
 class Unit(NamedTuple):
@@ -162,7 +162,7 @@ class BuildNative(build_ext):
             print(*WANTED.notes, sep="\n", flush=True)
             return
         # The engine comes first: fail on a missing compiler before spending minutes on kernels.
-        engine = bool(self.extensions) or not WANTED.launched or WISH == "0"
+        engine = bool(self.extensions) or not WANTED.launchable or WISH == "0"
         failure = build_kernels(folder) if engine else "the CPU engine, which launches them, was not built"
         if failure and WANTED.required:
             raise CompileError(f"the GPU kernels that {VARIABLE} or RPSFT_STRICT asks for were not built: {failure}")

@@ -38,7 +38,7 @@ _COMPILE = "triton>=3.9"
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    asked = _aot_wanted.wanted(os.environ)
+    asked = _aot_wanted.wanted_targets(os.environ)
     compiled = bool(asked.targets) and not os.environ.get("RPSFT_AOT_PREBUILT", "").strip()
     # A requirement that no registry can serve would break an installation that can do without it.
     needed = [_COMPILE] if compiled and (asked.required or _has_triton()) else []

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 import rpsft_kernels as rk
 from rpsft_kernels import ops
 from rpsft_kernels.ops.triton import upload
-from rpsft_kernels.ops.triton.tile_table import interpreted
+from rpsft_kernels.ops.triton.tile_table import is_interpreted
 from stand_in import DEVICE, OnGpu, StandIn
 from stand_in import stand_in as stand_in  # a fixture
 from support import random_matrix
 
-pytestmark = pytest.mark.skipif(not interpreted(), reason="kernels of the stand-in run in Triton's interpreter")
+pytestmark = pytest.mark.skipif(not is_interpreted(), reason="kernels of the stand-in run in Triton's interpreter")
 
 SHAPES = [(40, 24), (24, 40), (33, 20), (48, 48), (6, 30)]
 RANK = 7

@@ -48,7 +48,7 @@ def two(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index][:2])
     monkeypatch.setattr(aot_dispatch, "_facts", facts)
     monkeypatch.setattr(world.native, "driver_version", lambda: 12040, raising=False)
-    monkeypatch.setattr("rpsft_kernels.ops.triton.backend._interpreted", lambda: False)
+    monkeypatch.setattr("rpsft_kernels.ops.triton.backend._is_interpreted", lambda: False)
     return world
 
 

@@ -25,20 +25,20 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return "its kernels take bfloat16, float16 and float32"
     if device.type == "cuda":
-        if _interpreted():
+        if _is_interpreted():
             return "TRITON_INTERPRET is set, and the interpreter cannot follow pointers into a GPU's memory; unset it"
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return "its kernels need compute capability 8.0 or newer"
         return None
     if device.type == "cpu":
-        return None if _interpreted() else "on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1)"
+        return None if _is_interpreted() else "on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1)"
     return "its kernels run on CUDA and ROCm devices"
 
 
-def _interpreted() -> bool:
-    from .tile_table import interpreted
+def _is_interpreted() -> bool:
+    from .tile_table import is_interpreted
 
-    return interpreted()
+    return is_interpreted()
 
 
 def arithmetic(device: torch.device) -> str:

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from .aot.targets import BY_ARCHITECTURE, DESCRIPTORS
 from .kernels.table import KERNELS, kernel_constants
 from .machine_code.cubin import disassemble, read_cubin
-from .tile_table import interpreted
+from .tile_table import is_interpreted
 from .variants import ARGUMENT_TYPES, ARGUMENTS, Variant, list_variants
 
 
@@ -48,7 +48,7 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
         variant: what to compile.
         architecture: the architecture of a row of ``aot.targets.GENERATIONS``, such as ``"sm_90"``.
     """
-    if interpreted():
+    if is_interpreted():
         raise ValueError("TRITON_INTERPRET is set: the interpreter cannot compile; unset it")
     names = ARGUMENTS[variant.kernel]
     signature = {name: ARGUMENT_TYPES[name] for name in names}

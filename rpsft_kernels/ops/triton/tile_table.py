@@ -41,14 +41,14 @@ def tile_table(architecture: str) -> dict[str, Any]:
     replace the shipped ones of its architecture.
     """
     table: dict[str, Any] = json.loads((_TABLES / f"{architecture}.json").read_text())
-    loaded = _tuned(os.environ.get("RPSFT_TILES", ""))
+    loaded = _load_tuned(os.environ.get("RPSFT_TILES", ""))
     if loaded.get("architecture") == architecture:
         table.update({phase: loaded[phase] for phase in PHASES if phase in loaded})
     return table
 
 
 @lru_cache(maxsize=4)
-def _tuned(path: str) -> dict[str, Any]:
+def _load_tuned(path: str) -> dict[str, Any]:
     if not path:
         return {}
     try:
@@ -64,12 +64,12 @@ def _tuned(path: str) -> dict[str, Any]:
 
 def tuned_architecture() -> str | None:
     """The architecture whose tile table RPSFT_TILES changes, or None."""
-    return _tuned(os.environ.get("RPSFT_TILES", "")).get("architecture")
+    return _load_tuned(os.environ.get("RPSFT_TILES", "")).get("architecture")
 
 
 def forget_tuned() -> None:
     """Make the next call read the file of RPSFT_TILES again."""
-    _tuned.cache_clear()
+    _load_tuned.cache_clear()
     tile_table.cache_clear()
 
 
@@ -108,9 +108,10 @@ def tile_config(architecture: str, phase: str, rank: int, operands: str) -> Tile
         ) from None
 
 
-def interpreted() -> bool:
-    """Whether Triton runs in its interpreter: whether ``TRITON_INTERPRET=1`` was set when the kernels were imported, or
-    is set now if they were not.
+def is_interpreted() -> bool:
+    """Whether Triton runs in its interpreter.
+
+    ``TRITON_INTERPRET=1`` was set when the kernels were imported, or is set now if they were not.
 
     This does not import triton: planning and kernels compiled ahead of time work without it.
     """

@@ -75,7 +75,7 @@ def basis_parts(basis: TypeName) -> int:
     return 1 if basis == "bf16" else 3
 
 
-def _basis_operands(basis: TypeName) -> str:
+def _basis_class(basis: TypeName) -> str:
     return "one part" if basis == "bf16" else "parts"
 
 
@@ -92,9 +92,9 @@ class Precision:
         return basis_parts(self.basis)
 
     @property
-    def basis_operands(self) -> str:
-        """The table's class for the product of a basis with T."""
-        return "parts" if self.planes > 1 else _basis_operands(self.basis)
+    def drift_class(self) -> str:
+        """The tile table's class for the product of a basis with T."""
+        return "parts" if self.planes > 1 else _basis_class(self.basis)
 
     @property
     def weight_parts(self) -> int:
@@ -109,8 +109,8 @@ class Precision:
         return self.basis_parts if self.base is not None else 3
 
     @property
-    def operands(self) -> str:
-        """The table's class for the first product."""
+    def project_class(self) -> str:
+        """The tile table's class for the first product."""
         if max(self.basis_parts, self.weight_parts, self.planes) > 1:
             return "parts"
         return "wide" if "fp32" in (self.weight, self.base) else "one part"
@@ -125,8 +125,9 @@ class Access:
     even: bool
 
 
-def _operands(operands: str, access: Access) -> str:
-    return operands if access.aligned else "strided"
+def _operand_class(aligned_class: str, access: Access) -> str:
+    """The tile table's class: ``aligned_class``, unless something is not aligned."""
+    return aligned_class if access.aligned else "strided"
 
 
 def _access(access: Access) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def project_variant(
     generation = BY_TABLE.get(architecture)
     return _variant(
         "project",
-        tile_config(architecture, "project", rank, _operands(precision.operands, access)),
+        tile_config(architecture, "project", rank, _operand_class(precision.project_class, access)),
         WEIGHT_TYPE=precision.weight,
         BASE_TYPE=precision.base,
         BASIS_TYPE=precision.basis,
@@ -177,7 +178,7 @@ def drift_variant(
 ) -> Variant:
     return _variant(
         "drift",
-        tile_config(architecture, "drift", rank, _operands(precision.basis_operands, access)),
+        tile_config(architecture, "drift", rank, _operand_class(precision.drift_class, access)),
         BASIS_TYPE=precision.basis,
         TRANSPOSED=transposed,
         **_access(access),
@@ -190,8 +191,8 @@ def drift_variant(
 
 def reduce_variant(drift: Variant) -> Variant:
     """The second pass that belongs to a drift variant."""
-    kept = ("TRANSPOSED", "EVEN", "DRIFT_ALIGNED", "HAS_BLOCK", "BLOCK_M", "BLOCK_N")
-    constants = {name: value for name, value in drift.constants if name in kept}
+    shared = ("TRANSPOSED", "EVEN", "DRIFT_ALIGNED", "HAS_BLOCK", "BLOCK_M", "BLOCK_N")
+    constants = {name: value for name, value in drift.constants if name in shared}
     constants["SLAB"] = min(32, constants["BLOCK_M"])
     return Variant("reduce", tuple(constants.items()), warps=drift.warps, stages=1, blocks_per_sm=drift.blocks_per_sm)
 
@@ -205,7 +206,7 @@ def pull_variant(
 ) -> Variant:
     return _variant(
         "pull",
-        tile_config(architecture, "pull", rank, _operands(_basis_operands(basis), access)),
+        tile_config(architecture, "pull", rank, _operand_class(_basis_class(basis), access)),
         BASIS_TYPE=basis,
         TRANSPOSED=transposed,
         **_access(access),
@@ -224,10 +225,10 @@ def gradient_variant(
     grad_aligned: bool,
     accumulate: bool,
 ) -> Variant:
-    operands = "wide" if grad == "fp32" and basis == "bf16" else _basis_operands(basis)
+    aligned_class = "wide" if grad == "fp32" and basis == "bf16" else _basis_class(basis)
     return _variant(
         "gradient",
-        tile_config(architecture, "gradient", rank, _operands(operands, access)),
+        tile_config(architecture, "gradient", rank, _operand_class(aligned_class, access)),
         GRAD_TYPE=grad,
         BASIS_TYPE=basis,
         ROWS_CONTIGUOUS=rows_contiguous,
@@ -275,8 +276,8 @@ WEIGHT_AND_BASE: tuple[tuple[TypeName, TypeName | None], ...] = (
     ("fp32", "bf16"),
     ("fp32", "fp32"),
 )
-_BASES: tuple[TypeName, ...] = ("bf16", "fp32")
-_GRADS: tuple[TypeName, ...] = ("bf16", "fp16", "fp32")
+_BASIS_TYPES: tuple[TypeName, ...] = ("bf16", "fp32")
+_GRAD_TYPES: tuple[TypeName, ...] = ("bf16", "fp16", "fp32")
 _BOTH = (False, True)
 
 
@@ -306,13 +307,13 @@ def list_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...] =
 
 def _all_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...]) -> Iterator[Variant]:
     yield squares_variant()
-    for rank, basis, access in product(ranks, _BASES, accesses(descriptors)):
+    for rank, basis, access in product(ranks, _BASIS_TYPES, accesses(descriptors)):
         yield from _forward_variants(architecture, rank, basis, access)
         yield from _backward_variants(architecture, rank, basis, access)
     for (weight, base), aligned in product(WEIGHT_AND_BASE, _BOTH):
         if base is not None:
             yield full_drift_variant(architecture, weight, base, aligned)
-            for grad, accumulate in product(_GRADS, _BOTH):
+            for grad, accumulate in product(_GRAD_TYPES, _BOTH):
                 yield full_gradient_variant(architecture, weight, base, grad, aligned, accumulate)
 
 
@@ -334,10 +335,10 @@ def _forward_variants(architecture: str, rank: int, basis: TypeName, access: Acc
 
 def _backward_variants(architecture: str, rank: int, basis: TypeName, access: Access) -> Iterator[Variant]:
     gradients = [
-        gradient_variant(architecture, basis, grad, rank, flipped, way, way.aligned, accumulate)
+        gradient_variant(architecture, basis, grad, rank, flipped, each, each.aligned, accumulate)
         # P is padded to whole tiles of both phases, and gradients may be strided where U and V are aligned.
-        for way in dict.fromkeys((access, Access(aligned=False, descriptor=False, even=False)))
-        for grad, accumulate, flipped in product(_GRADS, _BOTH, _BOTH)
+        for each in dict.fromkeys((access, Access(aligned=False, descriptor=False, even=False)))
+        for grad, accumulate, flipped in product(_GRAD_TYPES, _BOTH, _BOTH)
     ]
     depth = min(gradient.blocks[2] for gradient in gradients)
     for flipped in _BOTH:

@@ -186,7 +186,7 @@ def test_without_the_package_triton(world: World, monkeypatch: pytest.MonkeyPatc
     world.install((SQUARES, "sm_90a"))
     monkeypatch.setattr(toolchain, "triton_missing", lambda: "the package triton is not installed (pip install triton)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "_is_interpreted", lambda: False)
     assert backend.unavailable(DEVICE, torch.bfloat16) is None
     assert world.launch() == "squares-sm_90a.cubin"
     with pytest.raises(RuntimeError, match="it cannot be compiled: the package triton is not installed"):

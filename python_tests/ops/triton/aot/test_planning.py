@@ -51,7 +51,7 @@ from rpsft_kernels.tools import schedule as report, tune
 assert not any(name.split(".")[0] == "triton" for name in sys.modules)
 print(len(list(variants.list_variants("sm_90", True, tile_table.rank_classes()))) > 100)
 print(report.schedule_report([(4096, 4096)], 768).launches)
-print(tile_table.interpreted())
+print(tile_table.is_interpreted())
 """
     assert run_without_triton(program).split() == ["True", "5", "False"]
     assert run_without_triton(program, TRITON_INTERPRET="1").split() == ["True", "5", "True"]

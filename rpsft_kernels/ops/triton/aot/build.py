@@ -34,7 +34,7 @@ from .jobs import compile_environment, default_jobs
 from .library import MANIFEST, SCHEMA, source_digest
 from .prebuilt import copy_prebuilt
 from .targets import DESCRIPTORS, Target
-from .wanted import VARIABLE, named, strict
+from .wanted import VARIABLE, is_strict, parse_wanted
 
 # Seconds between two lines about a running build: at a new tenth of it, and otherwise.
 _SOON, _LATE = 1.0, 5.0
@@ -108,7 +108,7 @@ def build_kernels(
             and a kernel is left out.
     """
     if isinstance(architectures, str):
-        asked = named(architectures, "architectures")
+        asked = parse_wanted(architectures, "architectures")
         for note in asked.notes:
             say(note)
         targets = list(asked.targets)
@@ -262,9 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prebuilt", help="copy this folder of the same kernels instead of compiling them")
     options = parser.parse_args(arguments)
     try:
-        refused = options.strict or strict(os.environ)
+        fails = options.strict or is_strict(os.environ)
         source = VARIABLE if options.arch is None else "--arch"
-        targets, _, _, notes = named(options.arch or os.environ.get(VARIABLE, ""), source)
+        targets, _, _, notes = parse_wanted(options.arch or os.environ.get(VARIABLE, ""), source)
         for note in notes:
             say(note)
         for target in targets:
@@ -272,13 +272,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 say(f"{target.arch}: packed, but nothing launches these yet: on AMD Triton compiles")
         if options.prebuilt:
             ranks = options.rank or rank_classes()
-            say(copy_prebuilt(options.prebuilt, targets, options.output, ranks, options.only, refused).summary())
+            say(copy_prebuilt(options.prebuilt, targets, options.output, ranks, options.only, fails).summary())
             return 0
         if missing := triton_missing():
             raise ValueError(f"no kernels can be compiled: {missing}")
         jobs = options.jobs or default_jobs()
         say(f"compiling kernels for {', '.join(target.arch for target in targets)} in {jobs} processes")
-        say(str(build_kernels(targets, options.output, options.rank, jobs, options.only, refused, say)))
+        say(str(build_kernels(targets, options.output, options.rank, jobs, options.only, fails, say)))
     except ValueError as error:
         raise SystemExit(str(error)) from None
     return 0

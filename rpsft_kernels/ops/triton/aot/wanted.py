@@ -15,14 +15,14 @@ VARIABLE = "RPSFT_CUDA_ARCHS"
 NATIVE = "native"
 
 
-class Wanted(NamedTuple):
-    """What to compile.
+class WantedTargets(NamedTuple):
+    """The architectures to compile kernels for.
 
     Attributes:
         targets: the architectures.
         words: the user's list, or ``native``.
         required: whether the build of the package fails without these kernels.
-        notes: lines to print about kernels that are not compiled, and why.
+        notes: lines to print about kernels that are not compiled, with the reasons.
     """
 
     targets: tuple[Target, ...] = ()
@@ -31,13 +31,13 @@ class Wanted(NamedTuple):
     notes: tuple[str, ...] = ()
 
     @property
-    def launched(self) -> bool:
+    def launchable(self) -> bool:
         """Whether the package's own launcher can start any of it."""
         return any(target.generation.is_nvidia for target in self.targets)
 
 
-def wanted(environ: Mapping[str, str]) -> Wanted:
-    """What a build of the package compiles in this environment.
+def wanted_targets(environ: Mapping[str, str]) -> WantedTargets:
+    """The architectures that a build of the package compiles kernels for in this environment.
 
     RPSFT_CUDA_ARCHS is a list of architectures, ``native`` (this machine's GPUs), or ``none`` or ``0``. If it is unset,
     kernels are compiled for this machine's GPUs, if it has any; if that fails, the package is installed without
@@ -46,12 +46,12 @@ def wanted(environ: Mapping[str, str]) -> Wanted:
     Raises:
         ValueError: the variables ask for something impossible; the message names the variable.
     """
-    text, required = environ.get(VARIABLE, "").strip(), strict(environ)
+    text, required = environ.get(VARIABLE, "").strip(), is_strict(environ)
     if text.lower() in ("0", "none"):
-        return Wanted()
+        return WantedTargets()
     if text:
         try:
-            return named(text, VARIABLE)
+            return parse_wanted(text, VARIABLE)
         except ValueError as error:
             raise ValueError(f"{error}; {VARIABLE}=none builds without kernels") from None
     if environ.get("RPSFT_AOT_PREBUILT", "").strip():
@@ -60,15 +60,15 @@ def wanted(environ: Mapping[str, str]) -> Wanted:
             "it was built for"
         )
     if environ.get("RPSFT_NATIVE", "") == "0":
-        return Wanted(notes=("no kernels are compiled: RPSFT_NATIVE=0 leaves out what launches them",))
+        return WantedTargets(notes=("no kernels are compiled: RPSFT_NATIVE=0 leaves out what launches them",))
     try:
         targets, notes = _native_targets()
     except NoDevices as error:
-        return Wanted(notes=(f"no kernels are compiled: {error}",))
-    return Wanted(targets, NATIVE, required, notes) if targets else Wanted(notes=notes)
+        return WantedTargets(notes=(f"no kernels are compiled: {error}",))
+    return WantedTargets(targets, NATIVE, required, notes) if targets else WantedTargets(notes=notes)
 
 
-def named(text: str, source: str) -> Wanted:
+def parse_wanted(text: str, source: str) -> WantedTargets:
     """The targets that a list of architectures, or ``native``, asks for.
 
     Raises:
@@ -77,17 +77,17 @@ def named(text: str, source: str) -> Wanted:
     """
     if text.strip().lower() != NATIVE:
         notes = tuple(f"{source}: no kernels are compiled for {word}" for word in left_out(text))
-        return Wanted(tuple(parse_architectures(text, source)), text, True, notes)
+        return WantedTargets(tuple(parse_architectures(text, source)), text, True, notes)
     try:
         targets, notes = _native_targets()
     except NoDevices as error:
         raise ValueError(f"{source}: got {text!r}, and {error}; name architectures, such as 9.0") from None
     if not targets:
         raise ValueError(f"{source}: got {text!r}, and {'; '.join(notes)}; name architectures, such as 9.0")
-    return Wanted(targets, NATIVE, True, notes)
+    return WantedTargets(targets, NATIVE, True, notes)
 
 
-def strict(environ: Mapping[str, str]) -> bool:
+def is_strict(environ: Mapping[str, str]) -> bool:
     """The environment variable RPSFT_STRICT: whether a kernel that is left out, or any failure, is an error."""
     value = environ.get("RPSFT_STRICT", "") or "0"
     if value not in ("0", "1"):
