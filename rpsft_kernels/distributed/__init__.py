@@ -1,4 +1,4 @@
-"""How weights lie over processes, and how these agree and add up results. Knows no kernel and no anchor."""
+"""Finds the shard of a weight that lies here, and lets processes agree and sum. Knows no kernel and no anchor."""
 
 from .discover import ParameterRef, find_parameters, locate_tensor
 from .group_call import GroupCall, PendingSum

@@ -18,7 +18,7 @@ MODULUS = (1 << 40) - 87
 
 
 def measure(name: str, shard: Shard) -> int:
-    """The weight of a shard of the parameter ``name``, times (x - 1) (y - 1): two geometric sums for each rectangle."""
+    """Measure a shard of the parameter ``name``: its weight times (x - 1) (y - 1), two geometric sums a rectangle."""
     seed = hashlib.blake2b(name.encode(), digest_size=16).digest()
     x, y = (int.from_bytes(half, "little") % (MODULUS - 2) + 2 for half in (seed[:8], seed[8:]))
     return sum(

@@ -1,4 +1,4 @@
-"""Every parameter of a model by canonical name, and how it lies over the processes."""
+"""Finds every parameter of a model by canonical name, and how it lies over the processes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from .shard import Shard
 from .weight import LocalWeight, ReplicatedWeight
 from .zero3 import locate_zero3
 
+# Takes a parameter and its name, for messages.
+_Locate = Callable[[Tensor, str], LocalWeight]
+
 
 @dataclass(frozen=True)
 class ParameterRef:
@@ -32,7 +35,7 @@ class ParameterRef:
 
 
 def locate_tensor(tensor: Tensor, name: str) -> LocalWeight:
-    """A tensor that comes without a model: whole, or a DTensor."""
+    """Locate the shard of a tensor that comes without a model: the whole of it, unless it is a DTensor."""
     if is_dtensor(tensor):
         return locate_dtensor(tensor, name)
     shape = tuple(tensor.shape)
@@ -40,34 +43,31 @@ def locate_tensor(tensor: Tensor, name: str) -> LocalWeight:
 
 
 def find_parameters(model: nn.Module) -> dict[str, ParameterRef]:
-    """Every parameter by canonical name; a tied one under each of its names.
+    """Find every parameter by canonical name; a tied one under each of its names.
 
     Raises:
         ValueError: ``model`` is not a module, or two different parameters have one canonical name.
     """
     visible = named_weights(model)
-    flattened = {
-        canonical_name(path): ParameterRef(weight.identity, shape, weight.dtype, weight.parameter, _always(weight))
-        for path, shape, weight in find_flat_parameters(model)
-    }
+    flattened = {canonical_name(path): _refer_to_flat(weight) for path, weight in find_flat_parameters(model)}
     sharded_by_visible: dict[int, Tensor] = {id(shown): sharded for shown, sharded in gathered_by_fsdp2(model)}
-    replicas = _replicas(model)
+    locate_replicas = _find_replicas(model)
     refs = {}
     for name, parameter in visible.items():
         if name in flattened or is_fsdp1_flat(parameter):
             continue
         tensor = sharded_by_visible.get(id(parameter), parameter)
-        locate = replicas.get(id(tensor), locate_tensor) if not is_dtensor(tensor) else locate_tensor
-        refs[name] = _reference(tensor, locate)
+        locate = locate_tensor if is_dtensor(tensor) else locate_replicas.get(id(tensor), locate_tensor)
+        refs[name] = _refer_to(tensor, locate)
     refs.update(flattened)
     return refs
 
 
-def _always(weight: LocalWeight) -> Callable[[str], LocalWeight]:
-    return lambda name: weight
+def _refer_to_flat(weight: LocalWeight) -> ParameterRef:
+    return ParameterRef(weight.identity, weight.shape, weight.dtype, weight.parameter, lambda name: weight)
 
 
-def _reference(tensor: Tensor, locate: Callable[[Tensor, str], LocalWeight]) -> ParameterRef:
+def _refer_to(tensor: Tensor, locate: _Locate) -> ParameterRef:
     zero3 = Zero3Parameter.of(tensor)
     if zero3 is not None:
         return ParameterRef(id(tensor), zero3.shape, tensor.dtype, tensor, lambda name: locate_zero3(zero3))
@@ -76,23 +76,23 @@ def _reference(tensor: Tensor, locate: Callable[[Tensor, str], LocalWeight]) -> 
     return ParameterRef(id(tensor), shape, tensor.dtype, tensor, lambda name: locate(tensor, name))
 
 
-def _replicas(model: nn.Module) -> dict[int, Callable[[Tensor, str], LocalWeight]]:
-    """By id, how to locate each parameter that DistributedDataParallel or DeepSpeed ZeRO-1/2 replicate."""
-    located: dict[int, Callable[[Tensor, str], LocalWeight]] = {}
+def _find_replicas(model: nn.Module) -> dict[int, _Locate]:
+    """Return, by its id, the function that locates each parameter that DDP or DeepSpeed ZeRO-1/2 replicates."""
+    locate_by_id: dict[int, _Locate] = {}
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             ignored = ignored_by_ddp(module)
-            replica = _replica_of(module.process_group)
-            kept = [p for name, p in module.module.named_parameters() if name not in ignored]
+            locate = _replica_locator(module.process_group)
+            replicated = [p for name, p in module.module.named_parameters() if name not in ignored]
         elif is_deepspeed(module) and module.zero_optimization_stage() < 3:  # type: ignore[operator]
-            replica = _replica_of(averaging_group(module), _gradient_error(module))
+            locate = _replica_locator(averaging_group(module), _gradient_error(module))
             # Experts are averaged over other groups: each rank does all of their work.
-            kept = [p for p in module.module.parameters() if getattr(p, "allreduce", True)]  # type: ignore[union-attr]
+            replicated = [p for p in module.module.parameters() if getattr(p, "allreduce", True)]  # type: ignore[union-attr]
         else:
             continue
-        if replica is not None:
-            located.update((id(parameter), replica) for parameter in kept)
-    return located
+        if locate is not None:
+            locate_by_id.update((id(parameter), locate) for parameter in replicated)
+    return locate_by_id
 
 
 def _gradient_error(engine: Any) -> str:
@@ -102,8 +102,8 @@ def _gradient_error(engine: Any) -> str:
     )
 
 
-def _replica_of(group: Any, gradient_error: str = "") -> Callable[[Tensor, str], LocalWeight] | None:
-    """How to locate the replicas of ``group``; None where it has one rank only."""
+def _replica_locator(group: Any, gradient_error: str = "") -> _Locate | None:
+    """Make the function that locates a replica of ``group``; None where the group has one rank only."""
     if group.size() == 1:
         return None
 

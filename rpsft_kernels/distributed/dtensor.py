@@ -1,4 +1,4 @@
-"""DTensor: FSDP2, tensor parallel and their meshes."""
+"""DTensor: the weights of FSDP2 and tensor parallelism, and their meshes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def is_dtensor(tensor: object) -> bool:
 
 @dataclass(frozen=True)
 class DTensorWeight(LocalWeight):
-    """A DTensor parameter: rows or columns of it lie here."""
+    """A DTensor parameter, of which rows or columns lie here."""
 
     def _local(self, tensor: Any) -> Tensor:
         local: Tensor = tensor.to_local()
         if hasattr(local, "wait"):
-            # A redistribution still on its way, which has no memory of its own.
+            # A redistribution that is still on its way has no memory of its own.
             local = local.wait()
-        # An empty shard has whatever shape its maker gave it.
+        # An empty shard has any shape that its maker gave it.
         return local if self.shard.numel else local.reshape(self.shard.local_shape)
 
     def values(self) -> Tensor:
@@ -61,17 +61,17 @@ class DTensorWeight(LocalWeight):
     @torch.no_grad()
     def gradient(self) -> Tensor:
         if self.parameter.grad is None:
-            # Not DTensor.from_local, which moves what lies on the CPU (FSDP2's CPU offload) to the mesh's GPU.
+            # Not DTensor.from_local, which moves shards on the CPU (FSDP2's CPU offload) to the mesh's GPU.
             self.parameter.grad = torch.empty_like(self.parameter, dtype=self.gradient_dtype)
         return self._local(self.parameter.grad)
 
     def ensure_gradient(self) -> None:
-        # Norms of gradients are collective: every rank must have the same ones.
+        # Norms of gradients are collective: every rank must have the same gradients.
         self.gradient()
 
 
 def locate_dtensor(tensor: Tensor, name: str) -> DTensorWeight:
-    """The shard of a DTensor (m, n) that lies here.
+    """Locate the shard of a DTensor (m, n) that lies here.
 
     Raises:
         ValueError: its placements are not shards and replicas, or its local tensor is not what they say.
@@ -103,10 +103,10 @@ def locate_dtensor(tensor: Tensor, name: str) -> DTensorWeight:
 def shard_spans(
     shape: Sequence[int], placements: Sequence[Any], sizes: Sequence[int], coordinate: Sequence[int]
 ) -> tuple[Span, Span]:
-    """Rows and columns of an (m, n) tensor at ``coordinate`` of a mesh of ``sizes``.
+    """Return the rows and columns of an (m, n) tensor at ``coordinate`` of a mesh of ``sizes``.
 
-    A dimension that several mesh dimensions split is cut first by the one that has the fewest shards before it (FSDP2
-    over tensor parallel: the latter's), each time into chunks of the rounded-up size, the last ones smaller or empty.
+    Where several mesh dimensions split one dimension, the one with the fewest shards before it cuts first (tensor
+    parallelism before FSDP2). Each cut makes chunks of the rounded-up size; the last ones are smaller or empty.
     """
     spans = [(0, shape[0]), (0, shape[1])]
     cuts = [(shards_before(p), i) for i, p in enumerate(placements) if not p.is_replicate()]
@@ -127,15 +127,15 @@ def _group(mesh: Any, split: list[int]) -> ProcessGroup:
             f"device_mesh: got {mesh} without names, expected mesh_dim_names: C is summed over {len(split)} of its "
             "dimensions at once"
         )
-    # Made once per mesh, then found again under its name.
+    # torch makes the flattened mesh once, and finds it again under its name.
     chosen = mesh if len(split) == mesh.ndim else mesh[tuple(names[i] for i in split)]
     return flat_mesh(chosen).get_group()  # type: ignore[no-any-return]
 
 
 def gathered_by_fsdp2(model: nn.Module) -> Iterator[tuple[Tensor, nn.Parameter]]:
-    """(parameter that a module shows now, the sharded one behind it) wherever FSDP2 has put another in its place.
+    """Yield (parameter that a module shows now, the sharded one) wherever FSDP2 shows another than the sharded one.
 
-    Between a forward pass and its backward pass, modules that do not reshard show whole parameters: the root always.
+    Between a forward pass and its backward pass, modules that do not reshard show whole parameters, as the root does.
     """
     for module in model.modules():
         for shown, sharded in fsdp2_parameters(module):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..private_names import Fsdp1Handle, Fsdp1Weight
+from .flat_shard import FlatShardWeight
 from .shard import Shard
-from .weight import LocalWeight
 
 
 @dataclass(frozen=True)
-class FlatParameterWeight(LocalWeight):
+class FlatParameterWeight(FlatShardWeight):
     """One of the weights that an FSDP1 FlatParameter concatenates; ``parameter`` is the FlatParameter."""
 
     handle: Fsdp1Handle = field(kw_only=True)
@@ -33,34 +33,19 @@ class FlatParameterWeight(LocalWeight):
     def requires_grad(self) -> bool:
         return self._holder.requires_grad
 
-    @property
-    def differentiable(self) -> bool:
-        return False
-
-    @property
-    def lasting(self) -> bool:
-        return False
-
-    def state(self) -> tuple[object, ...]:
-        return self.dtype, self.device, self.requires_grad
-
     def drop_gradient(self) -> None:
         self._holder.grad = None
 
     @property
     def must_accumulate(self) -> bool:
-        # What is new in a FlatParameter is zeros: its other weights have no gradient here.
+        # The gradient of a FlatParameter is made of zeros, as its other weights have no gradient here.
         return self.place.original is None or self.place.original.grad is not None
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        # Not that of the gradient at hand: a rank that holds nothing of a weight has none, and must say the same.
+        # Not the dtype of the gradient at hand: a rank with an empty shard has none, and must give the same answer.
         reduced = self.handle.reduced_dtype
         return self.dtype if reduced is None else reduced
-
-    def _slice(self, flat: Tensor) -> Tensor:
-        offset = self.place.offset
-        return flat.reshape(-1)[offset : offset + self.shard.numel].view(self.shard.local_shape)
 
     def values(self) -> Tensor:
         if self.handle.gathered:
@@ -68,7 +53,7 @@ class FlatParameterWeight(LocalWeight):
                 f"weights: got FSDP1 parameters that are gathered now ({', '.join(self.handle.names[:3])}), expected "
                 "them sharded: make this call after the backward pass"
             )
-        return self._slice(self.parameter.detach())
+        return self.view_shard(self.parameter.detach(), self.place.offset)
 
     def check_gradient(self, name: str) -> None:
         self.values()
@@ -91,33 +76,33 @@ class FlatParameterWeight(LocalWeight):
         if holder.grad is None:
             holder.grad = torch.zeros_like(holder)
             if self.gradient_dtype != holder.dtype:
-                # As FSDP1 itself gives a parameter a gradient of another dtype.
+                # FSDP1 itself gives a parameter a gradient of another dtype in this way.
                 holder.grad.data = holder.grad.to(self.gradient_dtype)
         if self.place.original is None:
-            return self._slice(holder.grad)
+            return self.view_shard(holder.grad, self.place.offset)
         return holder.grad.reshape(self.shard.local_shape)
 
 
-def find_flat_parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], LocalWeight]]:
-    """(path, shape of the whole, weight as it lies here) of every parameter that FSDP1 flattens.
+def find_flat_parameters(model: nn.Module) -> Iterator[tuple[str, FlatParameterWeight]]:
+    """Find every parameter that FSDP1 flattens: its path, and the weight as it lies here.
 
-    Tied weights come once under each of their names.
+    A tied weight comes once under each of its names.
     """
     for path, module in model.named_modules():
         handle = Fsdp1Handle.of(module)
         if handle is None:
             continue
         prefix = path + "." if path else ""
-        weights = {place.name: (place.shape, _locate(handle, place)) for place in handle.weights}
+        weights = {place.name: _locate(handle, place) for place in handle.weights}
         for name, primary in handle.tied:
             weights[name] = weights[primary]
-        for name, (shape, weight) in weights.items():
-            yield prefix + name, shape, weight
+        for name, weight in weights.items():
+            yield prefix + name, weight
 
 
-def _locate(handle: Fsdp1Handle, place: Fsdp1Weight) -> LocalWeight:
+def _locate(handle: Fsdp1Handle, place: Fsdp1Weight) -> FlatParameterWeight:
     if len(place.shape) != 2:
-        # Only the shape is ever asked for of a parameter that is no matrix.
+        # A parameter that is no matrix is never anchored: only its shape is read.
         shard = Shard.whole((1, 1)) if handle.group is None else Shard.nothing((1, 1))
     elif handle.group is None:
         shard = Shard.whole((place.shape[0], place.shape[1]))

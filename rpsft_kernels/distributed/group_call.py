@@ -1,14 +1,14 @@
-"""Agreement and sums within one process group: the ranks check that they make the same call, then add up results.
+"""Agreement and sums within one process group: its ranks check that they make the same call, then sum results.
 
 Sums are all-reduces of the process group. Their order is the backend's: fixed for a given backend, group and buffer
 size, and every rank receives the same bits.
 
-On a GPU a step with weights in such groups waits for it, on purpose: what ranks agree on decides what they do. For each
-group the step waits in :meth:`GroupCall.check_consistent`, before anything is launched (for the work that the GPU had
-queued; a rank in several groups checks twice in each), and once for :meth:`GroupCall.check_health`, before any gradient
-is touched (for the projections and the sums). Gradients of replicated weights (DDP) that exist cost one more wait, for
-a checksum of the smallest. Such a step cannot be captured in a CUDA graph. Groups of one rank, and weights in none,
-wait for nothing.
+A step on a GPU with weights in such groups waits for the GPU on purpose: the ranks' agreement decides whether they go
+on. For each group the step waits in :meth:`GroupCall.check_consistent`, before anything is launched (for the work that
+the GPU had queued; a rank in several groups checks twice in each), and once for :meth:`GroupCall.check_health`, before
+any gradient is touched (for the projections and the sums). Gradients of replicated weights (DDP) that exist cost one
+more wait, for a checksum of the smallest. Such a step cannot be captured in a CUDA graph. Groups of one rank, and
+weights in none, wait for nothing.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .shard import Shard
 # Number of calls of this process, by group. Every rank of a group makes the same calls in the same order; a rank that
 # missed some adopts the others' count at its next consistency check.
 _calls: Counter[str] = Counter()
-# Seconds that ranks wait for each other's report after their group failed. With less, ranks that are only late, or that
-# hear of the failure later, would be taken for the one that is gone.
+# Seconds that ranks wait for each other's report after their group failed. A shorter wait would take a rank that is
+# only late, or that hears of the failure later, for the one that is gone.
 _REPORT_SECONDS = 3.0
 _POLL_SECONDS = 0.02
 
 
 @dataclass
 class PendingSum:
-    """A sum that has been started; ``tensor`` holds it once :meth:`GroupCall.finish` has returned."""
+    """A sum that has been started; ``tensor`` holds it after :meth:`GroupCall.finish`."""
 
     tensor: Tensor
     work: Any
@@ -49,8 +49,8 @@ class GroupCall:
     """One call's traffic within one process group.
 
     Raises (every method):
-        RuntimeError: the group failed; the message names the ranks that did not get as far as this call, or that did
-            and fell silent in it.
+        RuntimeError: the group failed; the message names the ranks that did not reach this call, or that reached it
+            and fell silent.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -85,17 +85,17 @@ class GroupCall:
         self._adopt_count(max(row[2] // 2 for row in rows[: self.size]))
         if failed:
             return []
-        refusing = [i for i in range(self.size) if rows[i][2] % 2]
-        if refusing:
+        failing = [i for i in range(self.size) if rows[i][2] % 2]
+        if failing:
             raise ValueError(
-                f"{self._named(refusing)} refused this call for a reason that it raises itself; no rank has gone on"
+                f"{self._name_ranks(failing)} refused this call for a reason that it raises itself; no rank has gone on"
             )
         digests = [row[0] for row in rows[: self.size]]
         if len(set(digests)) > 1:
             common = max(set(digests), key=digests.count)
-            odd = [i for i, other in enumerate(digests) if other != common]
+            deviating = self._name_ranks([i for i, other in enumerate(digests) if other != common])
             raise ValueError(
-                f"anchors: got others on {self._named(odd)} than on the rest of {self.size} ranks (names, shapes, "
+                f"anchors: got others on {deviating} than on the rest of {self.size} ranks (names, shapes, "
                 "ranks, forms, dtypes, contents, what is frozen or coeff differ), expected the same call with the same "
                 "anchors on every rank: make them together (Anchors.from_model on all ranks), or load one file on all "
                 "of them"
@@ -128,12 +128,12 @@ class GroupCall:
         non_finite = [i for i, value in enumerate(health) if not abs(value) < float("inf")]
         if non_finite:
             raise ValueError(
-                f"weights: got NaN or infinity in the drifts of {self._named(non_finite)}, expected finite weights on "
-                "every rank; no gradient was changed"
+                f"weights: got NaN or infinity in the drifts of {self._name_ranks(non_finite)}, expected finite "
+                "weights on every rank; no gradient was changed"
             )
 
     def _coverage_excess(self, name: str, shard: Shard) -> int:
-        """The shard's measure, on the first rank less that of the whole weight: sums to 0 where shards tile it."""
+        """Measure the shard; the first rank subtracts the whole weight. Ranks' shards that cover it sum to 0."""
         return measure(name, shard) - (measure(name, Shard.whole(shard.shape)) if self.rank == 0 else 0)
 
     def _raise_uncovered(self, shards: Mapping[str, Shard]) -> None:
@@ -151,12 +151,12 @@ class GroupCall:
             "rank: make or load the anchors with this model as it is sharded now"
         )
 
-    def _named(self, members: Sequence[int]) -> str:
+    def _name_ranks(self, members: Sequence[int]) -> str:
         ranks = [str(dist.get_global_rank(self.group, member)) for member in members]
         return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(ranks)
 
     def _key(self, member: int) -> str:
-        # By global rank: groups that were split off together have one name.
+        # The global rank is part of the key, because groups that were split off together share one name.
         return f"rpsft_kernels/{self.group.group_name}/{dist.get_global_rank(self.group, member)}"
 
     def _report(self) -> None:
@@ -166,7 +166,7 @@ class GroupCall:
             if store is not None:
                 store.set(self._key(self.rank), str(self._call))
         except RuntimeError:
-            # The process that keeps the store is gone. The sum will fail with a fuller message.
+            # The process that keeps the store is gone. The next sum fails, with a fuller message.
             pass
 
     def _adopt_count(self, call: int) -> None:
@@ -175,16 +175,16 @@ class GroupCall:
             self._report()
 
     def _diagnose_failure(self, error: RuntimeError) -> RuntimeError:
-        """The error to raise when the group failed; it names the missing ranks as far as the job's store knows them."""
+        """Make the error to raise when the group failed; it names the missing ranks that the job's store knows of."""
         answers: list[str] = []
-        # Ask on a thread: a store whose keeper is gone may never answer.
+        # A thread asks, because a store whose keeper is gone may never answer.
         thread = threading.Thread(target=lambda: answers.append(self._missing_ranks()), daemon=True)
         thread.start()
         thread.join(2 * _REPORT_SECONDS)
-        who = answers[0] if answers else "the job's store, which rank 0 or the launcher keeps, does not answer"
+        diagnosis = answers[0] if answers else "the job's store, which rank 0 or the launcher keeps, does not answer"
         return RuntimeError(
-            f"rotation penalty: the sum over {self.size} ranks failed on rank {dist.get_rank()}: {who}; no gradient "
-            f"was changed. The process group said: {error}"
+            f"rotation penalty: the sum over {self.size} ranks failed on rank {dist.get_rank()}: {diagnosis}; no "
+            f"gradient was changed. The process group said: {error}"
         )
 
     def _missing_ranks(self) -> str:
@@ -204,16 +204,16 @@ class GroupCall:
             for member in others:
                 if not store.check([reports[member]]):
                     key = self._key(member)
-                    came = store.check([key]) and int(store.get(key)) >= self._call
-                    (silent if came else absent).append(member)
+                    arrived = store.check([key]) and int(store.get(key)) >= self._call
+                    (silent if arrived else absent).append(member)
         except RuntimeError:
             if not absent and not silent:
                 return "the job's store, which rank 0 or the launcher keeps, is gone too"
         # Silent ranks may only be waiting: their backend has not reported the failure to them yet.
         if absent:
-            return f"{self._named(absent)} never came to this call"
+            return f"{self._name_ranks(absent)} never came to this call"
         if len(silent) == 1:
-            return f"{self._named(silent)} came to this call and fell silent in the middle of it"
+            return f"{self._name_ranks(silent)} came to this call and fell silent in the middle of it"
         if silent:
-            return f"at least one of {self._named(silent)} came to this call and stopped in the middle of it"
+            return f"at least one of {self._name_ranks(silent)} came to this call and stopped in the middle of it"
         return "every rank came to this call and lost its connections to the others"

@@ -1,4 +1,4 @@
-"""Parameter names that do not depend on how a model is wrapped."""
+"""Names of parameters that do not depend on how a model is wrapped."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..private_names import WRAPPED
 
 
 def canonical_name(name: str, replicas: Collection[str] = ()) -> str:
-    """``name`` without the components that wrappers put into it.
+    """Return ``name`` without the components that wrappers put into it.
 
     Args:
         name: A dotted path such as ``"module._orig_mod.layers.0.weight"``.
         replicas: Paths of the modules that are DistributedDataParallel, DataParallel or DeepSpeedEngine (``""``
             for the model itself). A component ``module`` directly below such a path belongs to the wrapper.
     """
-    parts = name.split(".")
+    components = name.split(".")
     kept = []
-    for i, part in enumerate(parts):
-        if part in WRAPPED or (part == "module" and ".".join(parts[:i]) in replicas):
+    for i, component in enumerate(components):
+        if component in WRAPPED or (component == "module" and ".".join(components[:i]) in replicas):
             continue
-        kept.append(part)
+        kept.append(component)
     return ".".join(kept)
 
 
@@ -46,11 +46,11 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, (DistributedDataParallel, DataParallel)) or is_deepspeed(module)
     }
     weights: dict[str, nn.Parameter] = {}
-    for raw, parameter in model.named_parameters(remove_duplicate=False):
-        name = canonical_name(raw, replicas)
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        name = canonical_name(path, replicas)
         if weights.setdefault(name, parameter) is not parameter:
             raise ValueError(
                 f"model: got two different parameters named {name!r} once wrappers are left out (one is "
-                f"{raw!r}), expected one; rename a submodule"
+                f"{path!r}), expected one; rename a submodule"
             )
     return weights

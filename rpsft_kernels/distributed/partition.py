@@ -1,4 +1,4 @@
-"""Which rank works on which shard: replicated weights, whose work is divided by its cost, and planned layouts."""
+"""Assigns shards to ranks: the work on replicated weights is divided by its cost, and layouts are planned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MULTIPLE = 64
 
 
 def divide(shapes: Sequence[tuple[int, int]], anchor_ranks: Sequence[int], world_size: int) -> list[list[Shard]]:
-    """Shards of every weight for each process, about equal in FLOPs: ``shards[weight][process]``.
+    """Divide the weights into shards for each process, about equal in FLOPs: ``shards[weight][process]``.
 
     Weights in their order are laid end to end and cut into equal lengths; a cut near a weight's end is moved there, any
     other goes through the weight's longer side. The result depends on the arguments alone.
@@ -49,7 +49,7 @@ def divide(shapes: Sequence[tuple[int, int]], anchor_ranks: Sequence[int], world
 
 
 def _cuts(costs: Sequence[int], world_size: int) -> list[list[float]]:
-    """For each weight the fractions of it at which one process's share ends and the next one's begins."""
+    """Return, for each weight, the fractions of it where one process's share ends and the next one's begins."""
     share = sum(costs) / world_size
     cuts: list[list[float]] = [[] for _ in costs]
     before, process = 0.0, 0
@@ -71,13 +71,13 @@ def _boundary(length: int, fraction: float) -> int:
 
 
 def _slab(shape: tuple[int, int], span: Span) -> Shard:
-    """All of the shorter side, ``span`` of the longer one."""
+    """Make a shard of ``span`` of the longer side and all of the shorter one."""
     m, n = shape
     return Shard.rectangle(shape, span, (0, n)) if m >= n else Shard.rectangle(shape, (0, m), span)
 
 
 def assign_shards(weights: Mapping[str, LocalWeight], anchor_ranks: Mapping[str, int]) -> dict[str, LocalWeight]:
-    """The same weights; replicated ones with this process's shard of the work.
+    """Return the same weights; replicated ones with this process's shard of the work.
 
     Args:
         weights: by name; those that one group replicates are divided together, in their order.
@@ -99,13 +99,13 @@ def assign_shards(weights: Mapping[str, LocalWeight], anchor_ranks: Mapping[str,
 
 
 def plan_shards(shapes: Sequence[tuple[int, int]], rank: int, world_size: int, layout: Layout) -> list[list[Shard]]:
-    """The shard of each weight (m, n) that each of N = ``world_size`` processes works on: ``shards[weight][process]``.
+    """Plan the shard of each weight (m, n) for each of N = ``world_size`` processes: ``shards[weight][process]``.
 
     ``"shard0"``: chunks of ceil(m / N) rows (FSDP2). ``"replicated"``: weights whole, their work divided (DDP).
     ``"flat"``: ranges of ceil(m n / N) elements of each weight (DeepSpeed ZeRO-3).
 
     Raises:
-        ValueError: k = ``rank`` or ``world_size`` is less than 1, or the layout is none of these.
+        ValueError: k = ``rank`` or ``world_size`` is less than 1, or there is no such layout.
     """
     if rank < 1 or world_size < 1 or layout not in LAYOUTS:
         raise ValueError(
@@ -121,6 +121,6 @@ def plan_shards(shapes: Sequence[tuple[int, int]], rank: int, world_size: int, l
 
 
 def _chunks(length: int, count: int) -> list[Span]:
-    """Spans as torch.chunk cuts them, and empty ones at the end."""
+    """Return the spans that torch.chunk cuts, with empty ones at the end."""
     size = -(-length // count)
     return [(min(length, size * i), min(length, size * (i + 1))) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Which elements of a weight one rank holds: a rectangle of it, or a flat range of its row-major order."""
+"""The elements of a weight that one rank holds: a rectangle of it, or a flat range of its row-major order."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Rect:
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
     def common(self, other: Rect) -> Rect | None:
-        """The rectangle that both share, or None."""
+        """Intersect two rectangles; None where they share nothing."""
         rows = max(self.rows[0], other.rows[0]), min(self.rows[1], other.rows[1])
         cols = max(self.cols[0], other.cols[0]), min(self.cols[1], other.cols[1])
         return Rect(rows, cols) if rows[0] < rows[1] and cols[0] < cols[1] else None
 
     def within(self, outer: Rect) -> tuple[slice, slice]:
-        """Where its rows and columns lie in those of ``outer``."""
+        """Index this rectangle in a matrix that holds ``outer``."""
         row, col = outer.rows[0], outer.cols[0]
         return slice(self.rows[0] - row, self.rows[1] - row), slice(self.cols[0] - col, self.cols[1] - col)
 
@@ -65,7 +65,7 @@ class Shard:
 
     @classmethod
     def range(cls, shape: tuple[int, int], begin: int, end: int) -> Shard:
-        """Elements ``begin`` to ``end`` of the flattened weight."""
+        """Make the shard of elements ``begin`` to ``end`` of the flattened weight."""
         if begin >= end:
             return cls.nothing(shape)
         n = shape[1]
@@ -97,7 +97,7 @@ class Shard:
 
     @property
     def rects(self) -> list[Rect]:
-        """Its rectangles in row-major order: one, none where it is empty, up to three of a flat range."""
+        """Its rectangles in row-major order: none where it is empty, up to three for a flat range, otherwise one."""
         if not self.numel:
             return []
         if self.flat is None or self.rows[1] - self.rows[0] == 1:
@@ -114,7 +114,7 @@ class Shard:
         return rects
 
     def views(self, local: Tensor) -> Iterator[tuple[Rect, Tensor]]:
-        """Each rectangle with its matrix in ``local``, a tensor of :attr:`local_shape`."""
+        """Yield each rectangle with its matrix in ``local``, a tensor of :attr:`local_shape`."""
         if self.flat is None:
             if self.numel:
                 yield self.rects[0], local
@@ -126,7 +126,7 @@ class Shard:
             offset += rows * cols
 
     def of(self, whole: Tensor) -> Tensor:
-        """This shard of a tensor (m, n): a view, but for a flat range of a tensor that is not contiguous."""
+        """Take this shard of a tensor (m, n): a view, but for a flat range of a tensor that is not contiguous."""
         if self.flat is not None:
             return whole.reshape(-1)[self.flat[0] : self.flat[1]]
         if self.is_whole:

@@ -1,4 +1,4 @@
-"""Whether a module still shows the parameters that it showed before, found out without naming them anew."""
+"""Checks that a module still shows the parameters that it showed before, without naming them anew."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .dtensor import gathered_by_fsdp2
 
 
 class ModuleSnapshot:
-    """The modules below a model, the parameters that each of them shows, and where some of these are.
+    """The modules of a model, the parameters that each of them shows, and the places of some of these.
 
-    It keeps none of them alive. Of parameters there are not even weak references: torch cannot swap a tensor that has
-    one, which is how ``model.to`` converts DTensors. Another parameter may thus come at the address of one that is
-    gone, and is taken for it: whoever asks compares all that it needs to be like.
+    It keeps none of them alive. It has not even weak references to parameters: torch cannot swap a tensor that has
+    one, which is how ``model.to`` converts DTensors. A parameter at the address of one that is gone is thus taken for
+    that one: the caller compares every property that it relies on.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
@@ -26,14 +26,14 @@ class ModuleSnapshot:
             (weakref.ref(m), *_names_and_ids(modules_of(m)), *_names_and_ids(parameters_of(m))) for m in modules
         ]
         places = {id(p): (i, name) for i, m in enumerate(modules) for name, p in parameters_of(m).items()}
-        # FSDP2 may show others in the place of its own, which have no place then.
+        # Where FSDP2 shows a whole parameter now, the sharded one has no place in a module.
         self._places = [places.get(id(parameter), (-1, "")) for parameter in parameters]
         self._ids = list(map(id, parameters))
         self._gathered = any(i < 0 for i, _ in self._places)
 
     def find(self) -> list[Tensor] | None:
-        """The parameters; None unless every module has the same modules and parameters under the same names as then."""
-        parameters = []
+        """Return the parameters; None unless every module has the same modules and parameters under the same names."""
+        shown_by_module = []
         # In line: this runs for every module at every step.
         for reference, module_names, module_ids, names, ids in self._shown:
             module = reference()
@@ -46,19 +46,19 @@ class ModuleSnapshot:
                 return None
             if ids and (list(shown.keys()) != names or list(map(id, shown.values())) != ids):
                 return None
-            parameters.append(shown)
-        behind: dict[int, Tensor] = {}
+            shown_by_module.append(shown)
+        sharded_by_id: dict[int, Tensor] = {}
         if self._gathered:
             model = self._model()
             assert model is not None
-            behind = {id(held): held for _, held in gathered_by_fsdp2(model)}
-        found = []
+            sharded_by_id = {id(sharded): sharded for _, sharded in gathered_by_fsdp2(model)}
+        present = []
         for (i, name), number in zip(self._places, self._ids, strict=True):
-            parameter = behind.get(number) if i < 0 else parameters[i][name]
+            parameter = sharded_by_id.get(number) if i < 0 else shown_by_module[i][name]
             if parameter is None:
                 return None
-            found.append(parameter)
-        return found
+            present.append(parameter)
+        return present
 
 
 def _names_and_ids(owned: Mapping[str, object]) -> tuple[list[str], list[int]]:

@@ -1,4 +1,4 @@
-"""Tensors sent from rank to rank, for what happens once: making anchors of weights that no rank holds."""
+"""Sends tensors from rank to rank, for work that is done once: making anchors of weights that no rank holds whole."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from torch import Tensor
 
 
 class Transfer:
-    """A batch of messages within a group. All ranks must list theirs in one common order."""
+    """A batch of messages within a group. All ranks must list their messages in one common order."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._operations: list[dist.P2POp] = []
-        self._landing: list[tuple[Tensor, Tensor]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
 
     def send(self, tensor: Tensor, member: int) -> None:
-        self._add(dist.isend, _bytes(tensor.detach().contiguous()), member)
+        self._add(dist.isend, _view_bytes(tensor.detach().contiguous()), member)
 
     def receive(self, tensor: Tensor, member: int) -> None:
         """Fill ``tensor``, of any strides, once :meth:`run` has returned."""
         buffer = tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         if buffer is not tensor:
-            self._landing.append((tensor, buffer))
-        self._add(dist.irecv, _bytes(buffer), member)
+            self._copies.append((tensor, buffer))
+        self._add(dist.irecv, _view_bytes(buffer), member)
 
     def run(self) -> None:
         if self._operations:
             for work in dist.batch_isend_irecv(self._operations):
                 work.wait()
-        for tensor, buffer in self._landing:
+        for tensor, buffer in self._copies:
             tensor.copy_(buffer)
 
     def _add(self, operation: object, tensor: Tensor, member: int) -> None:
@@ -38,6 +38,6 @@ class Transfer:
             self._operations.append(dist.P2POp(operation, tensor, peer, self._group))  # type: ignore[arg-type]
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    # Backends differ in the dtypes that they send; bytes they all do.
+def _view_bytes(tensor: Tensor) -> Tensor:
+    # Backends differ in the dtypes that they send, but all of them send bytes.
     return tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.view(-1)

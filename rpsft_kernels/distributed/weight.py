@@ -1,4 +1,4 @@
-"""One weight as this rank holds it, whatever wraps it: its values, its gradient, and over whom its C is summed."""
+"""One weight as this rank holds it, whatever wraps it: its values, its gradient, and the group that sums its C."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LocalWeight:
-    """A tensor that lies whole in this process, and the base of those that do not.
+    """A tensor that lies whole in this process, and the base class of weights that do not.
 
     Attributes:
-        parameter: the tensor whose gradient is meant; what is tied has one of them.
+        parameter: the tensor that has the gradient; tied weights share it.
         shape: (m, n) of the whole weight.
         shard: the elements that this process works on.
         group: the processes whose shards make up the whole; None where this one works on all of it.
-        grad_scale: what the gradient of this process's shard is to be multiplied by.
+        grad_scale: factor by which the gradient of this process's shard is multiplied.
     """
 
     parameter: Tensor
@@ -63,29 +63,29 @@ class LocalWeight:
 
     @property
     def lasting(self) -> bool:
-        """Whether the same parameter is the same weight at the next call, as far as :meth:`state` is equal."""
+        """Whether the same parameter is the same weight at the next call, provided that :meth:`state` is equal."""
         return True
 
     def state(self) -> tuple[object, ...]:
-        """Everything that may change of a parameter without making it another one."""
+        """Return every property that may change while a parameter stays the same object."""
         parameter = self.parameter
-        where = parameter.shape, parameter.dtype, parameter.device, parameter.layout
-        return *where, parameter.requires_grad, parameter.is_neg()
+        layout = parameter.shape, parameter.dtype, parameter.device, parameter.layout
+        return *layout, parameter.requires_grad, parameter.is_neg()
 
-    def detached(self) -> Self:
-        """The weight without its parameter, for who must not keep that alive."""
-        return self.attached(None)
+    def without_parameter(self) -> Self:
+        """Return the weight without its parameter, for a holder that must not keep the parameter alive."""
+        return self.with_parameter(None)
 
-    def attached(self, parameter: Tensor | None) -> Self:
-        """The weight with its parameter again."""
+    def with_parameter(self, parameter: Tensor | None) -> Self:
+        """Return the weight with its parameter again."""
         # dataclasses.replace takes ten times as long, and this runs for every weight of every step.
-        found = object.__new__(type(self))
-        found.__dict__.update(self.__dict__)
-        found.__dict__["parameter"] = parameter
-        return found
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy.__dict__["parameter"] = parameter
+        return copy
 
     def with_work(self, shard: Shard | None) -> LocalWeight:
-        """The weight with ``shard`` as this process's share of the work, where that is free to choose.
+        """Return the weight with ``shard`` as this process's share of the work, where that is free to choose.
 
         Only a replicated weight (:class:`ReplicatedWeight`) leaves the choice; any other weight, and None, change
         nothing.
@@ -93,7 +93,7 @@ class LocalWeight:
         return self
 
     def values(self) -> Tensor:
-        """The shard's values, of ``shard.local_shape``."""
+        """Return the shard's values, of ``shard.local_shape``."""
         return self.parameter
 
     @property
@@ -102,7 +102,7 @@ class LocalWeight:
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """The dtype of the gradient that there is, or is to be."""
+        """Dtype of the gradient, or of the one that :meth:`gradient` would make."""
         if self.parameter.grad is not None:
             return self.parameter.grad.dtype
         dtype: torch.dtype | None = getattr(self.parameter, "grad_dtype", None)
@@ -135,7 +135,7 @@ class LocalWeight:
         return False
 
     def gradient(self) -> Tensor:
-        """The shard of the gradient, of ``shard.local_shape``, to be added to; newly made ones are not initialised."""
+        """Return the shard of the gradient, of ``shard.local_shape``, to be added to; a new one is not initialised."""
         if self.parameter.grad is None:
             self.parameter.grad = torch.empty_like(self.parameter, dtype=self.gradient_dtype)
         return self.parameter.grad
@@ -145,10 +145,10 @@ class LocalWeight:
         self.parameter.grad = None
 
     def ensure_gradient(self) -> None:
-        """Called in place of :meth:`gradient` where the shard is empty, for gradients that must exist all the same."""
+        """Make the gradient of an empty shard where it must exist all the same. Replaces :meth:`gradient` there."""
 
     def write_back(self, gradient: Tensor) -> None:
-        """Take back what :meth:`gradient` gave, where that was a copy."""
+        """Store the gradient that :meth:`gradient` gave, where that was a copy."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class ReplicatedWeight(LocalWeight):
     """A weight that every rank of ``group`` holds whole and whose gradients are averaged over them by others.
 
     The work is divided: this rank computes its shard alone, and multiplies that shard's gradient by the group's size.
-    ``gradient_error`` says why gradients cannot be added to.
+    ``gradient_error`` says why gradients cannot be added to; it is empty where they can.
     """
 
     gradient_error: str = ""

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3's partitions."""
+"""DeepSpeed ZeRO-3: the weights that it partitions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..private_names import Zero3Parameter
+from .flat_shard import FlatShardWeight
 from .shard import Shard
-from .weight import LocalWeight
 
 
 @dataclass(frozen=True)
-class ZeroWeight(LocalWeight):
+class ZeroWeight(FlatShardWeight):
     """A parameter that DeepSpeed ZeRO-3 has partitioned; its gradient is reached through DeepSpeed's ``safe_*``."""
 
     @property
@@ -25,22 +25,11 @@ class ZeroWeight(LocalWeight):
         return self._zero3.partition.device
 
     @property
-    def differentiable(self) -> bool:
-        return False
-
-    @property
-    def lasting(self) -> bool:
-        return False
-
-    @property
     def copies_gradient(self) -> bool:
         return True
 
-    def state(self) -> tuple[object, ...]:
-        return self.dtype, self.device, self.requires_grad
-
     def drop_gradient(self) -> None:
-        """DeepSpeed has made it."""
+        """Leave the gradient in place, as DeepSpeed has made it."""
 
     @property
     def must_accumulate(self) -> bool:
@@ -51,7 +40,7 @@ class ZeroWeight(LocalWeight):
         return torch.float32
 
     def values(self) -> Tensor:
-        return self._zero3.partition.detach()[: self.shard.numel].view(self.shard.local_shape)
+        return self.view_shard(self._zero3.partition.detach())
 
     def check_gradient(self, name: str) -> None:
         if not self.requires_grad:
@@ -68,8 +57,7 @@ class ZeroWeight(LocalWeight):
     def gradient(self) -> Tensor:
         from deepspeed.utils import safe_get_local_grad
 
-        gradient: Tensor = safe_get_local_grad(self.parameter)
-        return gradient.reshape(-1)[: self.shard.numel].view(self.shard.local_shape)
+        return self.view_shard(safe_get_local_grad(self.parameter))
 
     def write_back(self, gradient: Tensor) -> None:
         from deepspeed.utils import safe_set_local_grad
@@ -82,7 +70,7 @@ class ZeroWeight(LocalWeight):
 
 
 def locate_zero3(zero3: Zero3Parameter) -> ZeroWeight:
-    """The shard of a ZeRO-3 parameter that lies here: partitions of equal length in the order of ranks."""
+    """Locate the shard of a ZeRO-3 parameter that lies here: ranks have partitions of equal length, in their order."""
     shape, group, length, total = zero3.shape, zero3.group, zero3.partition_numel, zero3.numel
     begin = min(total, length * group.rank())
     if group.size() > 1:

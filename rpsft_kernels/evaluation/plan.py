@@ -101,7 +101,7 @@ class Sighting:
         if not self._lasting:
             return
         self._names = [one.name for one in found]
-        self._weights = [one.weight.detached() for one in found]
+        self._weights = [one.weight.without_parameter() for one in found]
         # No weak references: torch cannot swap a tensor that has one, which is how ``model.to`` converts DTensors. One
         # that is at the address of another, of its type and in its state, is as good to the plan.
         parameters = [one.weight.parameter for one in found]
@@ -125,7 +125,7 @@ class Sighting:
         if found_anchors is None:
             return None
         found = [
-            AnchoredWeight(name, weight.attached(parameter), anchor)
+            AnchoredWeight(name, weight.with_parameter(parameter), anchor)
             for name, weight, parameter, anchor in zip(
                 self._names, self._weights, parameters, found_anchors, strict=True
             )
