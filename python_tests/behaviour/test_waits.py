@@ -165,11 +165,11 @@ def test_a_step_is_captured_as_often_as_one_likes(
 ) -> None:
     """Each time it has run outside of a capture before; no more memory is set aside than is asked for."""
 
-    class Exact(upload._Room):
-        def reserve(self, size: int) -> None:
-            self._free = upload._pinned(size)
+    class Exact(upload._CaptureReserve):
+        def ensure(self, size: int) -> None:
+            self._free = upload._allocate_pinned(size)
 
-    monkeypatch.setattr(upload, "_room", Exact())
+    monkeypatch.setattr(upload, "_reserve", Exact())
     # Many in one bucket.
     monkeypatch.setitem(globals(), "SHAPES", [(24, 40)] * 9)
     step = Step("base", torch.float32, stand_in)

@@ -97,7 +97,7 @@ def test_a_wheel_carries_its_kernels_and_says_so(wheel: tuple[Path, str], tmp_pa
                 assert hashlib.sha256(content).hexdigest() == file["sha256"]
         archive.extractall(tmp_path / "installed")
     # The kernels belong to the sources that they lie beside.
-    program = "from rpsft_kernels.ops.triton.aot import dispatch; print(dispatch.installed().summary())"
+    program = "from rpsft_kernels.ops.triton.aot import dispatch; print(dispatch.installed_library().summary())"
     installed = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
     )

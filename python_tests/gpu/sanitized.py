@@ -96,11 +96,11 @@ def fill_scratch() -> None:
     def zeros(size: int, device: torch.device) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int8, device=device)
 
-    vars(aot_dispatch)["_scratch"] = zeros
+    vars(aot_dispatch)["_descriptor_scratch"] = zeros
     if not toolchain.triton_missing():
         from rpsft_kernels.ops.triton import jit
 
-        vars(jit)["_scratch"] = lambda device: lambda size, alignment, stream: zeros(size, device)
+        vars(jit)["_scratch_allocator"] = lambda device: lambda size, alignment, stream: zeros(size, device)
 
 
 def main(arguments: Sequence[str]) -> int:

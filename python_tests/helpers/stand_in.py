@@ -234,7 +234,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     device = StandIn()
     for name, value in (("_uploads", type(upload._uploads)()), ("_replayed", {}), ("_cached_bytes", 0)):
         monkeypatch.setattr(upload, name, value)
-    monkeypatch.setattr(upload, "_room", upload._Room())
+    monkeypatch.setattr(upload, "_reserve", upload._CaptureReserve())
     interpreter = triton_device.Profile("interpreter", 3, False)
     monkeypatch.setattr(triton_device, "device_profile", lambda _: interpreter)
     monkeypatch.setattr(triton_launch, "find_start", _starter(device))

@@ -78,8 +78,8 @@ def main(folder: str, table: str, driver: str) -> None:
 
     vars(aot_dispatch).update(
         _open_installed=lambda: (library, None),
-        _scratch=allocate,
-        _facts=lambda index: Device(int(table[3:]), 227 << 10, 12040),
+        _descriptor_scratch=allocate,
+        _device_facts=lambda index: Device(int(table[3:]), 227 << 10, 12040),
     )
     torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=STREAM + device.index)  # type: ignore
 

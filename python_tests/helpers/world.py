@@ -73,7 +73,7 @@ class World:
             monkeypatch.setattr(module, "launcher_missing", lambda: None)
         for cause in ("triton_missing", "compiler_missing"):
             monkeypatch.setattr(toolchain, cause, lambda: None)
-        monkeypatch.setattr(aot_dispatch, "_scratch", self._scratch)
+        monkeypatch.setattr(aot_dispatch, "_descriptor_scratch", self._scratch)
         monkeypatch.setattr(jit, "bind_jit", lambda variant, *_: lambda: self.compiled.append(variant))
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
@@ -84,7 +84,7 @@ class World:
         return torch.empty(size, dtype=torch.int8)
 
     def device(self, capability: int, shared: int = 227 << 10, driver: int = 0) -> None:
-        self.monkeypatch.setattr(aot_dispatch, "_facts", lambda _: Device(capability, shared, driver))
+        self.monkeypatch.setattr(aot_dispatch, "_device_facts", lambda _: Device(capability, shared, driver))
 
     def install(self, *kernels: tuple[Variant, str] | dict[str, Any], **manifest: Any) -> None:
         entries = [kernel if isinstance(kernel, dict) else self.entry(*kernel) for kernel in kernels]

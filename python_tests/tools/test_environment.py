@@ -46,7 +46,7 @@ def two(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index][:2])
-    monkeypatch.setattr(aot_dispatch, "_facts", facts)
+    monkeypatch.setattr(aot_dispatch, "_device_facts", facts)
     monkeypatch.setattr(world.native, "driver_version", lambda: 12040, raising=False)
     monkeypatch.setattr("rpsft_kernels.ops.triton.backend._is_interpreted", lambda: False)
     return world

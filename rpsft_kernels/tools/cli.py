@@ -182,12 +182,12 @@ def _kernels(options: argparse.Namespace) -> int:
     from ..ops.triton.aot.library import FOLDER
 
     if options.build is not None:
-        from ..ops.triton.aot.build import build_kernels, say
+        from ..ops.triton.aot.build import build_kernels, print_line
 
         folder = options.output or FOLDER
         try:
             built = build_kernels(
-                options.build, folder, jobs=options.jobs, only=options.only, strict=options.strict, say=say
+                options.build, folder, jobs=options.jobs, only=options.only, strict=options.strict, report=print_line
             )
         except ValueError as error:
             raise SystemExit(str(error)) from None
@@ -195,7 +195,7 @@ def _kernels(options: argparse.Namespace) -> int:
         return 0
     if options.check is not None:
         return _check(options.check or str(FOLDER))
-    library = aot.installed()
+    library = aot.installed_library()
     print(aot.kernels_missing() if library is None else library.summary())
     return 0
 

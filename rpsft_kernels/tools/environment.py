@@ -75,7 +75,7 @@ def _version(package: str) -> str:
 
 
 def _kernels() -> str:
-    library = aot.installed()
+    library = aot.installed_library()
     return str(aot.kernels_missing()) if library is None else library.summary()
 
 
@@ -137,7 +137,7 @@ def _served(device: torch.device) -> str:
         kind = "PTX, which the driver translates" if ptx else f"machine code ({served.compatibility.value})"
         return f"{served.arch} {kind}, table {served.table}, {served.kernels} kernels"
     why = aot.unavailable(device) or f"RPSFT_TILES changes the table {own}, which kernels were compiled of"
-    if aot.compiles():
+    if aot.can_compile():
         return f"JIT, table {own}: {why}"
     return f"none: {why}; {toolchain.jit_missing() or 'RPSFT_AOT=only'}"
 

@@ -31,11 +31,11 @@ def test_every_listed_kernel_is_launched(architecture: str, monkeypatch: pytest.
     subject = Subject("triton", torch.device("cpu"))
     small, large = Launches(profile), Launches(profile)
     for case in all_cases():
-        with planned_for(profile, lambda *_: None), launch.watched(small):
+        with planned_for(profile, lambda *_: None), launch.watch_launches(small):
             for shape in case.small():
                 call_once(case, subject, shape)
         if case.kind in REPEATED:
-            with planned_for(profile, lambda *_: None), launch.watched(large):
+            with planned_for(profile, lambda *_: None), launch.watch_launches(large):
                 call_once(case, subject, case.large(of_gpu=True))
     asked = small.tiles.keys() | large.tiles.keys()
     listed = set(list_variants(architecture, profile.descriptors, rank_classes()))

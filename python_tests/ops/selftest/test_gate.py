@@ -106,7 +106,7 @@ def test_what_a_pass_depends_on_brings_it_back(
 ) -> None:
     if changed == "launcher":
         (tmp_path / "manifest.json").write_text("{}")
-        monkeypatch.setattr(aot_dispatch, "installed", lambda: SimpleNamespace(folder=tmp_path))
+        monkeypatch.setattr(aot_dispatch, "installed_library", lambda: SimpleNamespace(folder=tmp_path))
     gate.ensure(GPU)
     machine.restart()
     if changed == "driver":
@@ -123,7 +123,7 @@ def test_what_a_pass_depends_on_brings_it_back(
         monkeypatch.setattr(record, "__version__", "9.9")
     elif changed == "kernels":
         (tmp_path / "manifest.json").write_text("{}")
-        monkeypatch.setattr(aot_dispatch, "installed", lambda: SimpleNamespace(folder=tmp_path))
+        monkeypatch.setattr(aot_dispatch, "installed_library", lambda: SimpleNamespace(folder=tmp_path))
     elif changed == "compiler":
         monkeypatch.setenv("TRITON_PTXAS_PATH", "/opt/ptxas")
     elif changed == "options":
@@ -155,7 +155,7 @@ def test_where_triton_keeps_its_code_is_no_other_code(machine: Machine, monkeypa
 def test_another_manifest_or_tile_table_is_another_digest(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(aot_dispatch, "installed", lambda: SimpleNamespace(folder=tmp_path))
+    monkeypatch.setattr(aot_dispatch, "installed_library", lambda: SimpleNamespace(folder=tmp_path))
     monkeypatch.setenv("RPSFT_TILES", str(tmp_path / "tiles.json"))
     digests = set()
     for manifest, tiles in (("a", "b"), ("ab", ""), ("a", "c"), ("d", "b")):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rpsft_kernels.ops.triton import launch as launches
 from rpsft_kernels.ops.triton.aot.dispatch import ImageRefused, NoKernel
-from rpsft_kernels.ops.triton.launch import Launch, watched
+from rpsft_kernels.ops.triton.launch import Launch, watch_launches
 from rpsft_kernels.ops.triton.variants import Variant, squares_variant
 from world import DEVICE
 
@@ -53,10 +53,10 @@ class Told:
         self.launches: list[tuple[Variant, int, tuple[Tensor, ...]]] = []
         self.refusals: list[tuple[Variant, Exception]] = []
 
-    def launched(self, variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None:
+    def on_launch(self, variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None:
         self.launches.append((variant, programs, arguments))
 
-    def refused(self, variant: Variant, error: Exception) -> None:
+    def on_refusal(self, variant: Variant, error: Exception) -> None:
         self.refusals.append((variant, error))
 
 
@@ -70,7 +70,7 @@ def test_a_kernel_is_looked_for_once_and_started_at_every_call(kernels: Kernels)
     launch = Launch(SQUARES, 5, DEVICE, *ARGUMENTS)
     assert kernels.asked == [(SQUARES, 5, DEVICE, ARGUMENTS)] and kernels.started == []
     told = Told()
-    with watched(told):
+    with watch_launches(told):
         launch()
         launch()
     launch()
@@ -80,7 +80,7 @@ def test_a_kernel_is_looked_for_once_and_started_at_every_call(kernels: Kernels)
 
 def test_no_programs_are_nothing_to_look_for(kernels: Kernels) -> None:
     told = Told()
-    with watched(told):
+    with watch_launches(told):
         Launch(SQUARES, 0, DEVICE, *ARGUMENTS)()
     assert kernels.asked == [] and told.launches == []
 
@@ -90,7 +90,7 @@ def test_an_image_that_the_driver_refuses_is_followed_by_what_is_found_next(kern
     kernels.found = [refused, refused, kernels.start("third")]
     launch = Launch(SQUARES, 5, DEVICE, *ARGUMENTS)
     told = Told()
-    with watched(told):
+    with watch_launches(told):
         launch()
     assert kernels.started == ["ImageRefused", "ImageRefused", "third"]
     assert told.launches == [(SQUARES, 5, ARGUMENTS)], "one launch, however many images were tried"
@@ -102,7 +102,7 @@ def test_an_image_that_the_driver_refuses_is_followed_by_what_is_found_next(kern
 def test_a_refusal_comes_when_the_launch_is_prepared_and_is_told(error: Exception, kernels: Kernels) -> None:
     kernels.found = [error]
     told = Told()
-    with watched(told), pytest.raises(type(error), match=str(error)):
+    with watch_launches(told), pytest.raises(type(error), match=str(error)):
         Launch(SQUARES, 5, DEVICE, *ARGUMENTS)
     assert told.refusals == [(SQUARES, error)] and told.launches == []
 
@@ -112,7 +112,7 @@ def test_after_a_refused_image_there_may_be_no_kernel(kernels: Kernels) -> None:
     kernels.found = [kernels.fail(ImageRefused("no kernel image")), none]
     launch = Launch(SQUARES, 5, DEVICE, *ARGUMENTS)
     told = Told()
-    with watched(told), pytest.raises(NoKernel, match="nothing may be compiled"):
+    with watch_launches(told), pytest.raises(NoKernel, match="nothing may be compiled"):
         launch()
     assert told.refusals == [(SQUARES, none)] and told.launches == []
 
@@ -121,7 +121,7 @@ def test_other_failures_of_a_start_are_no_refusals(kernels: Kernels) -> None:
     kernels.found = [kernels.fail(RuntimeError("an illegal memory access was encountered"))]
     launch = Launch(SQUARES, 5, DEVICE, *ARGUMENTS)
     told = Told()
-    with watched(told), pytest.raises(RuntimeError, match="illegal memory access"):
+    with watch_launches(told), pytest.raises(RuntimeError, match="illegal memory access"):
         launch()
     assert told.refusals == [] and told.launches == [] and len(kernels.asked) == 1
 
@@ -130,8 +130,8 @@ def test_watchers_are_of_their_block_alone(kernels: Kernels) -> None:
     kernels.found = [kernels.start("it")]
     launch = Launch(SQUARES, 5, DEVICE, *ARGUMENTS)
     outer, inner = Told(), Told()
-    with watched(outer):
-        with watched(inner):
+    with watch_launches(outer):
+        with watch_launches(inner):
             launch()
         launch()
         launch()

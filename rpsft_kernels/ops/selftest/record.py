@@ -75,7 +75,7 @@ def kernels_digest() -> str:
 def _kernels() -> Iterator[bytes]:
     mode = aot.mode()
     yield mode.encode()
-    library = aot.installed()
+    library = aot.installed_library()
     if mode != "0" and library is not None:
         yield (library.folder / MANIFEST).read_bytes()
         # Without what launches them they are not what runs.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..triton.device import Profile, device_profile
-from ..triton.launch import watched
+from ..triton.launch import watch_launches
 from ..triton.tile_table import rank_classes
 from ..triton.variants import ARGUMENTS, Variant, list_variants
 from .cases import REPEATED, Case
@@ -68,12 +68,12 @@ class Launches:
         # Of the launches since it was last cleared: the most tiles of one.
         self.tiles: dict[Variant, int] = {}
 
-    def launched(self, variant: Variant, programs: int, arguments: Sequence[Tensor]) -> None:
+    def on_launch(self, variant: Variant, programs: int, arguments: Sequence[Tensor]) -> None:
         named = dict(zip(ARGUMENTS[variant.kernel], arguments, strict=True))
         tiles = named["order"].numel() if "order" in named else programs
         self.tiles[variant] = max(self.tiles.get(variant, 0), tiles)
 
-    def refused(self, variant: Variant, error: Exception) -> None:
+    def on_refusal(self, variant: Variant, error: Exception) -> None:
         self.absent[variant] = str(error)
 
     def named(self, found: Found) -> Found:
@@ -139,7 +139,7 @@ def _both(case: Case, subject: Subject, launches: Launches | None, repeats: int)
         yield check_numbers(case, subject)
         yield check_repeats(case, subject, shape, _MODEST_COPIES, repeats)
         return
-    with watched(launches):
+    with watch_launches(launches):
         launches.tiles.clear()
         yield launches.named(check_numbers(case, subject))
         launches.compared |= launches.tiles.keys()

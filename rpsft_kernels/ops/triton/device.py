@@ -1,4 +1,4 @@
-"""What the launcher knows about a device: the table of tile shapes that serves it, and its multiprocessors."""
+"""The facts about a device that launches are planned with: its table of tile shapes, and its multiprocessors."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ class Profile:
 
 
 def device_profile(device: torch.device) -> Profile:
-    """What launches on a GPU are planned with: its own profile, or with the tile table of the kernels compiled ahead of
-    time that serve it; the interpreter's for the CPU.
+    """The profile that launches on a device are planned with.
+
+    A GPU has its own, or one with the tile table of the kernels compiled ahead of time that serve it; the CPU has the
+    interpreter's.
     """
     profile = own_profile(device)
     if device.type == "cpu" or torch.version.hip is not None:
         return profile
     table = aot.table_for(device, profile.architecture, tuned_architecture())
-    return profile if table == profile.architecture else _with_table(profile, table)
+    return profile if table == profile.architecture else _replace_table(profile, table)
 
 
 @lru_cache(maxsize=64)
-def _with_table(profile: Profile, table: str) -> Profile:
+def _replace_table(profile: Profile, table: str) -> Profile:
     return Profile(table, profile.multiprocessors, DESCRIPTORS[table])
 
 
 @lru_cache(maxsize=64)
 def own_profile(device: torch.device) -> Profile:
-    """The profile of a GPU by what it is, whatever kernels are installed."""
+    """The profile of a device of this kind, whatever kernels are installed."""
     if device.type == "cpu":
         # Few programs, so that each walks several tiles and weights, as on a GPU.
         return Profile("interpreter", 3, False)
@@ -52,6 +54,6 @@ def own_profile(device: torch.device) -> Profile:
 
 
 def access_of(profile: Profile, aligned: bool, even: bool) -> Access:
-    """How a launch reads: by descriptors where the architecture has them, else without masks where tiles divide."""
+    """The access of a launch: by descriptors where the architecture has them, else without masks where tiles divide."""
     descriptor = aligned and profile.descriptors
     return Access(aligned, descriptor, aligned and even and not descriptor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 _NAMES = (
     "WEIGHT",  # pointer to W, seen as (rows, cols)
-    "BASE",  # pointer to W0, seen alike
+    "BASE",  # pointer to W0, seen in the same way
     "LEFT",  # pointer to the basis of the rows, (rows, k)
     "RIGHT",  # pointer to the basis of the columns, (cols, k)
     "PLANES",  # pointer to T, later P: parts of (rows, k), padded to whole tiles
@@ -32,10 +32,10 @@ _NAMES = (
     "GRAD_COL",
     "PLANES_ROW",  # row stride of one part
     "PLANES_ROWS",  # rows of one part; parts lie one below the other
-    "SPLITS",  # into how many stretches of rows the sum C = U^T T is cut
+    "SPLITS",  # number of stretches of rows that the sum C = U^T T is cut into
     "SQUARES",  # first slot of this weight's sums of squares, one slot per tile
-    "SLOTS",  # how many slots it has
-    "NUMBER",  # the weight's place in the operation's lists: where its scale and its total stand
+    "SLOTS",  # number of these slots
+    "NUMBER",  # index of the weight's scale, or of its sum of squares
 )
 INDEX = {name: i for i, name in enumerate(_NAMES)}
 WIDTH = len(_NAMES)

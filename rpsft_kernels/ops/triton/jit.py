@@ -1,4 +1,4 @@
-"""Starting a variant through Triton's own compiler and launcher."""
+"""Starts variants through Triton's own compiler and launcher."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from torch import Tensor
 
 from .kernels.table import KERNELS, kernel_constants
 from .variants import Variant
-from .vetting import findings, refusal
+from .vetting import explain_refusal, find_faults
 
 
-def _scratch(device: torch.device) -> Any:
+def _scratch_allocator(device: torch.device) -> Any:
     def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)
 
     return allocate
 
 
-# By variant, device, and which pointers are aligned, which Triton compiles for: why it is not launched, "" where it is.
-_refusals: dict[tuple[Variant, int, tuple[bool, ...]], str] = {}
+# The reasons not to launch what Triton compiles, None where it is launched; by variant, device, and which pointers are
+# aligned, because Triton compiles anew for these.
+_refusals: dict[tuple[Variant, int, tuple[bool, ...]], str | None] = {}
 
 
 def bind_jit(
     variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]
 ) -> Callable[[], None]:
-    """The function that starts a launch. On GPUs whose code is looked at first, it is compiled now.
+    """The function that starts a launch. On GPUs whose code is vetted, the kernel is compiled now.
 
     Raises:
         ValueError: the code that Triton makes of it for this GPU may compute wrong numbers.
@@ -45,7 +46,7 @@ def bind_jit(
 
     def start() -> None:
         # Descriptors made inside a kernel live in scratch memory that Triton asks of its caller.
-        triton.set_allocator(_scratch(device))
+        triton.set_allocator(_scratch_allocator(device))
         with torch.cuda.device(device):
             _start(variant, programs, arguments, constants, options)
 
@@ -54,8 +55,9 @@ def bind_jit(
 
 @lru_cache(maxsize=64)
 def is_vetted(index: int) -> bool:
-    """Whether a CUDA device has products that run on behind their instruction, which only compute capability 9.0 has:
-    what Triton compiles for it is looked at first, and may be refused.
+    """Whether code that Triton compiles for a CUDA device is scanned before its first launch, and may be refused.
+
+    Only on compute capability 9.0 do products run on after their instruction.
     """
     return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
 
@@ -65,18 +67,16 @@ def _check(variant: Variant, device: torch.device, arguments: tuple[Tensor, ...]
     if not is_vetted(index):
         return
     key = (variant, index, tuple(argument.data_ptr() % 16 == 0 for argument in arguments))
-    refused = _refusals.get(key)
-    if refused is None:
+    if key not in _refusals:
         # Compiled, or taken from Triton's cache, and not launched.
-        kernel = KERNELS[variant.kernel].run(
-            *arguments, grid=(1,), warmup=True, **kernel_constants(variant), **options
-        )  # fmt: skip
+        jitted, constants = KERNELS[variant.kernel], kernel_constants(variant)
+        kernel = jitted.run(*arguments, grid=(1,), warmup=True, **constants, **options)
         # Triton 3.6 and newer may compile in a thread.
         kernel = kernel.result() if hasattr(kernel, "result") else kernel
-        found = findings(kernel)
-        refused = _refusals[key] = refusal(variant, device, found) if found else ""
-    if refused:
-        raise ValueError(refused)
+        _refusals[key] = explain_refusal(variant, device, find_faults(kernel))
+    refusal = _refusals[key]
+    if refusal is not None:
+        raise ValueError(refusal)
 
 
 def _start(

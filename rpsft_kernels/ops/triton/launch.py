@@ -15,11 +15,12 @@ from .variants import Variant
 
 
 class Watcher(Protocol):
-    """What is told of every launch of a thread."""
+    """Is called at every launch of a thread."""
 
-    def launched(self, variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None: ...
+    def on_launch(self, variant: Variant, programs: int, arguments: tuple[Tensor, ...]) -> None:
+        """A launch has been queued."""
 
-    def refused(self, variant: Variant, error: Exception) -> None:
+    def on_refusal(self, variant: Variant, error: Exception) -> None:
         """Nothing will be launched: this installation has no kernel that may run, and ``error`` says why."""
 
 
@@ -27,8 +28,8 @@ _watcher: ContextVar[Watcher | None] = ContextVar("rpsft_launches", default=None
 
 
 @contextmanager
-def watched(watcher: Watcher) -> Iterator[None]:
-    """Tell ``watcher`` of every launch that this thread makes inside the ``with`` block."""
+def watch_launches(watcher: Watcher) -> Iterator[None]:
+    """Call ``watcher`` at every launch that this thread makes inside the ``with`` block."""
     token = _watcher.set(watcher)
     try:
         yield
@@ -37,8 +38,10 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
 
 class Launch:
-    """``programs`` programs of a variant on the stream of ``device`` that is current when it is prepared; nothing to do
-    for none. A kernel compiled ahead of time serves it where there is one, else Triton compiles it.
+    """``programs`` programs of a variant on the stream of ``device`` that is current when it is prepared.
+
+    Without programs there is nothing to do. A kernel compiled ahead of time serves it where there is one, else Triton
+    compiles it.
 
     Raises:
         NoKernel: no kernel serves it, and nothing may or can compile one.
@@ -62,13 +65,13 @@ class Launch:
         try:
             self._start()
         except aot.ImageRefused:
-            # The driver takes another image of this kernel, or what Triton compiles.
+            # The driver may take another image of this kernel; else Triton compiles it.
             self._start = self._find()
             self()
             return
         watcher = _watcher.get()
         if watcher is not None:
-            watcher.launched(self.variant, self.programs, self.arguments)
+            watcher.on_launch(self.variant, self.programs, self.arguments)
 
     def _find(self) -> Callable[[], None]:
         try:
@@ -76,19 +79,19 @@ class Launch:
         except (aot.NoKernel, ValueError) as error:
             watcher = _watcher.get()
             if watcher is not None:
-                watcher.refused(self.variant, error)
+                watcher.on_refusal(self.variant, error)
             raise
 
 
 def find_start(
     variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]
 ) -> Callable[[], None]:
-    """The function that starts a launch; what can be found out beforehand has been."""
+    """The function that starts a launch, once everything that may be refused has been checked."""
     if device.type == "cuda":
         start = aot.bind(variant, programs, device, arguments)
         if start is not None:
             return start
-    # Here, not above: triton is imported for what only it can launch.
+    # This is imported late: triton is not needed for kernels compiled ahead of time.
     from .jit import bind_jit
 
     return bind_jit(variant, programs, device, arguments)

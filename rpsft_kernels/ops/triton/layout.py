@@ -1,4 +1,4 @@
-"""How matrices lie in memory, as the kernels see them: shorter side first, described by strides and alignment."""
+"""The layout of matrices in memory, as the kernels see them: shorter side first, by strides and alignment."""
 
 from __future__ import annotations
 

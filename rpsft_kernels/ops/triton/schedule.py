@@ -45,7 +45,7 @@ class Schedule:
 
     @property
     def programs_with_work(self) -> int:
-        """How many programs to launch: none for an empty schedule."""
+        """The number of programs to launch: none for an empty schedule."""
         return self.programs if len(self.order) else 0
 
     @property
@@ -92,16 +92,16 @@ def build_schedule(grids: tuple[Grid, ...], programs: int, banded: bool) -> Sche
             order += tiles
         starts.append(len(runs))
     return Schedule(
-        np.array(starts, np.int32),
-        np.array(runs, np.int32).reshape(-1, 3),
-        np.array(order, np.int32),
-        sum(grid.tiles * grid.cost for grid in grids),
-        max(load for load, _ in heap),
+        starts=np.array(starts, np.int32),
+        runs=np.array(runs, np.int32).reshape(-1, 3),
+        order=np.array(order, np.int32),
+        total_cost=sum(grid.tiles * grid.cost for grid in grids),
+        longest_cost=max(load for load, _ in heap),
     )
 
 
 def splits_of(rows: int, rank: int, block_m: int, block_n: int) -> int:
-    """Into how many stretches of rows ``U^T T`` is cut: enough for about 32 tiles, none under 256 rows.
+    """The number of stretches of rows that ``U^T T`` is cut into: enough for about 32 tiles, none under 256 rows.
 
     A function of the shape alone: the bits of C must not depend on which weights share the launch.
     """

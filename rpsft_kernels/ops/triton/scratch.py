@@ -22,7 +22,7 @@ class Sizes(NamedTuple):
 
 
 class Scratch:
-    """The buffers of one stream. Whoever queues an operation holds ``lock`` until all its launches are queued.
+    """The buffers of one stream. A caller that queues an operation holds ``lock`` until all its launches are queued.
 
     ``generation`` counts how often a buffer has moved.
     """
@@ -41,15 +41,15 @@ class Scratch:
             return torch.empty(size, dtype=dtype, device=self._device)
 
     def reserve(self, sizes: Sizes) -> None:
-        """Make every buffer at least as large as ``sizes`` say. To be called on the scratch memory's own stream."""
+        """Make every buffer at least as large as ``sizes`` say. Call it on their own stream."""
         wanted = Sizes(*map(max, self._sizes, sizes))
         if wanted == self._sizes:
             return
-        # First: should there be no memory, what was bound to the old buffers is stale all the same.
+        # This comes first: if there is no memory, launches that were bound to the old buffers are stale all the same.
         self.generation += 1
         for name, size in zip(Sizes._fields, wanted, strict=True):
             if size > getattr(self._sizes, name):
-                # The old one goes before: both need not fit.
+                # The old buffer goes first, because both need not fit.
                 setattr(self, name, self._empty(name, 0))
                 self._sizes = self._sizes._replace(**{name: 0})
                 setattr(self, name, self._empty(name, size))
@@ -60,7 +60,7 @@ class Scratch:
         return sum(buffer.nbytes for buffer in (self.planes, self.partial, self.slots, self.drifts))
 
 
-# It goes when the last program that uses it does.
+# A scratch memory is freed with the last run that uses it.
 _scratches: weakref.WeakValueDictionary[tuple[torch.device, int], Scratch] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
@@ -68,7 +68,7 @@ _lock = threading.Lock()
 def scratch_of(device: torch.device, stream: int) -> Scratch:
     """The scratch memory of a stream, by its handle."""
     with _lock:
-        found = _scratches.get((device, stream))
-        if found is None:
-            found = _scratches[device, stream] = Scratch(device)
-        return found
+        scratch = _scratches.get((device, stream))
+        if scratch is None:
+            scratch = _scratches[device, stream] = Scratch(device)
+        return scratch

@@ -77,14 +77,14 @@ class Rows:
 
 def float_bits(values: Sequence[float]) -> list[int]:
     """Numbers in float32 as a column holds them."""
-    # What is too large becomes infinite, as everywhere.
+    # Numbers that are too large become infinite, as everywhere.
     with np.errstate(over="ignore"):
         bits: list[int] = np.array(values, np.float32).view(np.uint32).tolist()
     return bits
 
 
 def place_scales(rows: Rows, order: Sequence[int], scales: Tensor | None) -> Tensor:
-    """Write where each row's scale stands; returns the memory in which it stands there.
+    """Write where each row's scale stands; returns the memory that it stands in.
 
     Args:
         order: the weights of the rows, by their places in their batch.

@@ -1,4 +1,4 @@
-"""Whether Triton can compile and start kernels here, found out without importing it.
+"""Finds out whether Triton can compile and start kernels here, without importing it.
 
 Functions that report what is missing or wrong return ``str | None``; None means that nothing is.
 """
@@ -82,8 +82,8 @@ def compiler_missing() -> str | None:
     named = os.environ.get("CC")
     if any(shutil.which(name) for name in ([named] if named is not None else ["gcc", "clang"])) or _helper_is_built():
         return None
-    found = f"CC names {named!r}, which is not found" if named is not None else "neither gcc nor clang is found"
-    return f"Triton needs a C compiler at its first launch, and {found} (install gcc, or set CC)"
+    reason = f"CC names {named!r}, which is not found" if named is not None else "neither gcc nor clang is found"
+    return f"Triton needs a C compiler at its first launch, and {reason} (install gcc, or set CC)"
 
 
 def _helper_is_built() -> bool:

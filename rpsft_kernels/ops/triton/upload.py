@@ -1,6 +1,6 @@
-"""Small arrays on their way to a device: schedules, which are cached there, and rows of tables.
+"""Sends small arrays to a device: schedules, which are cached there, and rows of tables.
 
-Nothing here waits for a GPU: what is sent lies in pinned memory, one copy for each key.
+Nothing here waits for a GPU: arrays are sent from pinned memory, one copy for each key.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .schedule import Schedule
 _CACHE_ENTRIES = 4096
 # Arrays that travel together begin at multiples of this many bytes, as fresh tensors do for the kernels' vectors.
 ALIGNMENT = 256
-_SMALLEST_ROOM = 1 << 20
+_SMALLEST_RESERVE = 1 << 20
 _lock = threading.Lock()
 _uploads: OrderedDict[tuple[torch.device, Hashable], _Upload] = OrderedDict()
-# Host memory that captured graphs read at every replay, by what it holds. A graph does not say when it ends, hence for
-# ever: a few kilobytes for each launch of each capture.
+# Host memory that captured graphs read at every replay, by its content. It is kept for ever, because a graph does not
+# say when it ends: a few kilobytes for each launch of each capture.
 _replayed: dict[Hashable, Tensor] = {}
 _cached_bytes = 0
 _DTYPES = {np.int32: torch.int32, np.int64: torch.int64, np.float32: torch.float32}
@@ -40,7 +40,7 @@ class _Upload(NamedTuple):
     event: Any
 
     def on_current_stream(self, device: torch.device) -> tuple[Tensor, ...]:
-        """The arrays, which what is queued now on the device's current stream may read."""
+        """The arrays, which work that is queued now on the device's current stream may read."""
         if self.event is not None:
             stream = torch.cuda.current_stream(device)
             if stream != self.stream:
@@ -50,7 +50,7 @@ class _Upload(NamedTuple):
         return self.tensors
 
 
-class _Room:
+class _CaptureReserve:
     """Pinned memory set aside for the captures to come.
 
     While a graph is captured, CUDA allows no allocation of pinned memory and no look at an event, which torch's
@@ -61,14 +61,19 @@ class _Room:
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
 
-    def reserve(self, size: int) -> None:
-        """See to it that ``size`` bytes are free. Not while a graph is captured."""
-        # Operators that are called by themselves leave no table to be counted: they get what half a room holds.
-        if self._free.numel() < max(size, _SMALLEST_ROOM // 2):
-            # Graphs that read the rest of the room before keep it.
-            self._free = _pinned(max(_SMALLEST_ROOM, 1 << size.bit_length()))
+    def ensure(self, size: int) -> None:
+        """Allocate memory unless ``size`` bytes are free. Not to be called while a graph is captured."""
+        # Operators that are called by themselves leave no table to be counted: half the smallest reserve is for them.
+        if self._free.numel() < max(size, _SMALLEST_RESERVE // 2):
+            # Graphs that read memory taken before keep it alive.
+            self._free = _allocate_pinned(max(_SMALLEST_RESERVE, 1 << size.bit_length()))
 
     def take(self, size: int) -> Tensor:
+        """``size`` bytes, which are never given back.
+
+        Raises:
+            RuntimeError: fewer are free.
+        """
         if size > self._free.numel():
             raise RuntimeError(
                 f"CUDA graph: got a capture that needs {size} more bytes of pinned memory for the kernels' tables, of "
@@ -79,57 +84,57 @@ class _Room:
         return taken
 
 
-_room = _Room()
+_reserve = _CaptureReserve()
 
 
-def _pinned(size: int) -> Tensor:
-    # Whatever mode and default device the caller has set.
+def _allocate_pinned(size: int) -> Tensor:
+    # The caller may have set any mode and default device.
     with torch.inference_mode(False):
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
-def _queued_copy(host: Tensor, device: torch.device) -> Tensor:
+def _queue_copy(host: Tensor, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def _packed(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+def _pack(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
     """The bytes of all arrays, each at a multiple of the alignment."""
-    packed = np.zeros(sum(map(_places, arrays)), np.uint8)
+    packed = np.zeros(sum(map(_padded_bytes, arrays)), np.uint8)
     begin = 0
     for array in arrays:
         packed[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        begin += _places(array)
+        begin += _padded_bytes(array)
     return packed
 
 
-def _unpacked(memory: Tensor, arrays: Sequence[npt.NDArray[Any]]) -> tuple[Tensor, ...]:
-    found, begin = [], 0
+def _unpack(memory: Tensor, arrays: Sequence[npt.NDArray[Any]]) -> tuple[Tensor, ...]:
+    unpacked, begin = [], 0
     for array in arrays:
-        found.append(memory[begin : begin + array.nbytes].view(_DTYPES[array.dtype.type]))
-        begin += _places(array)
-    return tuple(found)
+        unpacked.append(memory[begin : begin + array.nbytes].view(_DTYPES[array.dtype.type]))
+        begin += _padded_bytes(array)
+    return tuple(unpacked)
 
 
-def _places(array: npt.NDArray[Any]) -> int:
+def _padded_bytes(array: npt.NDArray[Any]) -> int:
     return -(-array.nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _sent(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> _Upload:
-    packed = torch.from_numpy(_packed(arrays))
+def _send(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> _Upload:
+    packed = torch.from_numpy(_pack(arrays))
     if device.type != "cuda":
-        return _Upload(packed, _unpacked(packed, arrays), None, None)
+        return _Upload(packed, _unpack(packed, arrays), None, None)
     # torch gives a pinned buffer to others only when the copies out of it are done.
-    memory = _queued_copy(_pinned(packed.numel()).copy_(packed), device)
+    memory = _queue_copy(_allocate_pinned(packed.numel()).copy_(packed), device)
     stream = torch.cuda.current_stream(device)
-    return _Upload(memory, _unpacked(memory, arrays), stream, stream.record_event())
+    return _Upload(memory, _unpack(memory, arrays), stream, stream.record_event())
 
 
-def _captured(key: Hashable, arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:
+def _send_in_capture(key: Hashable, arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:
     host = _replayed.get(key)
     if host is None:
-        packed = torch.from_numpy(_packed(arrays))
-        host = _replayed[key] = _room.take(packed.numel()).copy_(packed)
-    return _unpacked(_queued_copy(host, device), arrays)
+        packed = torch.from_numpy(_pack(arrays))
+        host = _replayed[key] = _reserve.take(packed.numel()).copy_(packed)
+    return _unpack(_queue_copy(host, device), arrays)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -147,8 +152,8 @@ def upload(key: Hashable, arrays: Sequence[npt.NDArray[Any]], device: torch.devi
 
     While a CUDA graph is captured, copies become part of it: they hold nothing before its first replay, and what others
     uploaded may be gone by then, so that the cache is neither written nor read. The device memory is the graph's own:
-    what is freed within a capture is given to later work of the same capture alone, which runs later at each replay
-    too, so that tables, workspaces and the kernels' scratch memory need not outlive their launches.
+    memory that is freed within a capture is given to later work of the same capture alone, which runs later at each
+    replay too, so that tables, workspaces and the kernels' scratch memory need not outlive their launches.
 
     Raises:
         RuntimeError: a graph is captured and no such step has run before.
@@ -157,17 +162,17 @@ def upload(key: Hashable, arrays: Sequence[npt.NDArray[Any]], device: torch.devi
     # Backward passes of several devices run in threads of their own.
     with _lock:
         if is_capturing(device):
-            return _captured(key, arrays, device)
-        found = _uploads.get((device, key))
-        if found is None:
-            found = _uploads[device, key] = _sent(arrays, device)
-            _cached_bytes += found.memory.numel()
+            return _send_in_capture(key, arrays, device)
+        sent = _uploads.get((device, key))
+        if sent is None:
+            sent = _uploads[device, key] = _send(arrays, device)
+            _cached_bytes += sent.memory.numel()
         _uploads.move_to_end((device, key))
         while len(_uploads) > _CACHE_ENTRIES:
             _cached_bytes -= _uploads.popitem(last=False)[1].memory.numel()
         if device.type == "cuda":
-            _room.reserve(_cached_bytes)
-    return found.on_current_stream(device)
+            _reserve.ensure(_cached_bytes)
+    return sent.on_current_stream(device)
 
 
 def upload_schedule(schedule: Schedule, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,21 +199,24 @@ def copy_rows(source: npt.NDArray[Any], target: Tensor) -> None:
             content = source.tobytes()
             host = _replayed.get(content)
             if host is None:
-                host = _replayed[content] = _room.take(packed.numel()).copy_(packed)
+                host = _replayed[content] = _reserve.take(packed.numel()).copy_(packed)
         else:
-            host = _pinned(packed.numel()).copy_(packed)
+            host = _allocate_pinned(packed.numel()).copy_(packed)
     memory.copy_(host, non_blocking=True)
 
 
 def reserve_for_captures() -> None:
-    """Set aside pinned memory for what a capture of the steps so far would send. Not while a graph is captured."""
+    """Set aside pinned memory for the tables that a capture of the steps so far would send.
+
+    Not to be called while a graph is captured.
+    """
     with _lock:
         # A captured backward pass has tables of its own, for operations that the forward pass has sent too.
-        _room.reserve(_cached_bytes + 2 * sum(table.nbytes for table in list(_tables)))
+        _reserve.ensure(_cached_bytes + 2 * sum(table.nbytes for table in list(_tables)))
 
 
 class SentTable(Protocol):
-    """Memory that a step sends, and a capture of the step would send again."""
+    """A table that a step sends, and a capture of the step would send again."""
 
     @property
     def nbytes(self) -> int: ...

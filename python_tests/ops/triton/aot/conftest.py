@@ -32,7 +32,7 @@ def _fresh(_chosen_by_the_test: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot_loader, "_kernels", {})
     for cached in (
         aot_dispatch._find,
-        aot_dispatch._unmatched,
+        aot_dispatch._explain_no_match,
         aot_dispatch._served_tables,
         aot_dispatch._served_table,
     ):

@@ -19,7 +19,7 @@ from rpsft_kernels.ops.triton.aot import library as aot_library
 from rpsft_kernels.ops.triton.aot.build import main as build
 from rpsft_kernels.ops.triton.aot.build import wanted_variants
 from rpsft_kernels.ops.triton.aot.check import check_kernels
-from rpsft_kernels.ops.triton.aot.limits import exceeded
+from rpsft_kernels.ops.triton.aot.limits import check_limits
 from rpsft_kernels.ops.triton.machine_code.cubin import nvidia_tools, read_cubin
 from rpsft_kernels.ops.triton.tile_table import tile_table
 from rpsft_kernels.tools.cli import main
@@ -179,7 +179,7 @@ def test_residents_must_fit_together() -> None:
         "arch": "sm_90a", "registers": 128, "spilled": 0, "maximal_registers": 128, "threads": 256, "blocks_per_sm": 2,
         "shared": 113 << 10,
     }  # fmt: skip
-    assert list(exceeded(good)) == []
+    assert list(check_limits(good)) == []
     for change, message in (
         ({"shared": 114 << 10}, "2 resident blocks take 235520 bytes of shared memory, of 233472 of a multiprocessor"),
         ({"registers": 129, "maximal_registers": 255}, "2 resident blocks take 69632 registers, of 65536"),
@@ -187,7 +187,7 @@ def test_residents_must_fit_together() -> None:
         ({"blocks_per_sm": 9, "registers": 16, "shared": 0}, "9 resident blocks have 2304 threads, of 2048"),
         ({"arch": "sm_86"}, "115712 bytes of shared memory, of 101376 that a block has"),
     ):
-        assert any(message in finding for finding in exceeded(good | change)), message
+        assert any(message in finding for finding in check_limits(good | change)), message
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_what_a_gpu_has_not_is_left_out(
     assert re.search(r"sm_86 +1 kernels in 2 files, 1 left out", library.summary())
     device = aot_library.Device(86, 99 << 10)
     assert library.find(variant, device) is None
-    reason = library.unmatched(variant, device)
+    reason = library.explain_no_match(variant, device)
     assert reason is not None
     assert reason.startswith(f"left out of the sm_86 kernels: {left_out['reason']}")
     with pytest.raises(SystemExit, match="RPSFT_AOT_PREBUILT: .* leaves 1 kernels out, expected none"):

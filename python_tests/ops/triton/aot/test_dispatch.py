@@ -100,7 +100,7 @@ def test_an_unknown_variant_is_left_to_triton(world: World, monkeypatch: pytest.
     world.install((SQUARES, "sm_90a"))
     assert world.launch(PULL) == "jit"
     monkeypatch.setenv("RPSFT_AOT", "only")
-    aot_dispatch._unmatched.cache_clear()
+    aot_dispatch._explain_no_match.cache_clear()
     monkeypatch.setenv("RPSFT_TILES", "table.json")
     message = (
         r"no kernel compiled ahead of time for pull\(basis_type=bf16, block_m=64, warps=4, stages=2\) on cuda:0: "

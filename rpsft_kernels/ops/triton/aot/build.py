@@ -76,10 +76,6 @@ class BuildSummary:
         )
 
 
-def _ignore(line: str) -> None:
-    pass
-
-
 def build_kernels(
     architectures: Sequence[Target] | str,
     folder: str | Path,
@@ -87,7 +83,7 @@ def build_kernels(
     jobs: int | None = None,
     only: str = "",
     strict: bool = False,
-    say: Callable[[str], None] = _ignore,
+    report: Callable[[str], None] | None = None,
 ) -> BuildSummary:
     """Compile every variant for every target into a folder, with a manifest. This needs no GPU.
 
@@ -101,17 +97,18 @@ def build_kernels(
         jobs: processes (default: MAX_JOBS, else one per processor and GiB of free memory).
         only: globs on the variants' labels, separated by semicolons.
         strict: raise ValueError for kernels that are left out, once all are compiled.
-        say: is called with lines about kernels that are left out and about progress.
+        report: is called with lines about kernels that are left out and about progress.
 
     Raises:
         ValueError: an unknown architecture, a folder that holds something else, no variant to compile, or ``strict``
             and a kernel is left out.
     """
+    report = report or (lambda line: None)
     if isinstance(architectures, str):
-        asked = parse_wanted(architectures, "architectures")
-        for note in asked.notes:
-            say(note)
-        targets = list(asked.targets)
+        wanted = parse_wanted(architectures, "architectures")
+        for note in wanted.notes:
+            report(note)
+        targets = list(wanted.targets)
     else:
         targets = list(architectures)
     ranks = tuple(ranks or rank_classes())
@@ -127,7 +124,7 @@ def build_kernels(
     with _temporary_beside(folder) as name, _compile_processes(min(jobs, len(tasks))) as pool:
         temporary = Path(name) / "kernels"
         temporary.mkdir()
-        entries, left_out = _write_all(temporary, pool.map(compile_kernel, tasks), len(tasks), say)
+        entries, left_out = _write_all(temporary, pool.map(compile_kernel, tasks), len(tasks), report)
         if strict and left_out:
             raise ValueError(
                 f"strict: {len(left_out)} of {len(tasks)} kernels cannot be kept, expected none ({left_out[0]}); "
@@ -159,23 +156,23 @@ def build_kernels(
 
 
 def _write_all(
-    folder: Path, compiled: Iterator[Kernel | LeftOut], total: int, say: Callable[[str], None]
+    folder: Path, compiled: Iterator[Kernel | LeftOut], total: int, report: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], list[LeftOut]]:
     """Write the kernels' files and report progress; returns the kernels' entries, and what is left out."""
     entries: list[dict[str, Any]] = []
     left_out: list[LeftOut] = []
-    began = said = time.monotonic()
+    began = last_report = time.monotonic()
     for done, each in enumerate(compiled, 1):
         if isinstance(each, LeftOut):
             left_out.append(each)
-            say(str(each))
+            report(str(each))
         else:
             entries.append(_write(folder, *each))
         now = time.monotonic()
         tenth = done * 10 // total > (done - 1) * 10 // total
-        if now - said >= (_SOON if tenth else _LATE) and done < total:
-            say(f"{done} of {total} kernels, {now - began:.0f} s")
-            said = now
+        if now - last_report >= (_SOON if tenth else _LATE) and done < total:
+            report(f"{done} of {total} kernels, {now - began:.0f} s")
+            last_report = now
     return entries, left_out
 
 
@@ -229,23 +226,23 @@ def _compile_processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
 def _tool_versions(targets: Sequence[Target]) -> dict[str, str]:
     from importlib.metadata import version
 
-    found = {"python": platform.python_version(), "triton": version("triton")}
+    versions = {"python": platform.python_version(), "triton": version("triton")}
     for target in targets:
         if target.generation.is_nvidia:
-            found[f"ptxas {target.arch}"] = _ptxas_version(target.generation.capability)
-    return found
+            versions[f"ptxas {target.arch}"] = _ptxas_version(target.generation.capability)
+    return versions
 
 
 @lru_cache(maxsize=16)
 def _ptxas_version(capability: int) -> str:
     from triton.backends.nvidia.compiler import get_ptxas_version
 
-    said = get_ptxas_version(capability)
-    found = re.search(r"V(\d[\d.]*)", said)
-    return found[1] if found else said.strip()
+    output = get_ptxas_version(capability)
+    version = re.search(r"V(\d[\d.]*)", output)
+    return version[1] if version else output.strip()
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line and flush it: a build takes minutes, and its output is often not a terminal."""
     print(line, flush=True)
 
@@ -266,19 +263,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = VARIABLE if options.arch is None else "--arch"
         targets, _, _, notes = parse_wanted(options.arch or os.environ.get(VARIABLE, ""), source)
         for note in notes:
-            say(note)
+            print_line(note)
         for target in targets:
             if not target.generation.is_nvidia:
-                say(f"{target.arch}: packed, but nothing launches these yet: on AMD Triton compiles")
+                print_line(f"{target.arch}: packed, but nothing launches these yet: on AMD Triton compiles")
         if options.prebuilt:
             ranks = options.rank or rank_classes()
-            say(copy_prebuilt(options.prebuilt, targets, options.output, ranks, options.only, fails).summary())
+            library = copy_prebuilt(options.prebuilt, targets, options.output, ranks, options.only, fails)
+            print_line(library.summary())
             return 0
         if missing := triton_missing():
             raise ValueError(f"no kernels can be compiled: {missing}")
         jobs = options.jobs or default_jobs()
-        say(f"compiling kernels for {', '.join(target.arch for target in targets)} in {jobs} processes")
-        say(str(build_kernels(targets, options.output, options.rank, jobs, options.only, fails, say)))
+        print_line(f"compiling kernels for {', '.join(target.arch for target in targets)} in {jobs} processes")
+        summary = build_kernels(
+            targets,
+            options.output,
+            ranks=options.rank,
+            jobs=jobs,
+            only=options.only,
+            strict=fails,
+            report=print_line,
+        )
+        print_line(str(summary))
     except ValueError as error:
         raise SystemExit(str(error)) from None
     return 0

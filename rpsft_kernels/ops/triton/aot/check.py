@@ -23,7 +23,7 @@ from ..tile_table import rank_classes
 from ..variants import ARGUMENT_TYPES, ARGUMENTS, Variant
 from . import library
 from .hazards import hazards_in
-from .limits import exceeded
+from .limits import check_limits
 from .targets import BY_ARCH
 
 _POINTER = 8
@@ -54,11 +54,11 @@ class CheckReport:
     findings: list[str]
 
     def __str__(self) -> str:
-        what = "every variant" if self.complete else "a selection of the variants"
+        share = "every variant" if self.complete else "a selection of the variants"
         less = f", {self.left_out} left out as the manifest says" if self.left_out else ""
         count = f"{len(self.findings)} findings" if self.findings else "nothing amiss"
         return (
-            f"{self.place}: {self.kernels} kernels ({what}{less}) for {', '.join(self.architectures)} in {self.files} "
+            f"{self.place}: {self.kernels} kernels ({share}{less}) for {', '.join(self.architectures)} in {self.files} "
             f"files: {count}"
         )
 
@@ -84,13 +84,13 @@ def check_kernels(place: str | Path) -> CheckReport:
     with zipfile.ZipFile(place) as wheel, tempfile.TemporaryDirectory() as temporary:
         names = wheel.namelist()
         wheel.extractall(temporary, [name for name in names if name.startswith(_INSIDE)])
-        checked = _check_folder(place, Path(temporary, _INSIDE))
+        report = _check_folder(place, Path(temporary, _INSIDE))
         if not any(re.fullmatch(r"rpsft_kernels/_native\..*(so|pyd)", name) for name in names):
-            checked.findings.append(f"{place.name}: carries no native module, which is what launches kernels")
-        return checked
+            report.findings.append(f"{place.name}: carries no native module, which is what launches kernels")
+        return report
 
 
-def wanted(manifest: dict[str, Any]) -> dict[str, Variant]:
+def expected_kernels(manifest: dict[str, Any]) -> dict[str, Variant]:
     """The kernels that a manifest's architectures, ranks and globs ask for, by their ids."""
     from .build import wanted_variants
 
@@ -125,16 +125,16 @@ def _check_folder(place: Path, folder: Path) -> CheckReport:
 def _findings(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     if manifest["sources"] != library.source_digest():
         yield f"{library.MANIFEST}: compiled from other sources than this package's"
-    asked = wanted(manifest)
+    expected = expected_kernels(manifest)
     listed = Counter(entry["id"] for entry in manifest["kernels"])
     left_out = Counter(each["id"] for each in manifest["left_out"])
-    for identity, variant in asked.items():
+    for identity, variant in expected.items():
         if listed[identity] + left_out[identity] != 1:
-            found = f"{listed[identity]} entries with the id {identity}"
-            found += f", {left_out[identity]} that leave it out" if left_out[identity] else ""
-            yield f"{variant.label()}: {found}, expected one"
+            entries = f"{listed[identity]} entries with the id {identity}"
+            entries += f", {left_out[identity]} that leave it out" if left_out[identity] else ""
+            yield f"{variant.label()}: {entries}, expected one"
     for each in manifest["left_out"]:
-        if each["id"] not in asked:
+        if each["id"] not in expected:
             yield f"{each['id']} ({each['label']}, {each['arch']}): is left out, but nothing asks for it"
     described = {library.MANIFEST}
     scanned = [each for each in manifest["kernels"] if BY_ARCH[each["arch"]].asynchronous_products]
@@ -143,7 +143,7 @@ def _findings(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
         described |= {place["file"] for place in (entry, entry.get("ptx")) if place}
         for hazard in hazards.get(entry["file"], []):
             yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): may compute wrong numbers: {hazard}"
-        for finding in _entry_findings(folder, entry, asked.get(entry["id"])):
+        for finding in _entry_findings(folder, entry, expected.get(entry["id"])):
             yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): {finding}"
     for name in sorted({path.name for path in folder.iterdir()} - described):
         yield f"{name}: no entry of the manifest describes it"
@@ -154,7 +154,7 @@ def _entry_findings(folder: Path, entry: dict[str, Any], variant: Variant | None
         yield "is none of the kernels that the manifest's architectures, ranks and globs ask for"
     else:
         yield from _variant_findings(entry, variant)
-    yield from exceeded(entry)
+    yield from check_limits(entry)
     yield from _layout_findings(entry)
     for place in (entry, entry.get("ptx")):
         path = folder / place["file"] if place else None
@@ -203,9 +203,9 @@ def _cubin_findings(path: Path, entry: dict[str, Any]) -> Iterator[str]:
         ("spilled bytes", code.stack + code.local, entry["spilled"]),
         ("threads of a block", code.threads, entry["threads"]),
     )
-    for name, found, said in facts:
-        if found != said:
-            yield f"{name}: {path.name} has {found}, the manifest says {said}"
+    for name, read, listed in facts:
+        if read != listed:
+            yield f"{name}: {path.name} has {read}, the manifest says {listed}"
 
 
 def _hsaco_findings(path: Path, entry: dict[str, Any]) -> Iterator[str]:
@@ -228,10 +228,10 @@ def _ptx_findings(text: str, entry: dict[str, Any]) -> Iterator[str]:
         r"visible \.entry": re.escape(entry["entry"]) + r"\(",
     }
     for directive, expected in directives.items():
-        found = re.search(rf"^\.{directive} *(\S+)", text, re.M)
-        if found is None or not re.fullmatch(expected, found[1]):
-            said = found[1] if found else "nothing"
-            yield f"PTX: {directive.split()[-1].strip('.')} is {said}, expected {expected}"
+        match = re.search(rf"^\.{directive} *(\S+)", text, re.M)
+        if match is None or not re.fullmatch(expected, match[1]):
+            value = match[1] if match else "nothing"
+            yield f"PTX: {directive.split()[-1].strip('.')} is {value}, expected {expected}"
     parameters = len(re.findall(rf"^\s*\.param \.u64 .*\b{re.escape(entry['entry'])}_param_\d+", text, re.M))
     if parameters != len(entry["layout"]):
         yield f"PTX: {parameters} parameters, the manifest says {len(entry['layout'])}"

@@ -16,7 +16,7 @@ from ..machine_code.cubin import nvidia_tools
 from ..machine_code.register_hazards import scan_cubin
 from ..variants import ARGUMENT_TYPES, ARGUMENTS, Variant
 from .library import description, kernel_id
-from .limits import exceeded
+from .limits import check_limits
 from .targets import BY_ARCH, Target
 
 # torch allocates every argument at a multiple of at least 16 bytes; compile_variant relies on it too.
@@ -62,8 +62,8 @@ def compile_kernel(task: tuple[Variant, Target]) -> Kernel | LeftOut:
     )
     code = "cubin" if target.generation.is_nvidia else "hsaco"
     image = compiled.asm[code]
-    asked = [metadata.launch_cooperative_grid, getattr(metadata, "launch_pdl", False), metadata.tensordesc_meta]
-    if metadata.num_ctas != 1 or profile_scratch or any(asked):
+    unknown = [metadata.launch_cooperative_grid, getattr(metadata, "launch_pdl", False), metadata.tensordesc_meta]
+    if metadata.num_ctas != 1 or profile_scratch or any(unknown):
         raise RuntimeError(f"{label} for {target.arch}: wants a launch that the launcher does not know")
     names = ARGUMENTS[variant.kernel]
     layout = _amd_layout(compiled.asm["amdgcn"]) if code == "hsaco" else parameter_table(image, metadata.name)
@@ -102,7 +102,7 @@ def compile_kernel(task: tuple[Variant, Target]) -> Kernel | LeftOut:
 
 def _faults(entry: dict[str, Any], image: bytes) -> Iterator[str]:
     """The reasons not to launch a kernel."""
-    yield from exceeded(entry)
+    yield from check_limits(entry)
     # Compilers have overwritten registers of products that go on after their instruction.
     if BY_ARCH[entry["arch"]].asynchronous_products and (hazards := scan_cubin(image)):
         more = f" (and {len(hazards) - 1} more of the kind)" if len(hazards) > 1 else ""
@@ -130,27 +130,27 @@ def parameter_table(cubin: bytes, kernel: str) -> list[tuple[int, int]]:
             break
     else:
         raise ValueError(f"cubin: has no section {wanted.decode()}")
-    found: dict[int, tuple[int, int]] = {}
+    parameters: dict[int, tuple[int, int]] = {}
     at = 0
     while at < len(data):
         form, attribute, size = struct.unpack_from("<BBH", data, at)
         if form == 4 and attribute == 0x17:
             _, ordinal, offset, flags = struct.unpack_from("<IHHI", data, at + 4)
-            found[ordinal] = (offset, flags >> 18)
+            parameters[ordinal] = (offset, flags >> 18)
         # A record of format 4 is followed by that many bytes; the others hold their value themselves.
         at += 4 + (size if form == 4 else 0)
-    return [found[ordinal] for ordinal in sorted(found)]
+    return [parameters[ordinal] for ordinal in sorted(parameters)]
 
 
 def _amd_layout(assembly: str) -> list[tuple[int, int]]:
     arguments = re.search(r"\.args:\n(.*?)\n    \.group_segment", assembly, re.S)
-    found = re.findall(r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)", arguments[1] if arguments else "")
-    return [(int(offset), int(size)) for offset, size in found]
+    pairs = re.findall(r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)", arguments[1] if arguments else "")
+    return [(int(offset), int(size)) for offset, size in pairs]
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
-    found = (re.search(rf"\.{name}:\s+(\d+)", assembly) for name in ("vgpr_count", "private_segment_fixed_size"))
-    registers, spilled = (int(match[1]) if match else 0 for match in found)
+    matches = (re.search(rf"\.{name}:\s+(\d+)", assembly) for name in ("vgpr_count", "private_segment_fixed_size"))
+    registers, spilled = (int(match[1]) if match else 0 for match in matches)
     return registers, spilled
 
 

@@ -44,7 +44,7 @@ _NOTHING: Refused = frozenset()
 _log = logging.getLogger("rpsft_kernels")
 _lock = threading.Lock()
 _logged: set[tuple[int, str]] = set()
-# By device: the kinds of images that its driver has refused, and its messages.
+# The kinds of images that each device's driver has refused, and its messages.
 _refused: dict[int, Refused] = {}
 _reasons: dict[int, list[str]] = {}
 
@@ -57,7 +57,7 @@ def mode() -> str:
     return value
 
 
-def installed() -> Library | None:
+def installed_library() -> Library | None:
     """The kernels of this installation, if there are any: see :func:`kernels_missing`."""
     return _open_installed()[0]
 
@@ -84,8 +84,8 @@ def unusable() -> str | None:
     return kernels_missing() or launcher_missing()
 
 
-def _usable() -> Library | None:
-    return installed() if unusable() is None else None
+def _usable_library() -> Library | None:
+    return installed_library() if unusable() is None else None
 
 
 def _index(device: torch.device) -> int:
@@ -93,7 +93,7 @@ def _index(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=64)
-def _facts(index: int) -> Device:
+def _device_facts(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     capability = properties.major * 10 + properties.minor
     # Without a driver nothing is launched, so the shared memory that every supported device has is good enough.
@@ -109,18 +109,18 @@ def _facts(index: int) -> Device:
     return Device(capability, shared, driver)
 
 
-def compiles() -> bool:
+def can_compile() -> bool:
     """Whether a variant that no kernel serves may and can be compiled for a GPU."""
     return mode() != "only" and toolchain.jit_missing() is None
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why no tile table of this installation's kernels serves a CUDA device."""
-    library = _usable()
+    library = _usable_library()
     if library is None:
         return unusable()
     index = _index(device)
-    facts, refused = _facts(index), _refused.get(index, _NOTHING)
+    facts, refused = _device_facts(index), _refused.get(index, _NOTHING)
     if _served_tables(library, facts, refused):
         return None
     reason = (
@@ -142,11 +142,11 @@ def served_table(device: torch.device, own: str, tuned: str | None) -> ServedTab
         own: the device's own tile table.
         tuned: the table that RPSFT_TILES changes, if any. The installed kernels do not have its tile shapes.
     """
-    library = _usable()
+    library = _usable_library()
     if library is None or tuned == own:
         return None
     index = _index(device)
-    return _served_table(library, _facts(index), _refused.get(index, _NOTHING), own, tuned)
+    return _served_table(library, _device_facts(index), _refused.get(index, _NOTHING), own, tuned)
 
 
 def table_for(device: torch.device, own: str, tuned: str | None = None) -> str:
@@ -176,15 +176,16 @@ def _find(library: Library, variant: Variant, facts: Device, refused: Refused) -
 
 
 @lru_cache(maxsize=4096)
-def _unmatched(library: Library, variant: Variant, facts: Device, refused: Refused) -> str | None:
-    return library.unmatched(variant, facts, refused)
+def _explain_no_match(library: Library, variant: Variant, facts: Device, refused: Refused) -> str | None:
+    return library.explain_no_match(variant, facts, refused)
 
 
 def bind(
     variant: Variant, programs: int, device: torch.device, arguments: Sequence[Tensor]
 ) -> Callable[[], None] | None:
-    """The function that starts ``programs`` > 0 programs of a variant on the stream of a GPU that is current now; None
-    if no kernel serves the launch and Triton is to compile it. The tensors must outlive the function.
+    """The function that starts ``programs`` > 0 programs of a variant on the stream of a GPU that is current now.
+
+    None if no kernel serves the launch and Triton is to compile it. The tensors must outlive the function.
 
     Raises (binding):
         NoKernel: no kernel serves the launch, and no kernel may or can be compiled.
@@ -195,14 +196,14 @@ def bind(
         RuntimeError: the driver could not start it.
     """
     index = _index(device)
-    library = _usable()
+    library = _usable_library()
     if library is None:
         _fall_back_to_jit(index, "none", variant, unusable())
         return None
-    facts, refused = _facts(index), _refused.get(index, _NOTHING)
+    facts, refused = _device_facts(index), _refused.get(index, _NOTHING)
     match = _find(library, variant, facts, refused)
     if match is None:
-        why = f"compute capability {dotted(facts.capability)}: {_unmatched(library, variant, facts, refused)}"
+        why = f"compute capability {dotted(facts.capability)}: {_explain_no_match(library, variant, facts, refused)}"
         _fall_back_to_jit(index, "no match", variant, "; ".join([why, *_reasons.get(index, [])]))
         return None
     values = []
@@ -216,14 +217,14 @@ def bind(
     # The scratch memory lives as long as the function that is returned.
     scratch, size, alignment = None, match.entry["scratch"]["size"], match.entry["scratch"]["alignment"]
     if size:
-        scratch = _scratch(size * programs + alignment, torch.device("cuda", index))
+        scratch = _descriptor_scratch(size * programs + alignment, torch.device("cuda", index))
     # Triton adds two parameters after the declared ones: scratch memory, and the profiler's memory.
     values += [0 if scratch is None else -(-scratch.data_ptr() // alignment) * alignment, 0]
     how = _describe(match, facts)
     try:
         start = kernel(library, match, variant.label()).launch
     except RuntimeError as error:
-        raise _with_origin(error, how) from error
+        raise _add_origin(error, how) from error
     stream, grid = torch.cuda.current_stream(device).cuda_stream, (programs, 1, 1)
     load_error = launcher().LoadError
     served = f"cuda:{index}: kernels compiled ahead of time, {how}"
@@ -235,7 +236,7 @@ def bind(
             _skip_image(index, match, facts, str(error))
             raise ImageRefused(str(error)) from error
         except RuntimeError as error:
-            raise _with_origin(error, how) from error
+            raise _add_origin(error, how) from error
         _log_once(index, match.compatibility.value, served)
         # The closure keeps the scratch memory, whose address is among the values.
         _ = scratch
@@ -243,12 +244,12 @@ def bind(
     return queue
 
 
-def _with_origin(error: RuntimeError, how: str) -> RuntimeError:
+def _add_origin(error: RuntimeError, how: str) -> RuntimeError:
     """The error with a note on where the code came from, and the way out."""
     return RuntimeError(f"{error} (compiled ahead of time, {how}; RPSFT_AOT=0 leaves kernels to Triton)")
 
 
-def _scratch(size: int, device: torch.device) -> Tensor:
+def _descriptor_scratch(size: int, device: torch.device) -> Tensor:
     # Programs put their descriptors here. Machine code writes a descriptor by atomic exchanges and discards the values
     # that they return. A sanitizer may report this as a read of memory that was never written; the values are not used.
     return torch.empty(size, dtype=torch.int8, device=device)

@@ -1,4 +1,4 @@
-"""How many processes compile kernels at a time, and the environment that they compile in."""
+"""The number of processes that compile kernels at a time, and the environment that they compile in."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def default_jobs() -> int:
 
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes that new processes may take, of the machine or of the container's limit; None if neither is known."""
-    found = []
+    limits = []
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+        limits += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     except OSError:
         pass
     group = root / "sys/fs/cgroup"
@@ -42,10 +42,10 @@ def available_memory(root: Path = Path("/")) -> int | None:
     for limit, used in (("memory.max", "memory.current"), old):
         try:
             # The limit reads "max" if there is none, and int() refuses that.
-            found.append(max(0, int((group / limit).read_text()) - int((group / used).read_text())))
+            limits.append(max(0, int((group / limit).read_text()) - int((group / used).read_text())))
         except (OSError, ValueError):
             continue
-    return min(found, default=None)
+    return min(limits, default=None)
 
 
 def changes_code(name: str) -> bool:

@@ -125,7 +125,8 @@ class Library:
 
     @classmethod
     def open(cls, folder: Path) -> Library:
-        """
+        """Read a folder's manifest.
+
         Raises:
             ValueError: there are no kernels, or they do not belong to this package; the message says which.
         """
@@ -174,10 +175,10 @@ class Library:
 
     @cached_property
     def _of_arch(self) -> dict[str, list[dict[str, Any]]]:
-        found: dict[str, list[dict[str, Any]]] = {}
+        entries: dict[str, list[dict[str, Any]]] = {}
         for entry in self.manifest["kernels"]:
-            found.setdefault(entry["arch"], []).append(entry)
-        return found
+            entries.setdefault(entry["arch"], []).append(entry)
+        return entries
 
     @cached_property
     def left_out(self) -> dict[str, dict[str, str]]:
@@ -189,15 +190,15 @@ class Library:
         for compatibility in Compatibility:
             for row in self.generations:
                 ptx = compatibility is Compatibility.PTX
-                found = (row.ptx_compatibility if ptx else row.cubin_compatibility)(device.capability)
-                if found is compatibility and (row.arch, compatibility) not in refused:
+                actual = (row.ptx_compatibility if ptx else row.cubin_compatibility)(device.capability)
+                if actual is compatibility and (row.arch, compatibility) not in refused:
                     yield row.arch, compatibility
 
     def find(self, variant: Variant, device: Device, refused: Refused = frozenset()) -> KernelMatch | None:
         """The kernel that serves a variant, if there is one: machine code for that device before PTX, newest first."""
         return self._look_up(variant, device, refused)[0]
 
-    def unmatched(self, variant: Variant, device: Device, refused: Refused = frozenset()) -> str | None:
+    def explain_no_match(self, variant: Variant, device: Device, refused: Refused = frozenset()) -> str | None:
         """Why :meth:`find` finds no kernel."""
         match, obstacles = self._look_up(variant, device, refused)
         if match is not None:
@@ -230,8 +231,8 @@ class Library:
     def obstacles(self, device: Device, refused: Refused = frozenset()) -> str | None:
         """The reasons against the tables that might run on a device and do not; None if there are none."""
         candidates = self._candidates(device, refused)
-        found = [f"{table.arch}: {obstacle}" for table, obstacle in candidates if obstacle is not None]
-        return "; ".join(dict.fromkeys(found)) or None
+        obstacles = [f"{table.arch}: {obstacle}" for table, obstacle in candidates if obstacle is not None]
+        return "; ".join(dict.fromkeys(obstacles)) or None
 
     def _candidates(self, device: Device, refused: Refused) -> Iterator[tuple[ServedTable, str | None]]:
         """Every tile table that might run on a device, and the reason against it."""
@@ -248,7 +249,7 @@ class Library:
 
 
 def _build_failure(folder: Path) -> str | None:
-    """What a build that could not fill the folder wrote into a file beside it."""
+    """The reason that a build which could not fill the folder wrote into a file beside it."""
     try:
         return folder.with_name(REASON).read_text(encoding="utf-8").strip()
     except OSError:

@@ -1,4 +1,7 @@
-"""What one kernel may use of the GPU that it is compiled for. Builds leave out what exceeds it; checks report it."""
+"""The resources that one kernel may use of the GPU that it is compiled for.
+
+Builds leave out kernels that exceed them; checks report them.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from typing import Any
 from .targets import BY_ARCH
 
 
-def exceeded(entry: Mapping[str, Any], reserved: int = 1 << 10) -> Iterator[str]:
-    """The limits of its GPU that a kernel's entry in a manifest exceeds, in words; none for a good kernel.
+def check_limits(entry: Mapping[str, Any], reserved: int = 1 << 10) -> Iterator[str]:
+    """Yield the limits of its GPU that a kernel's entry in a manifest exceeds, in words; none for a good kernel.
 
     Args:
         entry: ``arch``, ``registers``, ``spilled``, ``maximal_registers``, ``threads``, ``blocks_per_sm``, ``shared``.

@@ -31,12 +31,12 @@ def _import_launcher() -> tuple[Any | None, str | None]:
         native = importlib.import_module("rpsft_kernels._native")
     except ImportError as error:
         return None, f"this installation carries no native module to launch them ({error})"
-    found = getattr(native, "cuda", None)
-    if found is None:
+    cuda = getattr(native, "cuda", None)
+    if cuda is None:
         return None, "this installation's native module has no CUDA launcher"
-    if not hasattr(found, "LoadError"):
+    if not hasattr(cuda, "LoadError"):
         return None, "this installation's native module is older than the package; install it again"
-    return found, None
+    return cuda, None
 
 
 def kernel(library: Library, match: KernelMatch, label: str) -> Any:
@@ -47,9 +47,9 @@ def kernel(library: Library, match: KernelMatch, label: str) -> Any:
             launcher.
     """
     key = (library, match.entry["id"], match.compatibility)
-    found = _kernels.get(key)
-    if found is not None:
-        return found
+    loaded = _kernels.get(key)
+    if loaded is not None:
+        return loaded
     # The lock is held while the file is read: other threads wait, so that a device never loads the kernel twice.
     with _lock:
         if key not in _kernels:

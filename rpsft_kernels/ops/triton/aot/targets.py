@@ -186,7 +186,7 @@ _TEGRA = frozenset({*_OTHER_TEGRA, *(row.capability for row in GENERATIONS if ro
 
 
 class Target(NamedTuple):
-    """What to compile for. ``ptx``: keep the PTX beside the machine code."""
+    """A generation to compile for. ``ptx``: keep the PTX beside the machine code."""
 
     generation: Generation
     ptx: bool

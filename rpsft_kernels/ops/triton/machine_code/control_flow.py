@@ -9,21 +9,21 @@ import heapq
 import re
 from collections.abc import Iterable, Iterator
 
-from .sass import JUMPS, Instruction, Program, Unknown
+from .sass import JUMPS, Disassembly, Instruction, Unknown
 
 
-def edges(program: Program) -> dict[int, tuple[int, ...]]:
+def edges(code: Disassembly) -> dict[int, tuple[int, ...]]:
     """The instructions that can follow each reachable instruction, all by their numbers.
 
     Raises:
         Unknown: the code does not tell where control goes.
     """
-    return _Flow(program).edges()
+    return _Flow(code).edges()
 
 
 class Worklist:
-    """Numbers to visit, the smallest first, each once until it is added again. The order means that a later part of a
-    program is visited after the earlier parts are complete.
+    """Numbers to visit, the smallest first, each once until it is added again. The order means that a later part of the
+    code is visited after the earlier parts are complete.
     """
 
     def __init__(self, numbers: Iterable[int]) -> None:
@@ -49,33 +49,31 @@ class _Flow:
     label. So the state carries the regions that may have begun: one bit for each barrier and the BSSY that set it last.
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.begins = [each for each in program.instructions if each.name == "BSSY"]
-        set_here = {
-            each.operands[0] for each in program.instructions if each.name in ("BSSY", "BMOV") and each.operands
-        }
+    def __init__(self, code: Disassembly) -> None:
+        self.code = code
+        self.begins = [each for each in code.instructions if each.name == "BSSY"]
+        set_here = {each.operands[0] for each in code.instructions if each.name in ("BSSY", "BMOV") and each.operands}
         self.barriers = {name: i for i, name in enumerate(sorted(n for n in set_here if n.startswith("B")))}
-        self.returns = [each.number + 1 for each in program.instructions if each.name == "CALL"]
+        self.returns = [each.number + 1 for each in code.instructions if each.name == "CALL"]
 
     def edges(self) -> dict[int, tuple[int, ...]]:
-        states = dict.fromkeys(self.program.entries, 0)
-        found: dict[int, tuple[int, ...]] = {}
-        work = Worklist(self.program.entries)
+        states = dict.fromkeys(self.code.entries, 0)
+        following: dict[int, tuple[int, ...]] = {}
+        work = Worklist(self.code.entries)
         for number in work:
             state = states[number]
-            found[number] = tuple(dict.fromkeys(self._next(self.program.instructions[number], state)))
-            after = self._after(self.program.instructions[number], state)
-            for place in found[number]:
+            following[number] = tuple(dict.fromkeys(self._next(self.code.instructions[number], state)))
+            after = self._after(self.code.instructions[number], state)
+            for place in following[number]:
                 before = states.get(place)
                 if before is None or after & ~before:
                     states[place] = after | (before or 0)
                     work.add(place)
-        for number in found:
-            each = self.program.instructions[number]
+        for number in following:
+            each = self.code.instructions[number]
             if each.name == "BSYNC" and not states[number] & self._of_barrier(each.operands[0]):
                 raise Unknown(f"{each} goes where cannot be told: nothing sets its barrier before")
-        return found
+        return following
 
     def _of_barrier(self, name: str) -> int:
         if name not in self.barriers:
@@ -93,11 +91,11 @@ class _Flow:
         return state
 
     def _next(self, each: Instruction, state: int) -> Iterator[int]:
-        falls = True
+        falls_through = True
         if each.name in ("BRA", "JMP"):
             yield self._label(each)
             # An operand can be a condition too: BRA.U !UP0, BRA P1, BRA.DIV.
-            falls = each.guarded or len(each.operands) != 1 or "DIV" in each.modifiers
+            falls_through = each.guarded or len(each.operands) != 1 or "DIV" in each.modifiers
         elif each.name == "WARPSYNC" and each.target is not None:
             yield self._label(each)
         elif each.name == "BSYNC":
@@ -108,39 +106,39 @@ class _Flow:
         elif each.name == "CALL":
             yield self._label(each)
             self._check_return(each)
-            falls = each.guarded
+            falls_through = each.guarded
         elif each.name == "RET":
             yield from self.returns
-            falls = each.guarded
+            falls_through = each.guarded
         elif each.name in ("BRX", "BRXU") and each.targets:
             yield from (self._place(each, label) for label in each.targets)
-            falls = each.guarded
+            falls_through = each.guarded
         elif each.name in ("EXIT", "KILL"):
-            falls = each.guarded or bool(each.operands)
+            falls_through = each.guarded or bool(each.operands)
         elif each.name in JUMPS and each.name != "WARPSYNC":
             raise Unknown(f"{each} goes where cannot be told")
-        if falls:
+        if falls_through:
             behind = each.number + 1
-            if behind == len(self.program.instructions) or self._at(behind).function != each.function:
+            if behind == len(self.code.instructions) or self._at(behind).function != each.function:
                 raise Unknown(f"{each} is followed by the end of {each.function}")
             yield behind
 
     def _at(self, number: int) -> Instruction:
-        return self.program.instructions[number]
+        return self.code.instructions[number]
 
     def _label(self, each: Instruction) -> int:
         return self._place(each, each.target or "")
 
     def _place(self, each: Instruction, label: str) -> int:
-        place = self.program.labels.get(label)
-        if place is None or place == len(self.program.instructions):
+        place = self.code.labels.get(label)
+        if place is None or place == len(self.code.instructions):
             raise Unknown(f"{each} goes where cannot be told: no label of this code is its target")
         return place
 
     def _check_return(self, call: Instruction) -> None:
         """Check that some instruction puts the address after a call into a register, which is where a call returns."""
         behind = f"{call.address + 16:#x}"
-        names = [re.escape(name) for name, place in self.program.labels.items() if place == call.number + 1]
+        names = [re.escape(name) for name, place in self.code.labels.items() if place == call.number + 1]
         label = re.compile(rf"(?:{'|'.join(names)})(?![\w.$])") if names else None
         for each in self._of_function(call.function):
             if each.name in ("MOV", "IMAD") and (each.operands[-1] == behind or (label and label.search(each.rest))):
@@ -148,4 +146,4 @@ class _Flow:
         raise Unknown(f"{call} returns where cannot be told")
 
     def _of_function(self, name: str) -> Iterable[Instruction]:
-        return (each for each in self.program.instructions if each.function == name)
+        return (each for each in self.code.instructions if each.function == name)

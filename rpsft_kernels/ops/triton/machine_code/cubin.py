@@ -57,8 +57,8 @@ def read_cubin(path: Path) -> MachineCode:
     usage = _cuobjdump("-res-usage", path)
     entries = re.findall(r"^\s*Function (\S+):", usage, re.M)
     if arch is None or len(entries) != 1:
-        found = f"functions {', '.join(entries) or 'none'} for {arch[1] if arch else 'no architecture'}"
-        raise ValueError(f"path: {path.name} holds {found}, expected a cubin of one kernel")
+        content = f"functions {', '.join(entries) or 'none'} for {arch[1] if arch else 'no architecture'}"
+        raise ValueError(f"path: {path.name} holds {content}, expected a cubin of one kernel")
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     text = _cuobjdump("-elf", path)
     records = re.findall(r"Ordinal\s*:\s*0x(\w+)\s+Offset\s*:\s*0x(\w+)\s+Size\s*:\s*0x(\w+)", text)
@@ -97,16 +97,16 @@ def disassembler() -> Path:
         if not os.access(named, os.X_OK):
             raise ValueError(f"environment variable TRITON_NVDISASM_PATH: {named!r} is no program")
         return Path(named)
-    found = None
+    program = None
     if importlib.util.find_spec("triton") is not None:
-        found = shutil.which("nvdisasm", path=str(nvidia_tools()))
-    found = found or shutil.which("nvdisasm")
-    if found is None:
+        program = shutil.which("nvdisasm", path=str(nvidia_tools()))
+    program = program or shutil.which("nvdisasm")
+    if program is None:
         raise ValueError(
             "nvdisasm, which reads machine code, is not found: the package triton brings it (pip install triton), as "
             "does CUDA; TRITON_NVDISASM_PATH names one"
         )
-    return Path(found)
+    return Path(program)
 
 
 def disassemble(path: Path, indirect: bool = False) -> str:
@@ -128,8 +128,8 @@ def disassemble(path: Path, indirect: bool = False) -> str:
         raise ValueError(f"{command[0]} cannot be run: {error.strerror}") from error
     # Output without an instruction means that none was read; it must not pass for code without faults.
     if run.returncode != 0 or "/*0000*/" not in run.stdout:
-        said = (run.stderr or run.stdout).strip()[-200:] or f"{command[0]} prints nothing"
-        raise ValueError(f"path: nvdisasm cannot read {path.name}: {said}")
+        reason = (run.stderr or run.stdout).strip()[-200:] or f"{command[0]} prints nothing"
+        raise ValueError(f"path: nvdisasm cannot read {path.name}: {reason}")
     return run.stdout
 
 

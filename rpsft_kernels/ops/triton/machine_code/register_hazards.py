@@ -22,7 +22,7 @@ from pathlib import Path
 
 from .control_flow import Worklist, edges
 from .cubin import disassemble
-from .sass import PRODUCTS, Instruction, Program, Unknown, parse, register
+from .sass import PRODUCTS, Disassembly, Instruction, Unknown, parse, register_number
 
 # Increase this with every change of the rules: code that an older version passed is then scanned again.
 RULES = 1
@@ -74,13 +74,14 @@ class _Product:
 
     @classmethod
     def of(cls, each: Instruction) -> _Product:
-        """
+        """Read a product's operands.
+
         Raises:
             Unknown: the operands are not as expected.
         """
-        size = next((found for m in each.modifiers if (found := re.fullmatch(r"64x(\d+)x\d+", m))), None)
+        size = next((match for m in each.modifiers if (match := re.fullmatch(r"64x(\d+)x\d+", m))), None)
         descriptors = [i for i, operand in enumerate(each.operands) if operand.startswith("gdesc[")]
-        first = register(each.operands[0]) if each.operands else None
+        first = register_number(each.operands[0]) if each.operands else None
         barriers = [operand for operand in each.operands if "gsb" in operand]
         if size is None or not descriptors or first is None or barriers not in ([], ["gsb0"]):
             raise Unknown(f"{each} is a product of a form that is not known here")
@@ -90,11 +91,11 @@ class _Product:
         accumulators = frozenset(range(first, first + count))
         read = set[int]()
         for operand in each.operands[1 : descriptors[0]]:
-            read |= _span(register(operand), _OPERAND_REGISTERS)
+            read |= _register_range(register_number(operand), _OPERAND_REGISTERS)
         for position, operand in enumerate(each.operands[descriptors[-1] + 1 :]):
             # The sum to add to, which is usually the accumulators; after it the positions of a sparse product.
-            if position or register(operand) != first:
-                read |= _span(register(operand), 1 if position else count)
+            if position or register_number(operand) != first:
+                read |= _register_range(register_number(operand), 1 if position else count)
         shape = f"{each.name}.{size[0]}.{'.'.join(types[:1])}"
         return cls(each, shape, accumulators, frozenset(read), bool(barriers))
 
@@ -103,20 +104,20 @@ class _Product:
         return self.accumulators == other.accumulators and self.shape == other.shape
 
 
-def _span(first: int | None, count: int) -> set[int]:
+def _register_range(first: int | None, count: int) -> set[int]:
     return set() if first is None else set(range(first, first + count))
 
 
 class _Analysis:
     """Represents pending products as a bit set: one bit for each product and each number of groups that ended since it
-    began, up to the number that all waits of the program cover.
+    began, up to the number that all waits of the code cover.
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, code: Disassembly) -> None:
+        self.code = code
         self.products: dict[int, _Product] = {}
         self.waits: dict[int, int] = {}
-        for each in program.instructions:
+        for each in code.instructions:
             if each.name in PRODUCTS:
                 self.products[each.number] = _Product.of(each)
             elif each.name == "WARPGROUP" and "DEPBAR" in each.modifiers:
@@ -127,28 +128,29 @@ class _Analysis:
 
     def _of_ages(self, first: int, last: int) -> int:
         """The bits of all products for these numbers of groups."""
-        one = sum(1 << age for age in range(first, last))
-        return sum(one << (i * self.ages) for i in range(len(self.products)))
+        bits = sum(1 << age for age in range(first, last))
+        return sum(bits << (i * self.ages) for i in range(len(self.products)))
 
     def _bits(self, number: int) -> int:
         return ((1 << self.ages) - 1) << (self.index[number] * self.ages)
 
     @cached_property
     def _no_write(self) -> dict[int, int]:
-        """By register, the products during which it must not be written."""
-        found: dict[int, int] = {}
+        """The products during which a register must not be written, by register."""
+        forbidden: dict[int, int] = {}
         for number, product in self.products.items():
             for each in product.read | product.accumulators:
-                found[each] = found.get(each, 0) | self._bits(number)
-        return found
+                forbidden[each] = forbidden.get(each, 0) | self._bits(number)
+        return forbidden
 
     @cached_property
     def _no_read(self) -> dict[int, int]:
-        found: dict[int, int] = {}
+        """The products during which a register must not be read, by register."""
+        forbidden: dict[int, int] = {}
         for number, product in self.products.items():
             for each in product.accumulators:
-                found[each] = found.get(each, 0) | self._bits(number)
-        return found
+                forbidden[each] = forbidden.get(each, 0) | self._bits(number)
+        return forbidden
 
     def _after(self, number: int, state: int) -> int:
         """The products that may be pending after an instruction."""
@@ -161,7 +163,7 @@ class _Analysis:
                 remaining = (remaining & ~self.oldest) << 1 | (remaining & self.oldest)
         else:
             return state
-        return remaining | state if self.program.instructions[number].guarded else remaining
+        return remaining | state if self.code.instructions[number].guarded else remaining
 
     @cached_property
     def _kept(self) -> dict[int, int]:
@@ -169,9 +171,9 @@ class _Analysis:
 
     def _states(self) -> dict[int, int]:
         """The products that may be pending before each reachable instruction."""
-        following = edges(self.program)
-        states = dict.fromkeys(self.program.entries, 0)
-        work = Worklist(self.program.entries)
+        following = edges(self.code)
+        states = dict.fromkeys(self.code.entries, 0)
+        work = Worklist(self.code.entries)
         for number in work:
             after = self._after(number, states[number])
             for place in following[number]:
@@ -183,27 +185,27 @@ class _Analysis:
 
     def findings(self) -> Iterator[str]:
         states = self._states()
-        for each in self.program.instructions:
+        for each in self.code.instructions:
             state, product = states.get(each.number), self.products.get(each.number)
             if state is None:
                 if product is not None:
                     yield f"{each.function}: {each} is reached on no way that is known here"
             elif product is not None:
-                yield from self._of_product(product, state)
+                yield from self._check_product(product, state)
             else:
-                yield from self._of_other(each, state)
+                yield from self._check_other(each, state)
 
-    def _of_other(self, each: Instruction, state: int) -> Iterator[str]:
+    def _check_other(self, each: Instruction, state: int) -> Iterator[str]:
         try:
             each.check_known()
         except Unknown as error:
             yield f"{each.function}: {error}"
             return
         if state:
-            yield from self._touched(each, "writes", each.writes, self._no_write, state)
-            yield from self._touched(each, "reads", each.reads, self._no_read, state)
+            yield from self._check_registers(each, "writes", each.writes, self._no_write, state)
+            yield from self._check_registers(each, "reads", each.reads, self._no_read, state)
 
-    def _of_product(self, product: _Product, state: int) -> Iterator[str]:
+    def _check_product(self, product: _Product, state: int) -> Iterator[str]:
         each = product.instruction
         if both := sorted(product.read & product.accumulators):
             yield f"{each.function}: {each} reads {_ranges(both)} while it accumulates there"
@@ -211,17 +213,17 @@ class _Analysis:
         for number, other in self.products.items():
             if product.continues(other):
                 others &= ~self._bits(number)
-        yield from self._touched(each, "writes", product.accumulators, self._no_write, others)
-        yield from self._touched(each, "reads", product.read, self._no_read, state)
+        yield from self._check_registers(each, "writes", product.accumulators, self._no_write, others)
+        yield from self._check_registers(each, "reads", product.read, self._no_read, state)
 
-    def _touched(
+    def _check_registers(
         self, each: Instruction, how: str, registers: Iterable[int], forbidden: dict[int, int], state: int
     ) -> Iterator[str]:
-        found = [(r, bits) for r in sorted(registers) if (bits := forbidden.get(r, 0) & state)]
-        if not found:
+        touched = [(r, bits) for r in sorted(registers) if (bits := forbidden.get(r, 0) & state)]
+        if not touched:
             return
         pending = 0
-        for _, bits in found:
+        for _, bits in touched:
             pending |= bits
         numbers = [n for n in self.products if pending & self._bits(n)]
         first = self.products[numbers[0]].instruction
@@ -230,17 +232,17 @@ class _Analysis:
         bound = f"{age - 1:#x} or less" if age > 1 else "0x0"
         wait = f"WARPGROUP.DEPBAR.LE gsb0, {bound}, lies between" if age else "wait covers a group that has not ended"
         yield (
-            f"{each.function}: {each} {how} {_ranges([r for r, _ in found])} while {first}{more} may still use them: "
+            f"{each.function}: {each} {how} {_ranges([r for r, _ in touched])} while {first}{more} may still use them: "
             f"no {wait}"
         )
 
 
 def _left_pending(each: Instruction) -> int:
     """The number of groups that a wait leaves running."""
-    found = re.fullmatch(r"gsb0, (0x[0-9a-f]+|\d+)", each.rest)
-    if each.modifiers != ("DEPBAR", "LE") or found is None:
+    match = re.fullmatch(r"gsb0, (0x[0-9a-f]+|\d+)", each.rest)
+    if each.modifiers != ("DEPBAR", "LE") or match is None:
         raise Unknown(f"{each} is a wait of a form that is not known here")
-    return int(found[1], 0)
+    return int(match[1], 0)
 
 
 @lru_cache(maxsize=256)

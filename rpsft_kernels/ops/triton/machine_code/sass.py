@@ -63,7 +63,7 @@ _DOUBLES = ("DADD", "DFMA", "DMUL", "DMNMX", "DSETP")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of the text. ``number``: its place in the program; ``function``: its section."""
+    """One line of the text. ``number``: its place in the disassembly; ``function``: its section."""
 
     number: int
     function: str
@@ -93,13 +93,13 @@ class Instruction:
 
     @cached_property
     def operands(self) -> tuple[str, ...]:
-        return tuple(part.strip() for part in self.rest.split(",")) if self.rest else ()
+        return tuple(operand.strip() for operand in self.rest.split(",")) if self.rest else ()
 
     @property
     def target(self) -> str | None:
         """The label that it names."""
-        found = _TARGET.search(self.rest)
-        return found[1] if found else None
+        match = _TARGET.search(self.rest)
+        return match[1] if match else None
 
     def check_known(self) -> None:
         if self.name not in _KNOWN:
@@ -114,22 +114,22 @@ class Instruction:
         """
         self.check_known()
         place = self._destination()
-        first = None if place is None else register(self.operands[place])
+        first = None if place is None else register_number(self.operands[place])
         return frozenset() if first is None else frozenset(range(first, first + self._width_written()))
 
     @cached_property
     def reads(self) -> frozenset[int]:
         """General registers that it reads, or may read if its text does not tell how wide an operand is."""
         self.check_known()
-        place, found = self._destination(), set[int]()
+        place, registers = self._destination(), set[int]()
         for index, operand in enumerate(self.operands):
             if index == place:
                 continue
             for match in _REGISTER.finditer(operand):
                 first = int(match[1])
                 width = 2 if operand.startswith(".64", match.end()) else self._width_read(operand, index)
-                found.update(range(first, first + width))
-        return frozenset(found)
+                registers.update(range(first, first + width))
+        return frozenset(registers)
 
     def _destination(self) -> int | None:
         """The place of the operand that is the general register written."""
@@ -145,7 +145,7 @@ class Instruction:
     def _width_written(self) -> int:
         name, modifiers = self.name, self.modifiers
         if name == "LDSM":
-            return _matrices(modifiers)
+            return _matrix_count(modifiers)
         if name in _MATRICES:
             return 4
         if name in _ATOMICS:
@@ -171,7 +171,7 @@ class Instruction:
         if "[" in operand:
             return 2 if "E" in modifiers else 1
         if name == "STSM":
-            return _matrices(modifiers)
+            return _matrix_count(modifiers)
         if name in _MATRICES:
             return 4
         if name in _ATOMICS:
@@ -191,14 +191,14 @@ class Instruction:
         return 4 if self.name == "LDGMC" or any(map(_WIDE_ATOMIC.fullmatch, self.modifiers)) else 1
 
 
-def register(operand: str) -> int | None:
+def register_number(operand: str) -> int | None:
     """The number of an operand that is a single register; None for RZ and for anything else."""
-    found = _BARE.match(operand)
-    return int(found[1]) if found and found[1] else None
+    match = _BARE.match(operand)
+    return int(match[1]) if match and match[1] else None
 
 
-def _matrices(modifiers: Sequence[str]) -> int:
-    """How many 8 x 8 matrices are moved, with one register each."""
+def _matrix_count(modifiers: Sequence[str]) -> int:
+    """The number of 8 x 8 matrices that are moved, with one register each."""
     return 4 if "4" in modifiers else 2 if "2" in modifiers else 1
 
 
@@ -207,46 +207,52 @@ def _plain_width(modifiers: Sequence[str]) -> int:
 
 
 @dataclass
-class Program:
-    """Instructions of all sections, in order; the number of the instruction after each label; where sections begin."""
+class Disassembly:
+    """The instructions of all sections, in order.
+
+    Attributes:
+        labels: the number of the instruction after each label.
+        entries: the numbers of the instructions that sections begin with.
+    """
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     entries: list[int] = field(default_factory=list)
 
 
-def parse(text: str) -> Program:
-    """
+def parse(text: str) -> Disassembly:
+    """Parse the output of ``nvdisasm -c``.
+
     Raises:
         Unknown: a line is no instruction, label, directive or comment.
     """
-    program, function = Program(), ""
+    code, function = Disassembly(), ""
     for line in text.splitlines():
-        found = _LINE.match(line)
-        if found:
-            number, address = len(program.instructions), int(found[1], 16)
-            if not number or program.instructions[-1].function != function:
-                program.entries.append(number)
-            elif address != program.instructions[-1].address + 16:
-                raise Unknown(f"{line.strip()} does not follow on {program.instructions[-1]}")
-            rest, _, remark = found[4].partition("(*")
+        match = _LINE.match(line)
+        if match:
+            number, address = len(code.instructions), int(match[1], 16)
+            if not number or code.instructions[-1].function != function:
+                code.entries.append(number)
+            elif address != code.instructions[-1].address + 16:
+                raise Unknown(f"{line.strip()} does not follow on {code.instructions[-1]}")
+            rest, _, remark = match[4].partition("(*")
             targets = _TARGETS.match(remark)
             instruction = Instruction(
                 number=number,
                 function=function,
                 address=address,
-                guard=found[2] or "",
-                opcode=found[3],
+                guard=match[2] or "",
+                opcode=match[3],
                 rest=rest.rstrip(),
                 targets=tuple(targets[1].split(",")) if targets else (),
             )
-            program.instructions.append(instruction)
+            code.instructions.append(instruction)
             continue
         label = _LABEL.match(line)
         if label:
             if label[1].startswith(".text."):
                 function = label[1].removeprefix(".text.")
-            program.labels[label[1]] = len(program.instructions)
+            code.labels[label[1]] = len(code.instructions)
         elif line.strip() and not line.strip().startswith((".", "//")):
             raise Unknown(f"{line.strip()!r} is no line that is known here")
-    return program
+    return code
