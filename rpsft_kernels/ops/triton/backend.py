@@ -1,4 +1,4 @@
-"""The ``triton`` backend: what it can serve, and its two operations by way of the grouped kernels."""
+"""The ``triton`` backend: the devices and dtypes that it serves, and the two operations on the grouped kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .aot import dispatch as aot
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    # The interpreter needs the package alone, a GPU without kernels a C compiler too.
+    # The interpreter needs the package triton alone; to start kernels on a GPU, Triton also needs a C compiler.
     missing = toolchain.jit_missing() if device.type == "cuda" else toolchain.triton_missing()
     if missing:
         if device.type != "cuda":

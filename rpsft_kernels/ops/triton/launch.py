@@ -55,7 +55,7 @@ class Launch:
         self._start = self._find() if programs else None
 
     def __call__(self) -> None:
-        """Queue it.
+        """Queue the launch.
 
         Raises:
             RuntimeError: the driver could not start it.

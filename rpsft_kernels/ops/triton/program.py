@@ -21,7 +21,7 @@ from .scratch import Scratch, scratch_of
 from .table import Rows, Table
 from .upload import is_capturing, reserve_for_captures
 
-# More operations than a step can need mean that what is asked for keeps changing: they are dropped then.
+# More operations than a step can need mean that the requests keep changing; all operations are dropped then.
 _MOST_OPERATIONS = 4096
 # Runs kept for each stream; concurrent calls have one each.
 _MOST_RUNS = 2
@@ -42,11 +42,11 @@ class TritonProgram:
         device = self._device
         circumstances = _circumstances(device)
         if is_capturing(device):
-            # The graph's own run: nothing that the program keeps may be written at a replay.
+            # The graph has a run of its own: nothing that the program keeps may be written at a replay.
             return TritonRun(device, self._counts, Scratch(device), circumstances, None)
         stream = _stream(device)
         try:
-            # Another thread may take the last one at the same time.
+            # Another thread may take the last run at the same time.
             run = self._free[stream].pop()
         except (KeyError, IndexError):
             run = None
@@ -60,7 +60,7 @@ class TritonProgram:
         if run.stream is None:
             return
         if self._device.type == "cuda":
-            # Without memory for captures this call has done its work; a capture will say what it lacks.
+            # This call has done its work even if there is no memory for captures; a capture reports that itself.
             with suppress(RuntimeError):
                 reserve_for_captures()
         if run.stream not in self._free and len(self._free) >= _MOST_STREAMS:
@@ -132,8 +132,9 @@ class TritonRun:
         return operation
 
     def stage_projection(self, batch: int, operands: Operands, keep: bool) -> None:
-        """Prepare the drifts and squares of a batch. ``keep``: in memory of their own; else they are gone when the next
-        batch is projected.
+        """Prepare the drifts and squares of a batch.
+
+        ``keep``: the drifts get memory of their own; else they are lost when the next batch is projected.
         """
         kind = FullProjection if operands.full else Projection
         operation = self._operation(
@@ -222,7 +223,7 @@ class TritonRun:
         return self._scales
 
     def send(self) -> None:
-        """Send what has changed of the table.
+        """Send the rows of the table that have changed.
 
         Raises:
             NoKernel, ValueError: a kernel of a staged operation is missing, or must not run here. Nothing has been
@@ -238,7 +239,7 @@ class TritonRun:
                 table.send()
 
     def turn(self) -> AbstractContextManager[Any]:
-        """Held while a batch is projected and pulled back, where its drifts are not kept."""
+        """The lock to hold while a batch is projected and pulled back, where its drifts are not kept."""
         return self._scratch.lock
 
     def project(self, batch: int) -> list[Tensor]:
@@ -251,7 +252,7 @@ class TritonRun:
         return self.squares[self._offsets[batch] : self._offsets[batch + 1]]
 
     def pull_back_(self, operation: AnyOperation, scales: Sequence[float] | Tensor = ()) -> None:
-        """Queue what :meth:`stage_pull_back` gave; ``scales`` again where they lie on the device."""
+        """Queue an operation of :meth:`stage_pull_back`; ``scales`` again where they lie on the device."""
         with self._scratch.lock:
             if isinstance(scales, Tensor):
                 self._device_scales()[: len(scales)].copy_(scales)
@@ -266,5 +267,5 @@ class TritonRun:
 
 
 def new_drifts(ranks: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Memory for C (k, k) of each rank, in float32. An allocation each: what an operator returns may not share any."""
+    """Memory for C (k, k) of each rank, in float32, an allocation each: an operator's results may not share any."""
     return [torch.empty((rank, rank), dtype=torch.float32, device=device) for rank in ranks]

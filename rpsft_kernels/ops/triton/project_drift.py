@@ -78,7 +78,9 @@ def plan_forward(
 
     def drift_of(even: bool) -> Variant:
         access = access_of(profile, key.aligned, even)
-        return drift_variant(arch, precision, rank, key.transposed, access, drift_aligned, has_block)
+        return drift_variant(
+            arch, precision, rank, key.transposed, access, drift_aligned=drift_aligned, has_block=has_block
+        )
 
     pm, pn, pk = project_of(False).blocks
     dm, dn, dk = drift_of(False).blocks
@@ -190,7 +192,7 @@ class Projection(ProjectionOperation[ProjectKey, ForwardPlan]):
             self._place_anchors(operands)
         self.set_column("WEIGHT", addresses)
         if (drifts is None) != (self._drifts is None):
-            # Bound anew, with room for the drifts in the scratch memory or without.
+            # The operation is bound anew, with or without room for the drifts in the scratch memory.
             self._generation = -1
         self._drifts = drifts
         self.sizes = self._sizes._replace(drifts=self._sizes.drifts if drifts is None else 0)
@@ -221,7 +223,7 @@ class Projection(ProjectionOperation[ProjectKey, ForwardPlan]):
         offsets, size = [], 0
         for left in operands.lefts:
             offsets.append(4 * size)
-            # Each at a multiple of 16 bytes, as fresh tensors are.
+            # Each C begins at a multiple of 16 bytes, as fresh tensors do.
             size += round_up(left.shape[1] ** 2, 4)
         self._drift_offsets = offsets
         self._sizes = Sizes(

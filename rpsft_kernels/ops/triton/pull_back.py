@@ -51,7 +51,7 @@ def plan_backward(
 
     def pull_of(even: bool) -> Variant:
         access = access_of(profile, key.aligned, even)
-        return pull_variant(arch, basis, rank, key.transposed, access, drift_aligned)
+        return pull_variant(arch, basis, rank, key.transposed, access, drift_aligned=drift_aligned)
 
     def gradient_of(even: bool) -> Variant:
         aligned = key.aligned and key.grad_aligned

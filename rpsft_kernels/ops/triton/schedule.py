@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# Tile rows that are walked together, so that what concurrent programs read stays in the second-level cache.
+# Tile rows that are walked together, so that the tiles that concurrent programs read stay in the second-level cache.
 _BAND = 8
 
 

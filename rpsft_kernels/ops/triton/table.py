@@ -18,8 +18,10 @@ SCALE = "SPLITS"
 
 
 class Table:
-    """Rows for the launches of one stream. What is written is on the device after :meth:`send`: one copy for all rows
-    between the first and the last that changed, in the stream's order.
+    """Rows for the launches of one stream.
+
+    :meth:`send` brings them to the device: one copy for all rows between the first and the last that changed, in the
+    stream's order.
     """
 
     def __init__(self, device: torch.device, rows: int) -> None:
@@ -33,7 +35,7 @@ class Table:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows in use, were those of each operation sent by themselves."""
+        """Bytes of the rows in use, if the rows of each operation were sent separately."""
         return self._used * _ROW_BYTES + self._takes * ALIGNMENT
 
     def has_room(self, count: int) -> bool:

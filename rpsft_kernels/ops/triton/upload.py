@@ -45,7 +45,7 @@ class _Upload(NamedTuple):
             stream = torch.cuda.current_stream(device)
             if stream != self.stream:
                 stream.wait_event(self.event)
-                # Else the memory might be given away, once it leaves the cache, while this stream still reads.
+                # Otherwise the memory might be reused, once it leaves the cache, while this stream still reads it.
                 self.memory.record_stream(stream)
         return self.tensors
 
@@ -62,7 +62,7 @@ class _CaptureReserve:
         self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def ensure(self, size: int) -> None:
-        """Allocate memory unless ``size`` bytes are free. Not to be called while a graph is captured."""
+        """Allocate memory unless ``size`` bytes are free. This must not be called while a graph is captured."""
         # Operators that are called by themselves leave no table to be counted: half the smallest reserve is for them.
         if self._free.numel() < max(size, _SMALLEST_RESERVE // 2):
             # Graphs that read memory taken before keep it alive.
@@ -208,7 +208,7 @@ def copy_rows(source: npt.NDArray[Any], target: Tensor) -> None:
 def reserve_for_captures() -> None:
     """Set aside pinned memory for the tables that a capture of the steps so far would send.
 
-    Not to be called while a graph is captured.
+    This must not be called while a graph is captured.
     """
     with _lock:
         # A captured backward pass has tables of its own, for operations that the forward pass has sent too.
@@ -226,6 +226,6 @@ _tables: weakref.WeakSet[SentTable] = weakref.WeakSet()
 
 
 def register_table(table: SentTable) -> None:
-    """Count ``table`` among what captures send, as long as it lives."""
+    """Count ``table`` among the tables that captures send, as long as it lives."""
     with _lock:
         _tables.add(table)

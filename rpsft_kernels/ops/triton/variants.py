@@ -118,7 +118,10 @@ class Precision:
 
 @dataclass(frozen=True)
 class Access:
-    """How a launch may read: see ``tile.read_tile``. ``even`` holds only for the kernel that it was computed for."""
+    """The ways in which a launch may read its operands: see ``tile.read_tile``.
+
+    ``even`` holds only for the kernel that it was computed for.
+    """
 
     aligned: bool
     descriptor: bool
@@ -324,7 +327,9 @@ def _forward_variants(architecture: str, rank: int, basis: TypeName, access: Acc
         # made, where several tiles or ranks add up parts of C before B is subtracted, and for ``project``.
         for flipped, has_block in product(_BOTH, _BOTH if base is None else (False,)):
             project = project_variant(architecture, precision, rank, flipped, access)
-            drift = drift_variant(architecture, precision, rank, flipped, access, access.aligned, has_block)
+            drift = drift_variant(
+                architecture, precision, rank, flipped, access, drift_aligned=access.aligned, has_block=has_block
+            )
             # A kernel for strided weights does not know their strides, so it has one orientation only.
             if (access.aligned or not flipped) and _divides(access, rank, project.blocks[1], drift.blocks[1]):
                 yield project
@@ -335,14 +340,16 @@ def _forward_variants(architecture: str, rank: int, basis: TypeName, access: Acc
 
 def _backward_variants(architecture: str, rank: int, basis: TypeName, access: Access) -> Iterator[Variant]:
     gradients = [
-        gradient_variant(architecture, basis, grad, rank, flipped, each, each.aligned, accumulate)
+        gradient_variant(
+            architecture, basis, grad, rank, flipped, each, grad_aligned=each.aligned, accumulate=accumulate
+        )
         # P is padded to whole tiles of both phases, and gradients may be strided where U and V are aligned.
         for each in dict.fromkeys((access, Access(aligned=False, descriptor=False, even=False)))
         for grad, accumulate, flipped in product(_GRAD_TYPES, _BOTH, _BOTH)
     ]
     depth = min(gradient.blocks[2] for gradient in gradients)
     for flipped in _BOTH:
-        pull = pull_variant(architecture, basis, rank, flipped, access, access.aligned)
+        pull = pull_variant(architecture, basis, rank, flipped, access, drift_aligned=access.aligned)
         if _divides(access, rank, *pull.blocks[1:], depth):
             yield pull
     for gradient in gradients:

@@ -1,4 +1,4 @@
-"""Compiles one kernel ahead of time, and reads from its machine code what a launch needs to know.
+"""Compiles one kernel ahead of time, and reads the facts that a launch needs from its machine code.
 
 This runs in the build's own processes, which have Triton; torch need not be installed.
 """

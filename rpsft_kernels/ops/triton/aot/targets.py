@@ -151,11 +151,21 @@ GENERATIONS = (
         90, table=90, block_kib=227, sm_threads=2048, arch_suffix="a", descriptors=True, asynchronous_products=True
     ),
     _nvidia(
-        100, table=100, block_kib=227, sm_threads=2048, arch_suffix="a", descriptors=True,
+        100,
+        table=100,
+        block_kib=227,
+        sm_threads=2048,
+        arch_suffix="a",
+        descriptors=True,
         computed_operand_in_shared=True,
     ),
     _nvidia(
-        103, table=100, block_kib=227, sm_threads=2048, arch_suffix="a", descriptors=True,
+        103,
+        table=100,
+        block_kib=227,
+        sm_threads=2048,
+        arch_suffix="a",
+        descriptors=True,
         computed_operand_in_shared=True,
     ),
     _nvidia(120, table=120, block_kib=99, sm_threads=1536, arch_suffix="a", descriptors=True),
@@ -173,7 +183,7 @@ GENERATIONS = (
         warp_size=64,
         elf_machine=0x4C,
     ),
-)  # fmt: skip
+)
 BY_ARCHITECTURE = {row.architecture: row for row in GENERATIONS}
 BY_ARCH = {row.arch: row for row in GENERATIONS}
 BY_CAPABILITY = {row.capability: row for row in GENERATIONS if row.is_nvidia}

@@ -1,4 +1,4 @@
-"""The jitted kernels by name, and a variant's constants as they want them: what planning does without."""
+"""The jitted kernels by name, and a variant's constants as the kernels take them; planning needs neither."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels share: reading a tile, and products of operands that are split into bfloat16 parts."""
+"""Functions that the kernels share: reading a tile, and products of operands that are split into bfloat16 parts."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ def edges(code: Disassembly) -> dict[int, tuple[int, ...]]:
 
 
 class Worklist:
-    """Numbers to visit, the smallest first, each once until it is added again. The order means that a later part of the
-    code is visited after the earlier parts are complete.
+    """Numbers to visit, the smallest first, each once until it is added again. The order means that later
+    instructions are visited after the earlier ones are complete.
     """
 
     def __init__(self, numbers: Iterable[int]) -> None:

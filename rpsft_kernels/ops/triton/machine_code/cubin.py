@@ -1,4 +1,4 @@
-"""Reads what a file of machine code says about itself, with the tools that come with Triton."""
+"""Reads the facts that a file of machine code holds about itself, with the tools that come with Triton."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Instruction:
 
     @property
     def guarded(self) -> bool:
-        """Whether it may be skipped."""
+        """Whether the instruction may be skipped."""
         return self.guard not in _ALWAYS
 
     @cached_property
@@ -97,7 +97,7 @@ class Instruction:
 
     @property
     def target(self) -> str | None:
-        """The label that it names."""
+        """The label that the instruction names."""
         match = _TARGET.search(self.rest)
         return match[1] if match else None
 
@@ -107,7 +107,7 @@ class Instruction:
 
     @cached_property
     def writes(self) -> frozenset[int]:
-        """General registers that it writes if it is executed; not for products.
+        """General registers that the instruction writes if it is executed; not for products.
 
         Raises:
             Unknown: the instruction is not in the tables.
@@ -119,7 +119,7 @@ class Instruction:
 
     @cached_property
     def reads(self) -> frozenset[int]:
-        """General registers that it reads, or may read if its text does not tell how wide an operand is."""
+        """General registers that the instruction reads, or may read if its text does not tell an operand's width."""
         self.check_known()
         place, registers = self._destination(), set[int]()
         for index, operand in enumerate(self.operands):
