@@ -1,3 +1,5 @@
+"""Buckets: their limits, their order, and the weights that share one."""
+
 from __future__ import annotations
 
 import itertools
@@ -10,13 +12,10 @@ from rpsft_kernels.ops import BucketLimits, WeightSpec, plan_buckets
 WIDE = BucketLimits(weights=1000, elements=1 << 60, workspace_bytes=1 << 60)
 
 
-def _random_specs(seed: int) -> list[WeightSpec]:
-    chosen = random.Random(seed)
+def random_specs(seed: int) -> list[WeightSpec]:
+    choice = random.Random(seed).choice
     return [
-        WeightSpec(
-            chosen.choice((1, 8, 30, 64)), chosen.choice((1, 8, 30, 64)), chosen.choice((0, 1, 8)), chosen.choice("ab")
-        )
-        for _ in range(60)
+        WeightSpec(choice((1, 8, 30, 64)), choice((1, 8, 30, 64)), choice((0, 1, 8)), choice("ab")) for _ in range(60)
     ]
 
 
@@ -56,12 +55,12 @@ def test_a_weight_beyond_the_limits_goes_alone() -> None:
 
 def test_the_workspace_lies_along_the_shorter_side() -> None:
     assert WeightSpec(16, 3200, 4).workspace_bytes == WeightSpec(3200, 16, 4).workspace_bytes == 2 * 16 * 4
-    # A full anchor has none: only its elements count.
+    # A full anchor has no workspace: only its elements count.
     assert WeightSpec(1600, 3200, 0).workspace_bytes == 0
     assert plan_buckets([WeightSpec(1600, 3200, 0)] * 3, BucketLimits(workspace_bytes=1)) == [[0, 1, 2]]
 
 
-def test_orientation_form_and_key_part_buckets() -> None:
+def test_orientation_form_and_key_separate_buckets() -> None:
     wide, tall, square = WeightSpec(16, 32, 4, "a"), WeightSpec(32, 16, 4, "a"), WeightSpec(16, 16, 4, "a")
     full, other = WeightSpec(16, 32, 0, "a"), WeightSpec(16, 32, 4, "b")
     # A square weight is contracted like a wide one.
@@ -91,7 +90,7 @@ def test_buckets_come_in_the_order_of_their_first_weights() -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_every_plan(seed: int) -> None:
-    specs = _random_specs(seed)
+    specs = random_specs(seed)
     limits = BucketLimits(weights=5, elements=6000, workspace_bytes=1500)
     plan = plan_buckets(specs, limits)
     assert plan == plan_buckets(list(specs), BucketLimits(5, 6000, 1500))
@@ -109,16 +108,16 @@ def test_every_plan(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_two_neighbouring_buckets_of_a_class_fit_into_one(seed: int) -> None:
-    specs = _random_specs(seed)
+    specs = random_specs(seed)
     limits = BucketLimits(weights=5, elements=6000, workspace_bytes=1500)
     classes: dict[object, list[list[WeightSpec]]] = {}
-    for bucket in plan_buckets(specs, limits):
-        members = [specs[i] for i in bucket]
+    for indices in plan_buckets(specs, limits):
+        members = [specs[i] for i in indices]
         first = members[0]
         classes.setdefault((first.key, first.rank == 0, first.rows <= first.cols), []).append(members)
     for buckets in classes.values():
-        for one, following in itertools.pairwise(buckets):
-            members = [*one, following[0]]
+        for bucket, following in itertools.pairwise(buckets):
+            members = [*bucket, following[0]]
             assert (
                 len(members) > limits.weights
                 or sum(s.elements for s in members) > limits.elements

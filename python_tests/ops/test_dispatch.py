@@ -1,3 +1,5 @@
+"""The choice of a backend: who may choose, in which order, and the errors where a backend cannot serve."""
+
 from __future__ import annotations
 
 import asyncio
@@ -20,12 +22,12 @@ from support import make_problem, operands_of
 CPU = torch.device("cpu")
 
 
-def _requested_elsewhere() -> str | None:
-    found: list[str | None] = []
-    thread = threading.Thread(target=lambda: found.append(ops.requested_backend()))
+def request_in_thread() -> str | None:
+    requested: list[str | None] = []
+    thread = threading.Thread(target=lambda: requested.append(ops.requested_backend()))
     thread.start()
     thread.join()
-    return found[0]
+    return requested[0]
 
 
 def test_nested_choices_end_with_their_blocks() -> None:
@@ -41,40 +43,40 @@ def test_nested_choices_end_with_their_blocks() -> None:
     assert ops.requested_backend() is None
 
 
-def _leave_by_an_exception() -> None:
+def leave_by_an_exception() -> None:
     with rk.use_backend("torch"), rk.use_backend("native"):
         raise RuntimeError("training went wrong")
 
 
 def test_an_exception_ends_the_choice() -> None:
     with pytest.raises(RuntimeError, match="training went wrong"):
-        _leave_by_an_exception()
+        leave_by_an_exception()
     assert ops.requested_backend() is None
 
 
 def test_the_choice_belongs_to_its_thread() -> None:
     with rk.use_backend("torch"):
-        assert _requested_elsewhere() is None
+        assert request_in_thread() is None
         assert ops.requested_backend() == "torch"
 
 
 def test_the_choice_belongs_to_its_task() -> None:
-    async def chosen(name: str, started: asyncio.Event, other: asyncio.Event) -> str | None:
+    async def choose(name: str, started: asyncio.Event, other_started: asyncio.Event) -> str | None:
         with rk.use_backend(name):
             started.set()
-            await other.wait()
+            await other_started.wait()
             return ops.requested_backend()
 
-    async def both() -> list[str | None]:
-        one, two = asyncio.Event(), asyncio.Event()
-        return await asyncio.gather(chosen("torch", one, two), chosen("triton", two, one))
+    async def choose_both() -> list[str | None]:
+        first, second = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(choose("torch", first, second), choose("triton", second, first))
 
-    assert asyncio.run(both()) == ["torch", "triton"]
+    assert asyncio.run(choose_both()) == ["torch", "triton"]
 
 
 def test_the_environment_chooses_where_nothing_outranks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RPSFT_BACKEND", "torch")
-    assert ops.requested_backend() == _requested_elsewhere() == "torch"
+    assert ops.requested_backend() == request_in_thread() == "torch"
     with rk.use_backend("triton"):
         assert ops.requested_backend() == "triton"
     assert ops.resolve_backend(CPU, torch.float32) == "torch"
@@ -161,12 +163,12 @@ def test_public_functions_refuse_a_backend_that_cannot_serve(
     assert weight.grad is None
 
 
-@pytest.mark.parametrize("spoilt", ["TRITON_INTERPRET", "triton"])
-def test_triton_without_what_it_needs_on_the_cpu(spoilt: str) -> None:
+@pytest.mark.parametrize("missing", ["TRITON_INTERPRET", "triton"])
+def test_triton_on_the_cpu_needs_its_interpreter(missing: str) -> None:
     # The variable is read when triton is imported, hence another process.
     program = (
         "import sys, torch\n"
-        + ("sys.modules['triton'] = None\n" if spoilt == "triton" else "")
+        + ("sys.modules['triton'] = None\n" if missing == "triton" else "")
         + "import rpsft_kernels as rk\n"
         "w = torch.ones(4, 5)\n"
         "a = rk.Anchor.from_weight(w, 2)\n"
@@ -188,7 +190,7 @@ def test_triton_without_what_it_needs_on_the_cpu(spoilt: str) -> None:
     value, message = run.stdout.splitlines()
     assert value == "0.0"
     assert message == (
-        f"backend 'triton' cannot serve float32 weights on cpu: {expected[spoilt]}; "
+        f"backend 'triton' cannot serve float32 weights on cpu: {expected[missing]}; "
         "choose another with use_backend(...) or RPSFT_BACKEND"
     )
 
@@ -216,10 +218,10 @@ def test_free_choice(device: torch.device) -> None:
 
 
 def test_available_backends(device: torch.device) -> None:
-    found = ops.available_backends(device, torch.float32)
-    assert list(found) == ["torch", "triton", "native"]
-    assert found["torch"] is None and found["triton"] is None
-    assert (found["native"] is None) == (device.type == "cpu" and bool(native.instruction_sets()))
+    reasons = ops.available_backends(device, torch.float32)
+    assert list(reasons) == ["torch", "triton", "native"]
+    assert reasons["torch"] is None and reasons["triton"] is None
+    assert (reasons["native"] is None) == (device.type == "cpu" and bool(native.instruction_sets()))
     assert ops.available_backends(device, torch.float64)["triton"] is not None
 
 
@@ -232,8 +234,8 @@ def test_arithmetic_id(device: torch.device) -> None:
         assert by_triton == "triton:interpreter:float32"
 
 
-class _Recorder:
-    """The reference, noting which backend's name it was asked for under."""
+class RecordingBackend:
+    """The reference under a backend's name, recording its calls."""
 
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name, self.calls = name, calls
@@ -249,7 +251,7 @@ class _Recorder:
 
 def test_backward_runs_on_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("rpsft_kernels.ops.torch_ops.load", lambda name: _Recorder(name, calls))
+    monkeypatch.setattr("rpsft_kernels.ops.torch_ops.load", lambda name: RecordingBackend(name, calls))
     monkeypatch.setattr(dispatch, "resolve_backend", lambda *_: pytest.fail("the backend is chosen in the forward"))
     for form in ("base", "full"):
         operands = operands_of([make_problem(form, (6, 5), 2)])
@@ -263,7 +265,7 @@ def test_backward_runs_on_the_backend_of_the_forward(monkeypatch: pytest.MonkeyP
 
 def test_double_backward_stays_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("rpsft_kernels.ops.torch_ops.load", lambda name: _Recorder(name, calls))
+    monkeypatch.setattr("rpsft_kernels.ops.torch_ops.load", lambda name: RecordingBackend(name, calls))
     operands = operands_of([make_problem("base", (6, 5), 2)])
     weights = operands.weights
     weights[0].requires_grad_()
@@ -275,20 +277,20 @@ def test_double_backward_stays_there_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_penalty_keeps_its_backend_through_backward(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    used: list[bool] = []
-    real = reference.pull_back_into
+    calls: list[str] = []
+    pull_back_into = reference.pull_back_into
 
-    def recording(*arguments: Any, **options: Any) -> None:
-        used.append(True)
-        real(*arguments, **options)
+    def record(*arguments: Any, **options: Any) -> None:
+        calls.append("torch")
+        pull_back_into(*arguments, **options)
 
     weight = torch.randn(20, 12, device=device)
     anchor = rk.Anchor.from_weight(weight, 3)
     weight = (weight + 0.1).requires_grad_()
-    monkeypatch.setattr(reference, "pull_back_into", recording)
+    monkeypatch.setattr(reference, "pull_back_into", record)
     with rk.use_backend("torch"):
         penalty = rk.rotation_penalty(weight, anchor)
-    assert used == []
+    assert calls == []
     with rk.use_backend("triton"):
         penalty.backward()
-    assert used == [True]
+    assert calls == ["torch"]

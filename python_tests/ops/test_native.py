@@ -1,10 +1,11 @@
-"""The compiled CPU engine through its backend; shapes and strides at random are the C++ tests' (csrc/tests)."""
+"""The compiled CPU engine through its backend. The C++ tests (csrc/tests) take shapes and strides at random."""
 
 from __future__ import annotations
 
 import importlib
 import threading
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ SHAPES = [(5, 3, 1), (33, 257, 17), (200, 64, 48), (576, 49, 48), (144, 160, 130
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every path that this processor can run; the engine itself must be there."""
+    """Each instruction set of this processor; the engine itself must be built."""
     assert "portable" in native.instruction_sets()
     if request.param not in native.instruction_sets():
         pytest.skip(f"this processor has no {request.param}")
@@ -48,7 +49,7 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 def tolerance(instruction_set: str, basis_dtype: torch.dtype, form: Form) -> float:
-    """Roundings of the operands to bfloat16, 2^-9 of each at most, or of float32 sums."""
+    """Return the relative error that rounding may cause: of operands to bfloat16, 2^-9 each, or of float32 sums."""
     rounds = instruction_set == "avx512_bf16" and basis_dtype == torch.bfloat16 and form == "base"
     return 2**-8 if rounds else 2e-6
 
@@ -62,7 +63,7 @@ def test_drift(form: Form, dtype: torch.dtype, layout: Layout, instruction_set: 
             problem = make_problem(form, (m, n), rank, dtype, basis_dtype=basis_dtype, layout=layout)
             drifts, squares = ops.project_drift(operands_of([problem]), "native")
             exact, allowed = exact_drift(problem.weight, problem), tolerance(instruction_set, basis_dtype, form)
-            # A block cancels most of the sum: what is exact is the sum.
+            # A block cancels most of the sum, so that errors are compared with the sum.
             size = exact if problem.block is None else exact + problem.block.double()
             if form != "full":
                 assert drifts[0].dtype == torch.float32
@@ -99,8 +100,7 @@ def test_full_gradient(grad_dtype: torch.dtype, instruction_set: str) -> None:
         operands = operands_of([problem])
         existing = random_matrix(33, 70, grad_dtype)
         grad = existing.clone()
-        none = [torch.empty(0, 0)]
-        ops.pull_back_([grad], operands, none, torch.tensor([0.5]), True, "native")
+        ops.pull_back_([grad], operands, [torch.empty(0, 0)], torch.tensor([0.5]), True, "native")
         exact = existing.double() + exact_gradient(problem.weight, problem, 0.5)
         bound = torch.finfo(grad_dtype).eps * exact.abs() / 2 + 1e-6
         assert bool(((grad.double() - exact).abs() <= bound).all())
@@ -125,10 +125,10 @@ def test_exactly_zero_with_a_block_of_the_same_arithmetic(dtype: torch.dtype, in
         for layout in LAYOUTS:
             laid = laid_out(weight, layout)
             for threads in (1, 2, 3):
-                assert _with_threads(threads, partial(rk.rotation_penalty, laid, anchor)) == 0
+                assert call_with_threads(threads, partial(rk.rotation_penalty, laid, anchor)) == 0
 
 
-def _with_threads(threads: int, call: Any) -> Any:
+def call_with_threads(threads: int, call: Any) -> Any:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -147,10 +147,10 @@ def test_same_bits_for_every_number_of_threads(form: Form, instruction_set: str)
 
     for shape in ((300, 700), (700, 300), (64, 100)):
         problem = make_problem(form, shape, 40, torch.bfloat16)
-        first = _with_threads(1, run)
+        first = call_with_threads(1, run)
         for threads in (1, 2, 3, 5):
-            for one, other in zip(first, _with_threads(threads, run), strict=True):
-                assert torch.equal(one, other)
+            for expected, actual in zip(first, call_with_threads(threads, run), strict=True):
+                assert torch.equal(expected, actual)
 
 
 def test_callers_side_by_side() -> None:
@@ -186,7 +186,7 @@ def test_flat_shards_add_up(split: int, wide: bool, instruction_set: str) -> Non
             continue
         first, last = begin // cols, -(-end // cols)
         head, tail = begin - first * cols, last * cols - end
-        # Each piece in memory of its own, exactly as long as it is.
+        # Each range lies in memory of its own, which is exactly as long.
         weight = problem.weight.reshape(-1)[begin:end].clone()
         base = problem.base.reshape(-1)[begin:end].clone()
         pulled = torch.empty(end - begin)
@@ -197,7 +197,7 @@ def test_flat_shards_add_up(split: int, wide: bool, instruction_set: str) -> Non
             return module.Matrix(address, module.Dtype.float32, height, cols, cols, 1)
 
         drift, square = torch.empty(7, 7), torch.empty(1)
-        bases = [
+        subspaces = [
             module.Matrix(
                 basis.data_ptr(),
                 getattr(module.Dtype, str(basis.dtype).removeprefix("torch.")),
@@ -206,15 +206,29 @@ def test_flat_shards_add_up(split: int, wide: bool, instruction_set: str) -> Non
             )
             for basis in (left, problem.right)
         ]
-        shard = module.Projection(
-            matrix(weight), matrix(base), *bases, 0, drift.data_ptr(), square.data_ptr(), head, tail
+        projection = module.Projection(
+            matrix(weight),
+            matrix(base),
+            *subspaces,
+            block=0,
+            drift=drift.data_ptr(),
+            square=square.data_ptr(),
+            head=head,
+            tail=tail,
         )
-        module.project_drift([shard], instruction_set, 2)
+        module.project_drift([projection], instruction_set, 2)
         total += drift
-        back = module.Pullback(
-            matrix(pulled), *bases, module.Matrix(), module.Matrix(), drift_to_pull.data_ptr(), 0.5, head, tail
+        pull_back = module.Pullback(
+            matrix(pulled),
+            *subspaces,
+            weight=module.Matrix(),
+            base=module.Matrix(),
+            drift=drift_to_pull.data_ptr(),
+            scale=0.5,
+            head=head,
+            tail=tail,
         )
-        module.pull_back([back], False, instruction_set, 2)
+        module.pull_back([pull_back], False, instruction_set, 2)
         gradient[begin:end] = pulled
     allowed = tolerance(instruction_set, torch.bfloat16, "base")
     assert relative_error(total, exact_drift(problem.weight, problem)) <= allowed
@@ -241,14 +255,15 @@ def test_a_whole_step(dtype: torch.dtype, instruction_set: str) -> None:
         assert relative_error(weight.grad, exact_gradient(weight.detach(), anchor, 2.0)) <= limit
 
 
-def test_bases_of_any_layout_and_dtype() -> None:
+def test_subspaces_of_any_layout_and_dtype() -> None:
     problem = make_problem("base", (60, 90), 11, torch.float32, basis_dtype=torch.float32)
-    weights, lefts, rights, bases, _ = operands_of([problem])
-    plain = ops.project_drift(ops.Operands(weights, lefts, rights, bases), "native")[0][0]
-    strided = [laid_out(side, "transposed") for side in (lefts[0], rights[0])]
-    assert torch.equal(ops.project_drift(ops.Operands(weights, strided[:1], strided[1:], bases), "native")[0][0], plain)
-    wide = [side.double() for side in (lefts[0], rights[0])]
-    assert torch.equal(ops.project_drift(ops.Operands(weights, wide[:1], wide[1:], bases), "native")[0][0], plain)
+    operands = operands_of([problem])
+    plain = ops.project_drift(operands, "native")[0][0]
+    (left,), (right,) = operands.lefts, operands.rights
+    strided = operands._replace(lefts=[laid_out(left, "transposed")], rights=[laid_out(right, "transposed")])
+    assert torch.equal(ops.project_drift(strided, "native")[0][0], plain)
+    wide = operands._replace(lefts=[left.double()], rights=[right.double()])
+    assert torch.equal(ops.project_drift(wide, "native")[0][0], plain)
 
 
 def test_a_base_in_float64_is_read_as_the_weight_holds_it() -> None:
@@ -259,16 +274,9 @@ def test_a_base_in_float64_is_read_as_the_weight_holds_it() -> None:
 
 def test_a_gradient_in_float64_is_refused() -> None:
     grad = torch.zeros(4, 5, dtype=torch.float64)
-    pieces = orthonormal(4, 2), orthonormal(5, 2)
+    operands = ops.Operands(lefts=[orthonormal(4, 2)], rights=[orthonormal(5, 2)])
     with pytest.raises(ValueError, match="backend 'native': got a gradient in float64, expected bfloat16, float16 or"):
-        ops.pull_back_(
-            [grad],
-            ops.Operands(lefts=[pieces[0]], rights=[pieces[1]]),
-            [torch.ones(2, 2)],
-            torch.ones(1),
-            True,
-            "native",
-        )
+        ops.pull_back_([grad], operands, [torch.ones(2, 2)], torch.ones(1), True, "native")
     assert not grad.any()
 
 
@@ -281,19 +289,19 @@ def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_workspace_is_bounded() -> None:
     module = importlib.import_module("rpsft_kernels._native")
     for rank in (128, 384, 768):
-        one, two = (module.workspace_bytes(rank, native.instruction_set(), threads) for threads in (1, 2))
-        assert one < two <= 2 * one
-        # Per thread: a block of T, a packed block of the weight, a packed panel of a basis.
-        assert two - one <= 1 << 20
+        alone, two = (module.workspace_bytes(rank, native.instruction_set(), threads) for threads in (1, 2))
+        assert alone < two <= 2 * alone
+        # Each thread has a block of T, a packed block of the weight and a packed panel of a basis.
+        assert two - alone <= 1 << 20
 
 
 def test_without_the_engine_the_package_works_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> Any:
+    def import_without_engine(name: str) -> Any:
         if name == "rpsft_kernels._native":
             raise ModuleNotFoundError("No module named 'rpsft_kernels._native'", name=name)
         return importlib.import_module(name)
 
-    monkeypatch.setattr(native, "importlib", type("Absent", (), {"import_module": staticmethod(absent)}))
+    monkeypatch.setattr(native, "importlib", SimpleNamespace(import_module=import_without_engine))
     native._load.cache_clear()
     native.instruction_sets.cache_clear()
     try:

@@ -1,4 +1,4 @@
-"""The ``torch`` backend on machines that multiply bfloat16: as a GPU computes, imitated on the CPU, and on a GPU."""
+"""The ``torch`` backend on machines that multiply bfloat16: imitated on the CPU, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from support import (
 )
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-# Small enough for several blocks of the shapes below.
+# The shapes below have several blocks of this size.
 BLOCK_BYTES = 24 << 10
 SHAPES = [(1, 1, 1), (5, 3, 3), (33, 257, 17), (200, 64, 48), (257, 200, 33), (144, 400, 130)]
 HALVES = [torch.bfloat16, torch.float16]
@@ -40,36 +40,36 @@ HALVES = [torch.bfloat16, torch.float16]
 ROUNDED = 4 * 2**-9
 
 
-# A GPU computes by itself too, where there is one.
-MACHINES = ["mixed", "bfloat16", *(["found"] if torch.cuda.is_available() else [])]
+# Where there is a GPU, it is tested as it is too.
+MACHINES = ["mixed", "bfloat16", *(["gpu"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(params=MACHINES)
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Machine:
-    """One that multiplies bfloat16: imitated on the CPU, or the GPU as it is."""
-    if request.param == "found":
-        found = products.machine(device)
-        if found.units == "float32":
+    """A machine that multiplies bfloat16: imitated on the CPU, or the GPU as it is."""
+    if request.param == "gpu":
+        gpu = products.machine(device)
+        if gpu.units == "float32":
             pytest.skip("this GPU multiplies bfloat16 no faster than float32")
-        return found
-    chosen = Machine(request.param, BLOCK_BYTES)
-    monkeypatch.setattr(products, "machine", lambda _: chosen)
+        return gpu
+    imitated = Machine(request.param, BLOCK_BYTES)
+    monkeypatch.setattr(products, "machine", lambda _: imitated)
     multiply = torch.mm
 
-    def mm(one: Tensor, other: Tensor, out_dtype: torch.dtype) -> Tensor:
-        assert one.dtype == other.dtype == torch.bfloat16 and out_dtype == torch.float32
-        return multiply(one.float(), other.float())
+    def mm(first: Tensor, second: Tensor, out_dtype: torch.dtype) -> Tensor:
+        assert first.dtype == second.dtype == torch.bfloat16 and out_dtype == torch.float32
+        return multiply(first.float(), second.float())
 
     monkeypatch.setattr(torch, "mm", mm)
-    return chosen
+    return imitated
 
 
 @pytest.fixture
 def where(machine: Machine, device: torch.device, request: pytest.FixtureRequest) -> torch.device:
-    return device if "found" in request.node.name else CPU
+    return device if request.node.callspec.params["machine"] == "gpu" else CPU
 
 
-def pulled(problem: Any, drift: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def pull_one(problem: Any, drift: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     operands = operands_of([problem]).for_pull_back()
     scales = torch.tensor([scale], dtype=drift.dtype, device=drift.device)
     (grad,) = ops.pull_back(operands, [drift], scales, dtype, "torch")
@@ -91,7 +91,7 @@ def test_drift(
     exact = exact_drift(problem.weight, problem)
     assert drifts[0].dtype == squares.dtype == accumulation(dtype)
     rounds = form == "base" and basis_dtype == torch.bfloat16 and dtype != torch.float64
-    # Exact but for float32 sums of terms as large as W's: what cancels in the block form is not lost.
+    # Only float32 sums of terms as large as W's are off: the difference that the block form leaves is not lost.
     moved = exact_moved(problem.weight, problem.base).abs()
     if problem.left is not None and problem.right is not None:
         moved = problem.left.double().abs().T @ moved @ problem.right.double().abs()
@@ -115,7 +115,7 @@ def test_exactly_zero_at_the_base(
         problem = make_problem(form, shape, 3, dtype, base_dtype=base_dtype, drift=0.0, layout=layout, device=where)
         drifts, squares = ops.project_drift(operands_of([problem]), "torch")
         assert not drifts[0].any() and not squares.any() and bool(problem.weight.any())
-        grad = pulled(problem, drifts[0], 0.7, dtype)
+        grad = pull_one(problem, drifts[0], 0.7, dtype)
         assert not grad.any()
 
 
@@ -137,15 +137,15 @@ def test_exactly_zero_with_a_block_of_the_same_arithmetic(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_drift_is_rounded_once(dtype: torch.dtype, where: torch.device) -> None:
-    """Not the weight before, and not by way of another narrow dtype."""
+    """The weight is not rounded before, and the difference not by way of another narrow dtype."""
     weight = random_matrix(40, 70, dtype, device=where)
     for base_dtype in (torch.bfloat16, torch.float16, torch.float32):
         base = (weight.double() * (1 + 1e-2 * random_matrix(40, 70, torch.float64, seed=3, device=where))).to(
             base_dtype
         )
-        found = reference._subtract_rows_rounded(weight, base, slice(3, 37))
+        rounded = reference._subtract_rows_rounded(weight, base, slice(3, 37))
         exact = exact_moved(weight, base)[3:37]
-        assert torch.equal(found, exact.float().bfloat16()) and bool(found.any()) and found.is_contiguous()
+        assert torch.equal(rounded, exact.float().bfloat16()) and bool(rounded.any()) and rounded.is_contiguous()
 
 
 @pytest.mark.parametrize("relative", [1e-5, 1e-3])
@@ -156,7 +156,7 @@ def test_the_first_steps_drift_of_float32_weights(
     """The numeric contract of the base form: a relative error of 0.01 from the very first step."""
     problem = make_problem("base", (m, n), rank, base_dtype=torch.bfloat16, drift=relative, device=where)
     (drift,), _ = ops.project_drift(operands_of([problem]), "torch")
-    assert relative_error(pulled(problem, drift, 2.0, torch.float32), exact_gradient(problem.weight, problem)) < 0.01
+    assert relative_error(pull_one(problem, drift, 2.0, torch.float32), exact_gradient(problem.weight, problem)) < 0.01
 
 
 # -- gradients ---------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_gradient(
         problem = make_problem(form, (m, n), rank, dtype, basis_dtype=basis_dtype, device=where)
         size = 0 if form == "full" else rank
         drift = random_matrix(size, size, accumulation(dtype), seed=7, device=where)
-        grad = pulled(problem, drift, -3.0, grad_dtype)
+        grad = pull_one(problem, drift, -3.0, grad_dtype)
         assert grad.dtype == grad_dtype and grad.is_contiguous()
         if problem.left is None or problem.right is None:
             exact = -3.0 * exact_moved(problem.weight, problem.base)
@@ -216,17 +216,17 @@ def test_same_inputs_same_bits(where: torch.device) -> None:
     runs = []
     for _ in range(3):
         (drift,), squares = ops.project_drift(operands_of([problem]), "torch")
-        runs.append((drift, squares, pulled(problem, drift, 0.3, torch.bfloat16)))
+        runs.append((drift, squares, pull_one(problem, drift, 0.3, torch.bfloat16)))
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.parametrize("shape", [(1, 300), (300, 1), (0, 7), (7, 0)])
 def test_degenerate_shapes(shape: tuple[int, int], where: torch.device) -> None:
-    for rank, bases in ((1, True), (1, False), (0, True)):
+    for rank, with_base in ((1, True), (1, False), (0, True)):
         weight = random_matrix(*shape, torch.bfloat16, device=where)
         left, right = (torch.ones(size, rank, dtype=torch.bfloat16, device=where) for size in shape)
-        base = [torch.zeros_like(weight)] if bases else []
-        drifts, squares = ops.project_drift(ops.Operands([weight], [left], [right], base), "torch")
+        pretrained = [torch.zeros_like(weight)] if with_base else []
+        drifts, squares = ops.project_drift(ops.Operands([weight], [left], [right], pretrained), "torch")
         total = float(weight.double().sum()) if rank else 0.0
         assert drifts[0].shape == (rank, rank) and float(drifts[0].sum()) == pytest.approx(total, rel=0.01, abs=0.05)
         assert float(squares[0]) == pytest.approx(total**2, rel=0.02, abs=0.05)
@@ -241,9 +241,9 @@ def test_degenerate_shapes(shape: tuple[int, int], where: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_parts_make_up_the_number(dtype: torch.dtype) -> None:
-    how = Parts("mixed", rounds=False)
+    multiplier = Parts("mixed", rounds=False)
     values = random_matrix(50, 60, torch.float64).mul_(10.0 ** torch.arange(-4, 2).repeat(10)).to(dtype)
-    parts = how.operand(values)
+    parts = multiplier.operand(values)
     assert {part.dtype for part in parts} == {torch.bfloat16}
     error = (sum(part.double() for part in parts) - values.double()).abs()
     assert bool((error <= (2.0**-24 if dtype == torch.float32 else 0) * values.double().abs()).all())
@@ -254,19 +254,20 @@ def test_parts_make_up_the_number(dtype: torch.dtype) -> None:
 
 def test_tf32_has_nothing_to_round() -> None:
     """Each operand of a product is a bfloat16 number, of which TF32 keeps all."""
-    how, seen = Parts("bfloat16", rounds=False), []
+    multiplier = Parts("bfloat16", rounds=False)
+    multiplied: list[Tensor] = []
 
     class Watched(Tensor):
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
-                seen.extend(arg.as_subclass(Tensor) for arg in args)
+                multiplied.extend(arg.as_subclass(Tensor) for arg in args)
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    one, other = (random_matrix(9, 9, seed=i).as_subclass(Watched) for i in (1, 2))
-    found = how.multiply(how.operand(one), how.operand(other))
-    assert len(seen) == 12 and all(torch.equal(operand, operand.bfloat16().float()) for operand in seen)
-    assert relative_error(found.as_subclass(Tensor), one.double() @ other.double()) < 1e-6
+    first, second = (random_matrix(9, 9, seed=i).as_subclass(Watched) for i in (1, 2))
+    product = multiplier.multiply(multiplier.operand(first), multiplier.operand(second))
+    assert len(multiplied) == 12 and all(torch.equal(part, part.bfloat16().float()) for part in multiplied)
+    assert relative_error(product.as_subclass(Tensor), first.double() @ second.double()) < 1e-6
 
 
 # -- blocks ------------------------------------------------------------------------------------------------
@@ -274,13 +275,13 @@ def test_tf32_has_nothing_to_round() -> None:
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 100, 129, 1000])
 @pytest.mark.parametrize("row_bytes", [0, 1, 10, 300, 5000])
-@pytest.mark.parametrize("beside", [0, 5000, 1 << 20])
-def test_blocks_cover_all_rows_within_the_bound(rows: int, row_bytes: int, beside: int) -> None:
+@pytest.mark.parametrize("fixed_bytes", [0, 5000, 1 << 20])
+def test_blocks_cover_all_rows_within_the_bound(rows: int, row_bytes: int, fixed_bytes: int) -> None:
     limit = 20000
-    blocks = list(Machine("mixed", limit).row_blocks((rows, 7), row_bytes, beside))
+    blocks = list(Machine("mixed", limit).row_blocks((rows, 7), row_bytes, fixed_bytes))
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(rows))
     longest = max(block.stop - block.start for block in blocks)
-    assert longest <= 16 or longest * row_bytes + min(beside, limit * 3 // 4) <= limit
+    assert longest <= 16 or longest * row_bytes + min(fixed_bytes, limit * 3 // 4) <= limit
     if row_bytes == 0:
         assert len(blocks) == 1
     assert list(Machine("mixed", limit).row_blocks((0, 7), row_bytes)) == []
@@ -292,47 +293,51 @@ def test_blocks_cover_all_rows_within_the_bound(rows: int, row_bytes: int, besid
 @pytest.mark.parametrize("units", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(600, 800), (800, 600)])
 def test_temporaries_are_bounded(
-    shape: tuple[int, int], units: Any, form: Form, dtype: torch.dtype, basis_dtype: torch.dtype,
+    shape: tuple[int, int],
+    units: Any,
+    form: Form,
+    dtype: torch.dtype,
+    basis_dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     limit = 400 << 10
     monkeypatch.setattr(products, "machine", lambda _: Machine(units, limit))
     subtract = torch.sub
 
-    def sub(one: Tensor, other: Tensor, out: Tensor) -> Tensor:
-        # The CPU would convert all of it before it is written; a GPU does so number by number.
+    def subtract_by_rows(first: Tensor, second: Tensor, out: Tensor) -> Tensor:
+        # The CPU would convert the whole result before it is written; a GPU converts number by number.
         for row in range(len(out)):
-            subtract(one[row], other[row], out=out[row])
+            subtract(first[row], second[row], out=out[row])
         return out
 
-    monkeypatch.setattr(torch, "sub", sub)
+    monkeypatch.setattr(torch, "sub", subtract_by_rows)
     problem = make_problem(form, shape, 8, dtype, basis_dtype=basis_dtype)
     operands = operands_of([problem])._replace(blocks=[])
-    found = trace(lambda: ops.project_drift(operands, "torch"))
+    projection = trace(lambda: ops.project_drift(operands, "torch"))
     drift = random_matrix(0 if operands.full else 8, 0 if operands.full else 8)
-    # What the CPU's products need for themselves is not counted: none of it is a GPU's.
+    # The memory that products of the CPU's library need is not counted: a GPU does not need it.
     slack = 160 << 10
-    assert 0 < found.peak <= limit + slack
+    assert 0 < projection.peak <= limit + slack
     for grad_dtype in (torch.bfloat16, torch.float32):
         for layout in ("contiguous", "sliced"):
             grad = laid_out(torch.zeros(shape, dtype=grad_dtype), layout)
-            given = operands.for_pull_back()
-            pull = trace(lambda g=grad, a=given: ops.pull_back_([g], a, [drift], torch.ones(1), True, "torch"))
-            assert pull.peak <= limit + slack
+            read = operands.for_pull_back()
+            pull_back = trace(lambda g=grad, o=read: ops.pull_back_([g], o, [drift], torch.ones(1), True, "torch"))
+            assert pull_back.peak <= limit + slack
 
 
 # -- machines ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """A device of which the tests say what it can."""
-    says = {"capability": (9, 0), "into float32": True}
+def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """The abilities of a made-up GPU, which a test may change."""
+    abilities = {"capability": (9, 0), "into float32": True}
     products.machine.cache_clear()
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: says["capability"])
-    monkeypatch.setattr(products, "_multiplies_into_float32", lambda _: says["into float32"])
-    yield says
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: abilities["capability"])
+    monkeypatch.setattr(products, "_multiplies_into_float32", lambda _: abilities["into float32"])
+    yield abilities
     products.machine.cache_clear()
 
 
@@ -346,11 +351,15 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         ((9, 4), True, "7.0", "mixed"),
     ],
 )
-def test_what_a_gpu_is_good_at(
-    capability: tuple[int, int], into_float32: bool, hip: str | None, units: str, a_gpu: dict[str, Any],
+def test_units_of_gpus(
+    capability: tuple[int, int],
+    into_float32: bool,
+    hip: str | None,
+    units: str,
+    made_up_gpu: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    a_gpu |= {"capability": capability, "into float32": into_float32}
+) -> None:
+    made_up_gpu |= {"capability": capability, "into float32": into_float32}
     monkeypatch.setattr(torch.version, "hip", hip)
     assert products.machine(GPU) == Machine(units, 256 << 20)  # type: ignore[arg-type]
     dotted = ".".join(map(str, capability))
@@ -369,5 +378,5 @@ def test_float64_is_multiplied_as_it_is() -> None:
 
 
 def test_a_torch_that_cannot_multiply_into_float32_is_asked_once() -> None:
-    # The CPU of every torch, and whatever raises on a GPU.
+    # The CPU of every torch raises, as an older torch does on a GPU.
     assert products._multiplies_into_float32(CPU) is False

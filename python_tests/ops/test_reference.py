@@ -1,3 +1,5 @@
+"""The ``torch`` backend with float32 and float64 products: its errors, layouts, dtypes and exact zeros."""
+
 from __future__ import annotations
 
 import pytest
@@ -37,14 +39,14 @@ SCALES = (0.7, -3.0)
 
 @pytest.fixture(autouse=True)
 def _float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These bounds are float32's, on every device; ``test_products`` tests what GPUs do instead."""
+    """Multiply in float32 on every device, as these bounds need; ``test_products`` tests products of bfloat16."""
     monkeypatch.setattr(
         products, "machine", lambda device: Machine("float32", None if device.type == "cpu" else 1 << 20)
     )
 
 
 def drift_bound(problem: Problem) -> Tensor:
-    """One unit in the last place of the largest value that the sum of each element of C may pass through."""
+    """Return one unit in the last place of the largest value that the sum of each element of C may reach."""
     moved = exact_moved(problem.weight, problem.base).abs()
     if problem.left is not None and problem.right is not None:
         moved = problem.left.double().abs().T @ moved @ problem.right.double().abs()
@@ -54,7 +56,7 @@ def drift_bound(problem: Problem) -> Tensor:
 
 
 def check_gradient(grad: Tensor, exact: Tensor, magnitude: Tensor, sums: torch.dtype) -> None:
-    """``exact`` rounded once to the gradient's dtype, after sums of ``magnitude`` in dtype ``sums``."""
+    """Check a gradient: ``exact`` rounded once to its dtype, after sums of ``magnitude`` in dtype ``sums``."""
     target = torch.finfo(grad.dtype)
     rounding = exact.abs() * target.eps / 2 + target.smallest_normal * target.eps
     # Products with C, with the scale and with V are each rounded by half a unit, and their sums by little more.
@@ -64,8 +66,8 @@ def check_gradient(grad: Tensor, exact: Tensor, magnitude: Tensor, sums: torch.d
     assert bool(((grad.double() - exact).abs() <= bound).all())
 
 
-def pull_arguments(problem: Problem, drift: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale * gradient in float64, and the same with every term's absolute value."""
+def pull_exactly(problem: Problem, drift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient in float64 for a scale of 1, and the same sums of absolute values."""
     if problem.left is None or problem.right is None:
         moved = exact_moved(problem.weight, problem.base)
         return moved, moved.abs()
@@ -73,7 +75,7 @@ def pull_arguments(problem: Problem, drift: Tensor, dtype: torch.dtype) -> tuple
     return exact, exact_pull(drift.abs(), problem.left.abs(), problem.right.abs())
 
 
-def scales_of(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def make_scales(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=accumulation(dtype), device=device)
 
 
@@ -109,12 +111,12 @@ def test_gradient(m: int, n: int, rank: int, form: Form, dtype: torch.dtype, dev
     operands = operands_of(problems).for_pull_back()
     size = 0 if operands.full else rank
     drifts = [random_matrix(size, size, accumulation(dtype), seed=seed, device=device) for seed in (7, 8)]
-    scales = scales_of(SCALES, dtype, device)
+    scales = make_scales(SCALES, dtype, device)
     for grad_dtype in DTYPES:
         grads = ops.pull_back(operands, drifts, scales, grad_dtype, "torch")
         for problem, drift, scale, grad in zip(problems, drifts, scales.tolist(), grads, strict=True):
             assert grad.dtype == grad_dtype and grad.is_contiguous()
-            exact, magnitude = pull_arguments(problem, drift, dtype)
+            exact, magnitude = pull_exactly(problem, drift)
             check_gradient(grad, scale * exact, abs(scale) * magnitude, accumulation(dtype))
 
 
@@ -128,7 +130,7 @@ def test_drift_of_strided_weights(m: int, n: int, rank: int, form: Form, layout:
         assert torch.equal(strided.weight, plain.weight)
         drifts, squares = ops.project_drift(operands_of([strided]), "torch")
         expected, expected_squares = ops.project_drift(operands_of([plain]), "torch")
-        # A block must cancel wherever the weight lies: the very same bits.
+        # A block must cancel wherever the weight lies, which takes the same bits.
         assert torch.equal(drifts[0], expected[0]) and torch.equal(squares, expected_squares)
         assert bool(squares.isfinite().all()) and bool(squares.all())
 
@@ -145,8 +147,8 @@ def test_accumulates_into_gradients_of_any_layout_and_dtype(
         operands = operands_of([problem]).for_pull_back()
         size = 0 if operands.full else rank
         drift = random_matrix(size, size, accumulation(dtype), seed=7, device=device)
-        scales = scales_of(SCALES[:1], dtype, device)
-        exact, magnitude = pull_arguments(problem, drift, dtype)
+        scales = make_scales(SCALES[:1], dtype, device)
+        exact, magnitude = pull_exactly(problem, drift)
         exact, magnitude = scales.item() * exact, abs(scales.item()) * magnitude
         existing = random_matrix(m, n, grad_dtype, scale=3.0, seed=9, device=device)
 
@@ -164,7 +166,7 @@ def test_accumulates_into_gradients_of_any_layout_and_dtype(
 def test_writes_nothing_beside_a_strided_gradient(layout: Layout, device: torch.device) -> None:
     problem = make_problem("base", (33, 20), 3, device=device)
     _, lefts, rights, _, _ = operands_of([problem])
-    drift, scales = random_matrix(3, 3, device=device), scales_of((1.0,), torch.float32, device)
+    drift, scales = random_matrix(3, 3, device=device), make_scales((1.0,), torch.float32, device)
     for accumulate in (True, False):
         grad = laid_out(torch.zeros(33, 20, device=device), layout)
         frame = torch.as_strided(grad, (33 * grad.stride(0),), (1,))
@@ -194,7 +196,7 @@ def test_every_weight_has_its_own_scale(device: torch.device) -> None:
 def test_exactly_zero_at_the_base(
     shape: tuple[int, int], form: Form, dtype: torch.dtype, layout: Layout, device: torch.device
 ) -> None:
-    # A base wider or narrower than the weight included: the weight is what a model of its dtype holds of it.
+    # The base may be wider or narrower than the weight, which is the base as a model of its own dtype holds it.
     for base_dtype in DTYPES:
         problem = make_problem(form, shape, 3, dtype, base_dtype=base_dtype, drift=0.0, layout=layout, device=device)
         assert bool(problem.weight.any())
@@ -220,7 +222,7 @@ def test_exactly_zero_with_a_block_of_the_same_arithmetic(
 
 @pytest.mark.parametrize("form", ["base", "full"])
 def test_a_base_of_another_dtype_is_read_as_the_weight_holds_it(form: Form, device: torch.device) -> None:
-    # float32 base, bfloat16 weight, after a step: C of the step, not of the cast.
+    # After a step of a bfloat16 weight with a float32 base, C is that of the step and not of the cast.
     problem = make_problem(form, (40, 24), 4, torch.bfloat16, base_dtype=torch.float32, drift=1e-2, device=device)
     assert problem.base is not None and problem.base.dtype == torch.float32
     _, squares = ops.project_drift(operands_of([problem]), "torch")

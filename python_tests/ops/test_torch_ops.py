@@ -1,3 +1,5 @@
+"""The torch operators: opcheck, derivatives, fake tensors, ``torch.compile``, and modes of torch."""
+
 from __future__ import annotations
 
 import itertools
@@ -31,7 +33,7 @@ OPERATORS = torch.ops.rpsft_kernels
 
 
 def _problems(form: Form, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> list[Any]:
-    # A drift as large as the weight, for the sake of finite differences.
+    # Finite differences need a drift as large as the weight.
     return [
         make_problem(form, shape, 3, dtype, basis_dtype=torch.float32, drift=1.0, seed=seed, device=device)
         for seed, shape in enumerate(SHAPES)
@@ -49,7 +51,7 @@ def _pull_arguments(
     form: Form, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """Arguments of ``pull_back`` up to the scales, differentiable where it is."""
-    weights, lefts, rights, bases, _ = operands_of(_problems(form, dtype, device))
+    weights, lefts, rights, pretrained, _ = operands_of(_problems(form, dtype, device))
     rank = 3 if lefts else 0
     drifts = [
         random_matrix(rank, rank, accumulation(dtype), seed=seed, device=device).requires_grad_() for seed in range(3)
@@ -57,7 +59,7 @@ def _pull_arguments(
     scales = torch.tensor([0.5, -2.0, 3.0], dtype=accumulation(dtype), device=device, requires_grad=True)
     if lefts:
         return [], lefts, rights, [], drifts, scales
-    return [weight.requires_grad_() for weight in weights], [], [], bases, drifts, scales
+    return [weight.requires_grad_() for weight in weights], [], [], pretrained, drifts, scales
 
 
 # -- opcheck ---------------------------------------------------------------------------------------------------
@@ -106,12 +108,12 @@ def _projection(form: Form) -> tuple[Callable[..., tuple[Tensor, ...]], list[Ten
 
 
 def _adjoint(form: Form) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
-    weights, lefts, rights, bases, drifts, scales = _pull_arguments(form)
+    weights, lefts, rights, pretrained, drifts, scales = _pull_arguments(form)
     moving = drifts if lefts else weights
 
     def function(scales: Tensor, *moving: Tensor) -> tuple[Tensor, ...]:
-        one, other = ([], list(moving)) if lefts else (list(moving), drifts)
-        return tuple(ops.pull_back(ops.Operands(one, lefts, rights, bases), other, scales, torch.float64, "torch"))
+        operands = ops.Operands([] if lefts else moving, lefts, rights, pretrained)
+        return tuple(ops.pull_back(operands, moving if lefts else drifts, scales, torch.float64, "torch"))
 
     return function, [scales, *moving]
 
@@ -133,13 +135,13 @@ def test_gradients_of_the_adjoint(form: Form) -> None:
 def test_each_is_the_others_adjoint() -> None:
     # <project(W), D> = <W, pull_back(D)> for the linear (bare) form.
     weights, lefts, rights, _, _ = operands_of(_problems("bare"))
-    given = [random_matrix(3, 3, torch.float64, seed=20 + i) for i in range(3)]
+    directions = [random_matrix(3, 3, torch.float64, seed=20 + i) for i in range(3)]
     drifts, _ = ops.project_drift(ops.Operands(weights, lefts, rights), "torch")
     ones = torch.ones(3, dtype=torch.float64)
-    pulled = ops.pull_back(ops.Operands(lefts=lefts, rights=rights), given, ones, torch.float64, "torch")
-    for weight, drift, grad, other in zip(weights, drifts, pulled, given, strict=True):
-        one, two = float((drift * other).sum()), float((weight * grad).sum())
-        assert one == pytest.approx(two, rel=1e-12) and one
+    pulled = ops.pull_back(ops.Operands(lefts=lefts, rights=rights), directions, ones, torch.float64, "torch")
+    for weight, drift, grad, direction in zip(weights, drifts, pulled, directions, strict=True):
+        product = float((drift * direction).sum())
+        assert product == pytest.approx(float((weight * grad).sum()), rel=1e-12) and product
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -164,8 +166,8 @@ def test_only_some_drifts(form: Form, with_squares: bool) -> None:
     for weight in weights:
         weight.requires_grad_()
     drifts, squares = ops.project_drift(ops.Operands(weights, *pieces), "torch")
-    given = random_matrix(3, 3, torch.float64, seed=30)
-    loss = (drifts[1] * given).sum() + (squares.sum() if with_squares else 0)
+    direction = random_matrix(3, 3, torch.float64, seed=30)
+    loss = (drifts[1] * direction).sum() + (squares.sum() if with_squares else 0)
     loss.backward()
     for i, (weight, problem) in enumerate(zip(weights, problems, strict=True)):
         assert problem.left is not None and problem.right is not None and weight.grad is not None
@@ -173,7 +175,7 @@ def test_only_some_drifts(form: Form, with_squares: bool) -> None:
         if with_squares:
             exact = exact + exact_gradient(weight.detach(), problem)
         if i == 1:
-            exact = exact + exact_pull(given, problem.left, problem.right)
+            exact = exact + exact_pull(direction, problem.left, problem.right)
         assert relative_error(weight.grad, exact) < 1e-12
 
 
@@ -204,11 +206,11 @@ def test_nothing_to_differentiate() -> None:
 
 
 def test_anchors_get_no_gradient() -> None:
-    weights, lefts, rights, bases, blocks = _arguments("base")
-    lefts[0].requires_grad_()
-    _, squares = ops.project_drift(ops.Operands(weights, lefts, rights, bases, blocks), "torch")
+    operands = ops.Operands(*_arguments("base"))
+    operands.lefts[0].requires_grad_()
+    _, squares = ops.project_drift(operands, "torch")
     squares.sum().backward()
-    assert weights[0].grad is not None and lefts[0].grad is None
+    assert operands.weights[0].grad is not None and operands.lefts[0].grad is None
 
 
 @pytest.mark.parametrize("form", ["base", "block", "full"])
@@ -247,20 +249,19 @@ def test_gradients_have_the_dtype_of_the_weight(form: Form, dtype: torch.dtype) 
 @pytest.mark.parametrize("backend", ["torch", "triton", "native"])
 def test_shapes_of_fake_tensors(form: Form, dtype: torch.dtype, backend: str) -> None:
     with FakeTensorMode() as mode:
-        weights, *pieces = ([mode.from_tensor(t) for t in given] for given in operands_of(_problems(form, dtype)))
-        drifts, squares = ops.project_drift(ops.Operands(weights, *pieces), backend)
+        operands = ops.Operands(
+            *([mode.from_tensor(t) for t in field] for field in operands_of(_problems(form, dtype)))
+        )
+        drifts, squares = ops.project_drift(operands, backend)
         rank = 0 if form == "full" else 3
         assert [tuple(drift.shape) for drift in drifts] == [(rank, rank)] * 3 and tuple(squares.shape) == (3,)
         assert {t.dtype for t in (*drifts, squares)} == {accumulation(dtype)}
-        lefts, rights, bases, _ = pieces
+        operands = operands._replace(blocks=[])
         for grad_dtype in DTYPES:
-            grads = ops.pull_back(ops.Operands(weights, lefts, rights, bases), drifts, squares, grad_dtype, backend)
+            grads = ops.pull_back(operands, drifts, squares, grad_dtype, backend)
             assert [tuple(grad.shape) for grad in grads] == SHAPES
             assert {grad.dtype for grad in grads} == {grad_dtype}
-            assert (
-                ops.pull_back_(grads, ops.Operands(weights, lefts, rights, bases), drifts, squares, True, backend)
-                is None
-            )
+            assert ops.pull_back_(grads, operands, drifts, squares, True, backend) is None
 
 
 def test_real_and_fake_tensors_agree() -> None:
@@ -271,8 +272,9 @@ def test_real_and_fake_tensors_agree() -> None:
             fake, fake_squares = ops.project_drift(
                 ops.Operands(*([mode.from_tensor(t) for t in a] for a in arguments)), "torch"
             )
-        for one, other in zip([*real, real_squares], [*fake, fake_squares], strict=True):
-            assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+        for tensor, stand_in in zip([*real, real_squares], [*fake, fake_squares], strict=True):
+            assert tensor.shape == stand_in.shape and tensor.dtype == stand_in.dtype
+            assert tensor.stride() == stand_in.stride()
 
 
 # -- torch.compile ---------------------------------------------------------------------------------------------
@@ -284,12 +286,12 @@ def _moved(weight: Tensor, seed: int) -> Tensor:
 
 def _anchored(keep_base: bool) -> tuple[list[Tensor], list[rk.Anchor]]:
     pretrained = [random_matrix(*shape, seed=i) for i, shape in enumerate([(20, 12), (12, 20), (4, 20), (20, 12)])]
-    # Rank 4 is all of the third: a full anchor.
+    # Rank 4 is the full rank of the third weight, which gets a full anchor.
     anchors = [rk.Anchor.from_weight(weight, 4, keep_base=keep_base) for weight in pretrained]
     return [_moved(weight, 10 + i) for i, weight in enumerate(pretrained)], anchors
 
 
-def _same_as_eager(function: Callable[[], Tensor], weights: list[Tensor], compiler: str = "aot_eager") -> None:
+def _compare_with_eager(function: Callable[[], Tensor], weights: list[Tensor], compiler: str = "aot_eager") -> None:
     def run(run_function: Callable[[], Tensor]) -> list[Tensor]:
         for weight in weights:
             weight.grad = None
@@ -303,25 +305,25 @@ def _same_as_eager(function: Callable[[], Tensor], weights: list[Tensor], compil
     torch.compiler.reset()
     eager, compiled = run(function), run(torch.compile(function, fullgraph=True, backend=compiler))
     assert len(eager) == len(compiled) == 1 + len(weights) and bool(eager[0])
-    for one, other in zip(eager, compiled, strict=True):
+    for expected, actual in zip(eager, compiled, strict=True):
         if compiler == "inductor":
-            # It fuses the sum over the weights, and older ones add it in another order.
-            torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-8)
+            # It fuses the sum over the weights, and older versions add it up in another order.
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
         else:
-            assert torch.equal(one, other)
+            assert torch.equal(expected, actual)
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
 def test_compiled_penalty_of_one_tensor(keep_base: bool) -> None:
     weights, anchors = _anchored(keep_base)
     for weight, anchor in zip(weights[1:3], anchors[1:3], strict=True):
-        _same_as_eager(lambda w=weight, a=anchor: 3 * rk.rotation_penalty(w, a), [weight])
+        _compare_with_eager(lambda w=weight, a=anchor: 3 * rk.rotation_penalty(w, a), [weight])
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
 def test_compiled_penalty_of_a_list(keep_base: bool) -> None:
     weights, anchors = _anchored(keep_base)
-    _same_as_eager(lambda: 3 * rk.rotation_penalty(weights, anchors), weights)
+    _compare_with_eager(lambda: 3 * rk.rotation_penalty(weights, anchors), weights)
 
 
 def _model() -> nn.Module:
@@ -340,7 +342,7 @@ def test_compiled_penalty_of_a_module(keep_base: bool) -> None:
         for parameter in model.parameters():
             parameter.mul_(1.01)
     tokens = torch.tensor([[1, 2, 8]])
-    _same_as_eager(
+    _compare_with_eager(
         lambda: model(tokens).square().mean() + 3 * rk.rotation_penalty(model, anchors), list(model.parameters())
     )
 
@@ -351,12 +353,12 @@ def test_compiled_projection(with_base: bool) -> None:
     assert problem.left is not None and problem.right is not None
     left, right, base = problem.left, problem.right, problem.base
     weight = problem.weight.requires_grad_()
-    _same_as_eager(lambda: rk.project(weight, left, right, base).square().sum(), [weight])
+    _compare_with_eager(lambda: rk.project(weight, left, right, base).square().sum(), [weight])
 
 
 def test_compiled_by_inductor() -> None:
     weights, anchors = _anchored(True)
-    _same_as_eager(lambda: rk.rotation_penalty(weights, anchors), weights, "inductor")
+    _compare_with_eager(lambda: rk.rotation_penalty(weights, anchors), weights, "inductor")
 
 
 def test_a_compiled_function_keeps_the_backend_of_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,14 +396,14 @@ def test_autocast_changes_no_bit(form: Form, device: torch.device) -> None:
         with torch.autocast(device.type, dtype=dtype):
             assert (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).dtype == dtype
             inside = _value_and_gradients("torch", form, device)
-        assert all(torch.equal(one, other) for one, other in zip(plain, inside, strict=True))
+        assert all(torch.equal(expected, actual) for expected, actual in zip(plain, inside, strict=True))
 
 
 def test_autocast_changes_no_bit_of_the_kernels(device: torch.device) -> None:
     plain = _value_and_gradients("triton", "base", device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         inside = _value_and_gradients("triton", "base", device)
-    assert all(torch.equal(one, other) for one, other in zip(plain, inside, strict=True))
+    assert all(torch.equal(expected, actual) for expected, actual in zip(plain, inside, strict=True))
 
 
 def test_autocast_changes_no_bit_of_the_public_functions() -> None:
@@ -418,8 +420,8 @@ def test_autocast_changes_no_bit_of_the_public_functions() -> None:
             assert anchor.block is not None and anchor.left is not None and anchor.right is not None
             projected = rk.project(weights[0], anchor.left, anchor.right)
             grads.append([value, projected, anchor.block, *(weight.grad for weight in weights)])
-    for one, other in zip(*grads, strict=True):
-        assert one is not None and other is not None and torch.equal(one, other)
+    for plain, inside in zip(*grads, strict=True):
+        assert plain is not None and inside is not None and torch.equal(plain, inside)
 
 
 @pytest.mark.usefixtures("reference_arithmetic")

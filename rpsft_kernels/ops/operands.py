@@ -38,7 +38,7 @@ class Operands(NamedTuple):
 
     @property
     def full(self) -> bool:
-        """Whether the anchors are full ones: nothing is projected."""
+        """True for full anchors, whose weights are not projected."""
         return not self.lefts
 
     def pick(self, indices: Iterable[int]) -> Operands:

@@ -1,4 +1,4 @@
-"""``python -m rpsft_kernels selftest``: its table, its exit status, and what it refuses."""
+"""``python -m rpsft_kernels selftest``: its table, its exit status, and devices that it refuses."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rpsft_kernels.tools.cli import main
 
 
 @pytest.fixture(autouse=True)
-def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    def few(device: torch.device, quick: bool) -> Any:
-        found, untested = subjects.jobs(device, quick)
-        del found[1:]
-        found[0].cases[:] = list(quick_cases((32,)))[:3]
-        return found, [*untested, "a backend on the CPU: not tested: it is not there"]
+def _few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    def list_one_job(device: torch.device, quick: bool) -> Any:
+        jobs, untested = subjects.list_jobs(device, quick)
+        del jobs[1:]
+        jobs[0].cases[:] = list(quick_cases((32,)))[:3]
+        return jobs, [*untested, "a backend on the CPU: not tested: it is not there"]
 
-    monkeypatch.setattr(command, "jobs", few)
+    monkeypatch.setattr(command, "list_jobs", list_one_job)
 
 
 @pytest.mark.parametrize("options", [[], ["--quick"]])
@@ -43,11 +43,11 @@ def test_a_pass(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     project = reference.project_drift
 
-    def doubled(*arguments: Any) -> Any:
+    def project_doubled(*arguments: Any) -> Any:
         drifts, squares = project(*arguments)
         return [2 * drift for drift in drifts], 4 * squares
 
-    monkeypatch.setattr(reference, "project_drift", doubled)
+    monkeypatch.setattr(reference, "project_drift", project_doubled)
     assert main(["selftest", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert " FAILED\n" in printed and "FAILED: drift of base anchors (W bf16, W0 bf16, bases bf16" in printed

@@ -1,5 +1,5 @@
 """The self-test's cases launch every kernel that each shipped table can be asked for, small and at a size that fills a
-GPU: shown on made-up devices, where launches are only written down.
+GPU. Devices are made up here, and launches are only recorded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rpsft_kernels.ops.triton.variants import list_variants
 @pytest.mark.parametrize("architecture", [*DESCRIPTORS, "interpreter"])
 def test_every_listed_kernel_is_launched(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = Profile(architecture, 132, DESCRIPTORS.get(architecture, False))
-    # Nothing reads the numbers; and smaller weights than on a GPU have the same variants.
+    # Nothing reads the numbers, and weights smaller than on a GPU have the same variants.
     monkeypatch.setattr(Source, "_normal", lambda self, rows, cols, scale: torch.empty(rows, cols))
     monkeypatch.setattr(
         cases, "_LARGE", {"even": (512, 768), "ragged": (520, 776), "odd": (521, 777), "others": (9, 9)}

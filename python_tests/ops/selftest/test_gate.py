@@ -1,4 +1,4 @@
-"""The record of what has passed, and what happens before the first launch on a GPU: on a made-up one."""
+"""The record of a pass, and the quick part before the first launch on a GPU: on a made-up one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from rpsft_kernels import ops
 from rpsft_kernels.ops.selftest import gate, record, subjects
 from rpsft_kernels.ops.selftest.checks import Subject
-from rpsft_kernels.ops.selftest.suite import Result
+from rpsft_kernels.ops.selftest.suite import SelfTestResult
 from rpsft_kernels.ops.triton import toolchain
 from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.tools.environment import environment_report
@@ -24,7 +24,7 @@ GPU = torch.device("cuda", 0)
 
 
 class Machine:
-    """A GPU whose driver and kernels can be changed, and how often it was tested."""
+    """A GPU whose driver and kernels can be changed, with the number of times that it was tested."""
 
     def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cache, self.monkeypatch = cache, monkeypatch
@@ -41,12 +41,12 @@ class Machine:
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        monkeypatch.setattr(subjects, "quick_of_gpu", self._run)
+        monkeypatch.setattr(subjects, "run_quick_part", self._run)
         self.restart()
 
-    def _run(self, device: torch.device) -> Result:
+    def _run(self, device: torch.device) -> SelfTestResult:
         self.runs += 1
-        return Result(Subject("triton", device), failures=list(self.failures))
+        return SelfTestResult(Subject("triton", device), failures=list(self.failures))
 
     def restart(self) -> None:
         """A new process."""
@@ -179,7 +179,7 @@ def test_a_broken_record_is_none(content: str, machine: Machine) -> None:
 def test_a_folder_that_cannot_be_written_only_costs_time(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A file where the folder should be: that stops even root.
+    # A file in the folder's place stops even root.
     (machine.cache / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(machine.cache / "file"))
     for runs in (1, 2):
@@ -236,14 +236,14 @@ def test_a_captured_graph_needs_a_record(machine: Machine) -> None:
 
 def test_threads_wait_for_one_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     started, leave = threading.Event(), threading.Event()
-    run = subjects.quick_of_gpu
+    run = subjects.run_quick_part
 
-    def slow(device: torch.device) -> Result:
+    def slow(device: torch.device) -> SelfTestResult:
         started.set()
         assert leave.wait(30)
         return run(device)
 
-    monkeypatch.setattr(subjects, "quick_of_gpu", slow)
+    monkeypatch.setattr(subjects, "run_quick_part", slow)
     threads = [threading.Thread(target=gate.ensure, args=(GPU,)) for _ in range(3)]
     for thread in threads:
         thread.start()

@@ -1,4 +1,6 @@
-"""One case on one subject: against float64, bit for bit where sums are exact, zero at the anchor, NaN, and again."""
+"""The checks of one case on one subject: against float64, bit for bit where sums are exact, at the anchor, with NaN,
+and for the same bits again.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +11,38 @@ import torch
 from torch import Tensor
 
 from ..dispatch import load
-from .cases import Case, Shape
-from .exact import ROUNDED, WIDE, Expected, expected_drift, expected_pull, moved
-from .inputs import Problem, Source, given, operands_of
+from .cases import SelfTestCase, Shape
+from .exact import ROUNDED, WIDE, Expected, difference, expected_drift, expected_pull
+from .inputs import Sample, Source, collect, operands_of
 
-# Scales of gradients: a power of two, so that exact numbers stay so.
+# The scales of gradients are powers of two, so that exact numbers stay exact.
 _SCALES = (2.0, -0.5, 1.0, -4.0)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A backend on a device. ``bitwise``: its results have the same bits wherever its operands lie."""
+    """A backend on a device. With ``bitwise`` its results have the same bits wherever its operands lie."""
 
     backend: str
     device: torch.device
     bitwise: bool = True
 
-    def project(
-        self, problems: Sequence[Problem], blocks: Sequence[Tensor] | None = None
-    ) -> tuple[list[Tensor], Tensor]:
-        operands = operands_of(problems)
+    def project(self, samples: Sequence[Sample], blocks: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
+        """Compute the drifts and squares of samples, with ``blocks`` in place of their own where given."""
+        operands = operands_of(samples)
         if blocks is not None:
             operands = operands._replace(blocks=blocks)
         return load(self.backend).project_drift(operands)
 
-    def pull(self, problems: Sequence[Problem], drifts: Sequence[Tensor], scales: Tensor, accumulate: bool) -> None:
-        """Into the problems' gradients."""
-        operands = operands_of(problems).for_pull_back()
-        load(self.backend).pull_back_into(given(problems, "grad"), operands, drifts, scales, accumulate)
+    def pull(self, samples: Sequence[Sample], drifts: Sequence[Tensor], scales: Tensor, accumulate: bool) -> None:
+        """Write the samples' gradients, or add to them."""
+        operands = operands_of(samples).for_pull_back()
+        load(self.backend).pull_back_into(collect(samples, "grad"), operands, drifts, scales, accumulate)
 
 
 @dataclass
-class Found:
-    """What the checks of a case found. ``worst`` is an error in the units of ``bound``."""
+class Findings:
+    """Results of the checks of a case. ``worst`` is the largest error, in the units of ``bound``."""
 
     worst: float = 0.0
     bound: float = 0.0
@@ -49,94 +50,95 @@ class Found:
     failures: list[str] = field(default_factory=list)
 
 
-def check_numbers(case: Case, subject: Subject) -> Found:
-    """Everything about the numbers of small weights, several in a call."""
-    found = Found()
-    for check in (_random, _exact, _still, _not_finite):
-        for failure in check(case, subject, found):
-            found.failures.append(f"{case}: {failure}")
-    return found
+def check_numbers(case: SelfTestCase, subject: Subject) -> Findings:
+    """Run every check of numbers, on small weights of which several make a call."""
+    findings = Findings()
+    for check in (_check_random, _check_exact, _check_at_anchor, _check_nan):
+        for failure in check(case, subject, findings):
+            findings.failures.append(f"{case}: {failure}")
+    return findings
 
 
-def _scales(problems: Sequence[Problem], device: torch.device) -> Tensor:
-    numbers = [_SCALES[i % len(_SCALES)] for i in range(len(problems))]
+def _make_scales(samples: Sequence[Sample], device: torch.device) -> Tensor:
+    numbers = [_SCALES[i % len(_SCALES)] for i in range(len(samples))]
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
-def _drifts(problems: Sequence[Problem]) -> list[Tensor]:
-    """C of each problem; of full anchors nothing."""
-    nothing = torch.empty(0, 0, dtype=torch.float32)
-    return [nothing if problem.drift is None else problem.drift for problem in problems]
+def _drifts_of(samples: Sequence[Sample]) -> list[Tensor]:
+    """Return C of each sample, (0, 0) for full anchors."""
+    empty = torch.empty(0, 0, dtype=torch.float32)
+    return [empty if sample.drift is None else sample.drift for sample in samples]
 
 
 # -- random numbers against float64 ----------------------------------------------------------------------
 
 
-def _random(case: Case, subject: Subject, found: Found) -> Iterator[str]:
+def _check_random(case: SelfTestCase, subject: Subject, findings: Findings) -> Iterator[str]:
     source = Source(case, subject.device)
-    problems = [source.random(shape) for shape in case.small()]
-    yield from compared(case, subject, problems, found)
+    samples = [source.random(shape) for shape in case.small()]
+    yield from _compare_call(case, subject, samples, findings)
 
 
-def compared(case: Case, subject: Subject, problems: Sequence[Problem], found: Found) -> Iterator[str]:
-    """One call, against float64."""
+def _compare_call(case: SelfTestCase, subject: Subject, samples: Sequence[Sample], findings: Findings) -> Iterator[str]:
+    """Compare one call with float64."""
     if case.operation == "drift":
-        _poison(problems, subject.device)
-        drifts, squares = subject.project(problems)
-        yield from compare_drifts(case, problems, drifts, squares, found)
+        _poison(samples, subject.device)
+        drifts, squares = subject.project(samples)
+        yield from compare_drifts(case, samples, drifts, squares, findings)
         return
-    scales = _scales(problems, subject.device)
-    before = _ready(case, problems)
-    subject.pull(problems, _drifts(problems), scales, case.accumulate)
-    yield from compare_gradients(case, problems, before, scales.tolist(), found)
+    scales = _make_scales(samples, subject.device)
+    before = _prepare_gradients(case, samples)
+    subject.pull(samples, _drifts_of(samples), scales, case.accumulate)
+    yield from compare_gradients(case, samples, before, scales.tolist(), findings)
 
 
 def compare_drifts(
-    case: Case, problems: Sequence[Problem], drifts: Sequence[Tensor], squares: Tensor, found: Found
+    case: SelfTestCase, samples: Sequence[Sample], drifts: Sequence[Tensor], squares: Tensor, findings: Findings
 ) -> Iterator[str]:
-    """C against float64, and its square against C."""
+    """Compare C with float64, and its square with C."""
     totals = squares.double()
-    for i, (problem, drift) in enumerate(zip(problems, drifts, strict=True)):
+    for i, (sample, drift) in enumerate(zip(samples, drifts, strict=True)):
         if case.form == "full":
-            total = moved(problem).square().sum()
+            total = difference(sample).square().sum()
         else:
             total = drift.double().square().sum()
-            yield from _near(case, f"C of weight {i}, {problem.shape}", drift, expected_drift(problem), 0.0, found)
+            yield from _check_close(
+                case, f"C of weight {i}, {sample.shape}", drift, expected_drift(sample), 0.0, findings
+            )
         error = float((totals[i] - total).abs())
         if not error <= 1e-5 * float(total):
-            yield f"||C||^2 of weight {i}, {problem.shape}: got {float(totals[i]):.9g}, expected {float(total):.9g}"
+            yield f"||C||^2 of weight {i}, {sample.shape}: got {float(totals[i]):.9g}, expected {float(total):.9g}"
 
 
 def compare_gradients(
-    case: Case, problems: Sequence[Problem], before: Sequence[Tensor], scales: Sequence[float], found: Found
+    case: SelfTestCase, samples: Sequence[Sample], before: Sequence[Tensor], scales: Sequence[float], findings: Findings
 ) -> Iterator[str]:
-    for i, problem in enumerate(problems):
-        assert problem.grad is not None
+    for i, sample in enumerate(samples):
+        assert sample.grad is not None
         if case.form == "full":
-            pulled = moved(problem) * scales[i]
+            pulled = difference(sample) * scales[i]
             expected = Expected(pulled, pulled.abs())
         else:
-            expected = expected_pull(problem, scales[i])
+            expected = expected_pull(sample, scales[i])
         values = expected.values + before[i].double() if case.accumulate else expected.values
-        name = f"G of weight {i}, {problem.shape}"
-        yield from _near(case, name, problem.grad, Expected(values, expected.size), _step(problem.grad.dtype), found)
+        name = f"G of weight {i}, {sample.shape}"
+        yield from _check_close(
+            case, name, sample.grad, Expected(values, expected.size), torch.finfo(sample.grad.dtype).eps, findings
+        )
 
 
-def _step(dtype: torch.dtype) -> float:
-    """A number's last rounding."""
-    return torch.finfo(dtype).eps
-
-
-def _near(case: Case, name: str, actual: Tensor, expected: Expected, step: float, found: Found) -> Iterator[str]:
+def _check_close(
+    case: SelfTestCase, name: str, actual: Tensor, expected: Expected, rounding: float, findings: Findings
+) -> Iterator[str]:
     if not actual.numel():
         return
-    bound = ROUNDED if case.rounded else WIDE
-    # Beside the error that counts: its rounding to the result's dtype, and the smallest numbers that there are.
+    bound = ROUNDED if case.may_round else WIDE
+    # Beside that bound, a result may be rounded to its dtype, and be off by the smallest normal number.
     error = (actual.double() - expected.values).abs_()
-    allowed = expected.size * bound + expected.values.abs() * step + torch.finfo(actual.dtype).tiny
+    allowed = expected.size * bound + expected.values.abs() * rounding + torch.finfo(actual.dtype).tiny
     ratio = (error / allowed).nan_to_num_(nan=float("inf"), posinf=float("inf")).reshape(-1)
     worst, at = ratio.max(0)
-    found.worst, found.bound = max(found.worst, float(worst) * bound), bound
+    findings.worst, findings.bound = max(findings.worst, float(worst) * bound), bound
     if float(worst) > 1.0:
         row, col = divmod(int(at), actual.shape[1])
         wrong = int((ratio > 1.0).sum())
@@ -147,57 +149,57 @@ def _near(case: Case, name: str, actual: Tensor, expected: Expected, step: float
         )
 
 
-def _ready(case: Case, problems: Sequence[Problem]) -> list[Tensor]:
-    """What gradients hold before they are added to; what is to be written over is NaN."""
-    before = [problem.grad.clone() for problem in problems if problem.grad is not None]
+def _prepare_gradients(case: SelfTestCase, samples: Sequence[Sample]) -> list[Tensor]:
+    """Return copies of the gradients before the call; fill those that it will write over with NaN."""
+    before = [sample.grad.clone() for sample in samples if sample.grad is not None]
     if not case.accumulate:
-        for problem in problems:
-            assert problem.grad is not None
-            problem.grad.fill_(float("nan"))
+        for sample in samples:
+            assert sample.grad is not None
+            sample.grad.fill_(float("nan"))
     return before
 
 
-def _poison(problems: Sequence[Problem], device: torch.device) -> None:
-    """Fill with NaN what the allocator will most likely hand out for the drifts: a number that is not written shows."""
-    for problem in problems:
-        if problem.left is not None:
-            k = problem.left.shape[1]
+def _poison(samples: Sequence[Sample], device: torch.device) -> None:
+    """Fill memory that the allocator will most likely hand out for the drifts with NaN: a missing number shows."""
+    for sample in samples:
+        if sample.left is not None:
+            k = sample.left.shape[1]
             torch.full((k, k), float("nan"), dtype=torch.float32, device=device)
 
 
 # -- numbers that no order of summation changes -----------------------------------------------------------
 
 
-def _exact(case: Case, subject: Subject, found: Found) -> Iterator[str]:
+def _check_exact(case: SelfTestCase, subject: Subject, findings: Findings) -> Iterator[str]:
     source = Source(case, subject.device, "exact")
-    problems = [source.exact(shape, i) for i, shape in enumerate(case.small())]
+    samples = [source.exact(shape, i) for i, shape in enumerate(case.small())]
     if case.operation == "drift":
-        _poison(problems, subject.device)
-        drifts, _ = subject.project(problems)
-        for i, (problem, drift) in enumerate(zip(problems, drifts, strict=True)):
+        _poison(samples, subject.device)
+        drifts, _ = subject.project(samples)
+        for i, (sample, drift) in enumerate(zip(samples, drifts, strict=True)):
             if case.form == "full":
                 continue
-            values = expected_drift(replace(problem, block=None)).values.float()
-            if problem.block is not None:
-                values = values - problem.block
-            yield from _equal(f"C of weight {i}, {problem.shape}, one product each", drift, values)
+            values = expected_drift(replace(sample, block=None)).values.float()
+            if sample.block is not None:
+                values = values - sample.block
+            yield from _check_equal(f"C of weight {i}, {sample.shape}, one product each", drift, values)
         return
-    # On the CPU, from where they travel with the kernels' tables.
-    scales = _scales(problems, torch.device("cpu"))
-    before = _ready(case, problems)
-    subject.pull(problems, _drifts(problems), scales, case.accumulate)
-    for i, problem in enumerate(problems):
-        assert problem.grad is not None
+    # Scales on the CPU travel with the kernels' tables, another way than those on the device.
+    scales = _make_scales(samples, torch.device("cpu"))
+    before = _prepare_gradients(case, samples)
+    subject.pull(samples, _drifts_of(samples), scales, case.accumulate)
+    for i, sample in enumerate(samples):
+        assert sample.grad is not None
         scale = float(scales[i])
-        pulled = moved(problem) * scale if case.form == "full" else expected_pull(problem, scale).values
+        pulled = difference(sample) * scale if case.form == "full" else expected_pull(sample, scale).values
         total = pulled.float() + before[i].float() if case.accumulate else pulled.float()
-        yield from _equal(
-            f"G of weight {i}, {problem.shape}, one product each", problem.grad, total.to(problem.grad.dtype)
+        yield from _check_equal(
+            f"G of weight {i}, {sample.shape}, one product each", sample.grad, total.to(sample.grad.dtype)
         )
 
 
-def _equal(name: str, actual: Tensor, exact: Tensor) -> Iterator[str]:
-    # Minus zero equals zero, NaN nothing.
+def _check_equal(name: str, actual: Tensor, exact: Tensor) -> Iterator[str]:
+    # This comparison takes minus zero for zero, and NaN for a difference.
     wrong = (actual != exact).reshape(-1)
     count = int(wrong.sum())
     if count:
@@ -211,105 +213,105 @@ def _equal(name: str, actual: Tensor, exact: Tensor) -> Iterator[str]:
 # -- at the anchor, and not finite -------------------------------------------------------------------------
 
 
-def _still(case: Case, subject: Subject, found: Found) -> Iterator[str]:
-    """At W0 the base form's C, full anchors' norm and every gradient are exactly zero. So is the block form's C, with a
-    block that the same arithmetic made.
+def _check_at_anchor(case: SelfTestCase, subject: Subject, findings: Findings) -> Iterator[str]:
+    """Check that C of the base form, the norm of full anchors and every gradient are exactly zero at W0, and C of the
+    block form with a block that the same arithmetic computed.
     """
     source = Source(case, subject.device, "still")
-    problems = [source.random(shape, still=True) for shape in case.small()]
+    samples = [source.random(shape, at_anchor=True) for shape in case.small()]
     if case.operation == "gradient":
         if case.form == "any":
-            problems = [replace(p, drift=None if p.drift is None else torch.zeros_like(p.drift)) for p in problems]
-        before = _ready(case, problems)
-        subject.pull(problems, _drifts(problems), _scales(problems, subject.device), case.accumulate)
-        for i, problem in enumerate(problems):
-            assert problem.grad is not None
-            exact = before[i] if case.accumulate else torch.zeros_like(problem.grad)
-            yield from _equal(f"G of weight {i}, {problem.shape}, without a drift", problem.grad, exact)
+            samples = [replace(p, drift=None if p.drift is None else torch.zeros_like(p.drift)) for p in samples]
+        before = _prepare_gradients(case, samples)
+        subject.pull(samples, _drifts_of(samples), _make_scales(samples, subject.device), case.accumulate)
+        for i, sample in enumerate(samples):
+            assert sample.grad is not None
+            exact = before[i] if case.accumulate else torch.zeros_like(sample.grad)
+            yield from _check_equal(f"G of weight {i}, {sample.shape}, without a drift", sample.grad, exact)
         return
     if case.form == "bare" or (case.form == "block" and not subject.bitwise):
         return
-    blocks = subject.project(problems, [])[0] if case.form == "block" else []
-    _poison(problems, subject.device)
-    drifts, squares = subject.project(problems, blocks)
-    for i, (problem, drift) in enumerate(zip(problems, drifts, strict=True)):
-        yield from _equal(f"C of weight {i}, {problem.shape}, at W0", drift, torch.zeros_like(drift))
+    blocks = subject.project(samples, [])[0] if case.form == "block" else []
+    _poison(samples, subject.device)
+    drifts, squares = subject.project(samples, blocks)
+    for i, (sample, drift) in enumerate(zip(samples, drifts, strict=True)):
+        yield from _check_equal(f"C of weight {i}, {sample.shape}, at W0", drift, torch.zeros_like(drift))
     if bool(squares.any()):
         yield f"||C||^2 at W0: got {squares.tolist()}, expected zeros"
 
 
-def _not_finite(case: Case, subject: Subject, found: Found) -> Iterator[str]:
-    """One NaN in the middle makes NaN of all that it is part of."""
+def _check_nan(case: SelfTestCase, subject: Subject, findings: Findings) -> Iterator[str]:
+    """Check that one NaN in the middle makes NaN of every number that depends on it."""
     source = Source(case, subject.device, "not finite")
-    problem = source.random(case.small()[-1])
-    matrix = problem.weight if problem.weight is not None else problem.drift
+    sample = source.random(case.small()[-1])
+    matrix = sample.weight if sample.weight is not None else sample.drift
     assert matrix is not None
     row, col = matrix.shape[0] // 2, matrix.shape[1] - 1
     matrix[row, col].fill_(float("nan"))
     if case.operation == "drift":
-        drifts, squares = subject.project([problem])
+        drifts, squares = subject.project([sample])
         if not bool(drifts[0].isnan().all()) or not bool(squares.isnan().all()):
-            yield f"one NaN in W, {problem.shape}: got {float(squares[0])} for ||C||^2, expected NaN, and C all NaN"
+            yield f"one NaN in W, {sample.shape}: got {float(squares[0])} for ||C||^2, expected NaN, and C all NaN"
         return
-    _ready(case, [problem])
-    subject.pull([problem], _drifts([problem]), _scales([problem], subject.device), case.accumulate)
-    assert problem.grad is not None
-    shown = problem.grad[row, col] if case.form == "full" else problem.grad
-    if not bool(shown.isnan().all()):
-        yield f"one NaN in {'W' if case.form == 'full' else 'C'}, {problem.shape}: G shows numbers in its place"
+    _prepare_gradients(case, [sample])
+    subject.pull([sample], _drifts_of([sample]), _make_scales([sample], subject.device), case.accumulate)
+    assert sample.grad is not None
+    dependent = sample.grad[row, col] if case.form == "full" else sample.grad
+    if not bool(dependent.isnan().all()):
+        yield f"one NaN in {'W' if case.form == 'full' else 'C'}, {sample.shape}: G shows numbers in its place"
 
 
 # -- the same bits again -----------------------------------------------------------------------------------
 
 
-def call_once(case: Case, subject: Subject, shape: Shape) -> None:
-    """One weight of a shape, for what it launches."""
-    problem = Source(case, subject.device).random(shape, still=True)
+def call_once(case: SelfTestCase, subject: Subject, shape: Shape) -> None:
+    """Call the operation on one weight of a shape, for the launches that it makes."""
+    sample = Source(case, subject.device).random(shape, at_anchor=True)
     if case.operation == "drift":
-        subject.project([problem])
+        subject.project([sample])
     else:
-        subject.pull([problem], _drifts([problem]), _scales([problem], subject.device), case.accumulate)
+        subject.pull([sample], _drifts_of([sample]), _make_scales([sample], subject.device), case.accumulate)
 
 
-# Different weights in a repeated call: what one has left behind is not another's result.
+# Weights of a repeated call differ, so that a result left behind by one weight is wrong for the next.
 _DISTINCT = 3
 
 
-def check_repeats(case: Case, subject: Subject, shape: Shape, copies: int, repeats: int) -> Found:
-    """Calls of at least ``copies`` weights of one shape: every weight's result has the same bits in every call and at
-    every place of the list; the first call's is compared with float64.
+def check_repeats(case: SelfTestCase, subject: Subject, shape: Shape, copies: int, repeats: int) -> Findings:
+    """Repeat a call of at least ``copies`` weights of one shape: each weight's result must have the same bits in every
+    call and at every place of the list. The results of the first call are compared with float64.
     """
-    found = Found(repeats=repeats)
-    check = _repeated_drifts if case.operation == "drift" else _repeated_gradients
-    for failure in check(case, subject, shape, -(-copies // _DISTINCT), repeats, found):
-        found.failures.append(f"{case}: {failure}")
-    return found
+    findings = Findings(repeats=repeats)
+    check = _repeat_drifts if case.operation == "drift" else _repeat_gradients
+    for failure in check(case, subject, shape, -(-copies // _DISTINCT), repeats, findings):
+        findings.failures.append(f"{case}: {failure}")
+    return findings
 
 
-def _repeated_drifts(
-    case: Case, subject: Subject, shape: Shape, rounds: int, repeats: int, found: Found
+def _repeat_drifts(
+    case: SelfTestCase, subject: Subject, shape: Shape, rounds: int, repeats: int, findings: Findings
 ) -> Iterator[str]:
     source = Source(case, subject.device, "repeated")
     distinct = [source.random(shape) for _ in range(_DISTINCT)]
     first: Tensor | None = None
     differing = torch.zeros((), dtype=torch.int64, device=subject.device)
     for number in range(repeats):
-        turn = number % _DISTINCT
-        drifts, squares = subject.project((distinct[turn:] + distinct[:turn]) * rounds)
-        together = torch.cat([torch.stack(list(drifts)).reshape(len(drifts), -1), squares[:, None]], 1)
+        shift = number % _DISTINCT
+        drifts, squares = subject.project((distinct[shift:] + distinct[:shift]) * rounds)
+        results = torch.cat([torch.stack(list(drifts)).reshape(len(drifts), -1), squares[:, None]], 1)
         if first is None:
-            first = together[:_DISTINCT].clone()
-            yield from compare_drifts(case, distinct, drifts[:_DISTINCT], squares[:_DISTINCT], found)
-        differing += (together.view(rounds, _DISTINCT, -1) != first.roll(-turn, 0)).any()
-    yield from _differing(subject, shape, rounds, repeats, int(differing))
+            first = results[:_DISTINCT].clone()
+            yield from compare_drifts(case, distinct, drifts[:_DISTINCT], squares[:_DISTINCT], findings)
+        differing += (results.view(rounds, _DISTINCT, -1) != first.roll(-shift, 0)).any()
+    yield from _report_differing(subject, shape, rounds, repeats, int(differing))
 
 
-def _repeated_gradients(
-    case: Case, subject: Subject, shape: Shape, rounds: int, repeats: int, found: Found
+def _repeat_gradients(
+    case: SelfTestCase, subject: Subject, shape: Shape, rounds: int, repeats: int, findings: Findings
 ) -> Iterator[str]:
     source = Source(case, subject.device, "repeated")
     distinct = [source.random(shape) for _ in range(_DISTINCT)]
-    grads = given(distinct, "grad")
+    grads = collect(distinct, "grad")
     flipped = case.kind.endswith("transposed")
     before = torch.stack([grad.T if flipped else grad for grad in grads])
     memory = before.repeat(rounds, 1, 1)
@@ -318,22 +320,22 @@ def _repeated_gradients(
     first: Tensor | None = None
     differing = torch.zeros((), dtype=torch.int64, device=subject.device)
     for number in range(repeats):
-        turn = number % _DISTINCT
+        shift = number % _DISTINCT
         if case.accumulate:
-            memory.view(rounds, *before.shape).copy_(before.roll(-turn, 0))
+            memory.view(rounds, *before.shape).copy_(before.roll(-shift, 0))
         else:
             memory.fill_(float("nan"))
-        problems = (distinct[turn:] + distinct[:turn]) * rounds
-        problems = [replace(problem, grad=grad) for problem, grad in zip(problems, targets, strict=True)]
-        subject.pull(problems, _drifts(problems), scales.roll(-turn, 0).repeat(rounds), case.accumulate)
+        samples = (distinct[shift:] + distinct[:shift]) * rounds
+        samples = [replace(sample, grad=grad) for sample, grad in zip(samples, targets, strict=True)]
+        subject.pull(samples, _drifts_of(samples), scales.roll(-shift, 0).repeat(rounds), case.accumulate)
         if first is None:
             first = memory[:_DISTINCT].clone()
-            yield from compare_gradients(case, problems[:_DISTINCT], grads, list(_SCALES), found)
-        differing += (memory.view(rounds, *before.shape) != first.roll(-turn, 0)).any()
-    yield from _differing(subject, shape, rounds, repeats, int(differing))
+            yield from compare_gradients(case, samples[:_DISTINCT], grads, list(_SCALES), findings)
+        differing += (memory.view(rounds, *before.shape) != first.roll(-shift, 0)).any()
+    yield from _report_differing(subject, shape, rounds, repeats, int(differing))
 
 
-def _differing(subject: Subject, shape: Shape, rounds: int, repeats: int, differing: int) -> Iterator[str]:
+def _report_differing(subject: Subject, shape: Shape, rounds: int, repeats: int, differing: int) -> Iterator[str]:
     if differing and subject.bitwise:
         yield (
             f"{differing} of {repeats} calls gave other bits than the first with the same operands "

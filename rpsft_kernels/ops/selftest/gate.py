@@ -1,4 +1,4 @@
-"""The quick self-test, run by itself before the first launch on a GPU whose kernels have no record of having passed.
+"""The quick self-test runs by itself before the first launch on a GPU whose kernels have no record of having passed.
 
 RPSFT_SELFTEST=0 leaves it out. A failure is an error, here and at every later call of the process.
 """
@@ -15,13 +15,13 @@ from . import record
 
 _log = logging.getLogger("rpsft_kernels")
 _lock = threading.RLock()
-# GPUs of this process whose kernels may be launched, and what was wrong with those of others.
+# GPUs of this process whose kernels may be launched, and error messages of the others.
 _passed: set[torch.device] = set()
 _failed: dict[torch.device, str] = {}
 
 
-def switched_off() -> bool:
-    """The environment variable RPSFT_SELFTEST: ``0`` leaves the test out."""
+def is_switched_off() -> bool:
+    """Return whether the environment variable RPSFT_SELFTEST is ``0``, which leaves the test out."""
     value = os.environ.get("RPSFT_SELFTEST", "") or "1"
     if value not in ("0", "1"):
         raise ValueError(f"environment variable RPSFT_SELFTEST: got {value!r}, expected 0 or 1")
@@ -29,11 +29,10 @@ def switched_off() -> bool:
 
 
 def ensure(device: torch.device) -> None:
-    """Return where the kernels that serve ``device``, a GPU with its index, have passed the quick self-test, now or
-    earlier; else run it.
+    """Run the quick self-test of the kernels that serve ``device``, a GPU with its index, unless they have passed it.
 
     Raises:
-        RuntimeError: they have failed it; or a CUDA graph is being captured, in which nothing can be tested.
+        RuntimeError: they have failed it, or a CUDA graph is being captured, during which nothing can be tested.
     """
     if device not in _passed:
         _ensure(device)
@@ -45,18 +44,18 @@ def _ensure(device: torch.device) -> None:
             return
         if device in _failed:
             raise RuntimeError(_failed[device])
-        if switched_off():
+        if is_switched_off():
             _passed.add(device)
             return
-        known = record.facts(device)
-        if record.when_passed(known) is None:
+        facts = record.collect_facts(device)
+        if record.when_passed(facts) is None:
             if _capturing(device):
                 raise RuntimeError(
                     f"{device}: a CUDA graph is being captured, and its kernels have not passed the self-test yet; run "
                     "one step before the capture, or python -m rpsft_kernels selftest --quick before the program"
                 )
             _test(device)
-            record.store(known)
+            record.store(facts)
         _passed.add(device)
 
 
@@ -66,11 +65,11 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _test(device: torch.device) -> None:
-    from .subjects import quick_of_gpu
+    from .subjects import run_quick_part
 
     _log.info(f"{device}: its kernels have no record of having passed the self-test: the quick part runs now")
     with torch.cuda.device(device):
-        result = quick_of_gpu(device)
+        result = run_quick_part(device)
         torch.cuda.empty_cache()
     if not result.passed:
         _failed[device] = _message(device, result.failures)
@@ -90,8 +89,8 @@ def _message(device: torch.device, failures: list[str]) -> str:
 
 
 def state(device: torch.device) -> str:
-    """What ``python -m rpsft_kernels env`` says of a GPU."""
-    known = record.facts(device)
-    when = record.when_passed(known)
-    words = f"passed {when}, {record.path(known)}" if when else "no record: the quick part runs before the first launch"
-    return f"RPSFT_SELFTEST=0: not run by itself; {words}" if switched_off() else words
+    """Describe a GPU's record for ``python -m rpsft_kernels env``."""
+    facts = record.collect_facts(device)
+    when = record.when_passed(facts)
+    words = f"passed {when}, {record.path(facts)}" if when else "no record: the quick part runs before the first launch"
+    return f"RPSFT_SELFTEST=0: not run by itself; {words}" if is_switched_off() else words

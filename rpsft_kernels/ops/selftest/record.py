@@ -1,7 +1,7 @@
-"""Which kernels have passed the quick self-test on which device: one small file each in the user's cache folder.
+"""Records of kernels that have passed the quick self-test on a device: small files in the user's cache folder.
 
-What a file says must be what is the case now: device, driver, kernels and package. Anything else, a file that cannot be
-read included, is no record.
+A record counts only where its facts are those of now: device, driver, kernels and package. Any other file, one that
+cannot be read included, is no record.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from ..triton.aot.jobs import changes_code
 from ..triton.aot.library import MANIFEST
 
 _TRITON = Path(__file__).parents[1] / "triton"
-# Where Linux says which driver is loaded; CUDA's own number changes less often than the driver.
+# Linux names the loaded driver here; CUDA's own version changes less often than the driver.
 _DRIVER = Path("/sys/module/nvidia/version")
 _log = logging.getLogger("rpsft_kernels")
 
 
 def folder() -> Path:
-    """``rpsft_kernels`` in XDG_CACHE_HOME, else in ``~/.cache``."""
+    """Return ``rpsft_kernels`` in XDG_CACHE_HOME, else in ``~/.cache``."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(cache) if cache else Path.home() / ".cache") / "rpsft_kernels"
 
 
-def facts(device: torch.device) -> dict[str, str]:
-    """What a pass depends on, of a GPU and what this installation would run there."""
+def collect_facts(device: torch.device) -> dict[str, str]:
+    """Collect the facts that a pass depends on, of a GPU and of the code that this installation would run there."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "package": __version__,
         "device": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
-        # Older versions of torch do not tell.
+        # Older versions of torch have no uuid.
         "uuid": str(getattr(properties, "uuid", "unknown")),
         "driver": _driver_version(),
         "kernels": kernels_digest(),
@@ -65,25 +65,25 @@ def _driver_version() -> str:
 
 
 def kernels_digest() -> str:
-    """Of all that decides which code runs: kernels compiled ahead of time, sources, compiler and tile tables."""
+    """Hash all that decides which code runs: kernels compiled ahead of time, sources, compiler and tile tables."""
     digest = hashlib.sha256()
-    for piece in _kernels():
-        digest.update(len(piece).to_bytes(8, "little") + piece)
+    for content in _read_kernels():
+        digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
 
 
-def _kernels() -> Iterator[bytes]:
+def _read_kernels() -> Iterator[bytes]:
     mode = aot.mode()
     yield mode.encode()
     library = aot.installed_library()
     if mode != "0" and library is not None:
         yield (library.folder / MANIFEST).read_bytes()
-        # Without what launches them they are not what runs.
+        # Without a launcher these kernels do not run.
         yield str(loader.launcher() is None).encode()
     if mode != "only":
-        # What could not be compiled was not tested.
+        # Where Triton could not compile, its kernels were not tested.
         yield f"{_version('triton')} {bool(toolchain.jit_missing())}".encode()
-        for name in filter(_compiles_otherwise, sorted(os.environ)):
+        for name in filter(_changes_compilation, sorted(os.environ)):
             yield f"{name}={os.environ[name]}".encode()
     for source in sorted(_TRITON.rglob("*")):
         if source.suffix in (".py", ".json"):
@@ -93,8 +93,8 @@ def _kernels() -> Iterator[bytes]:
     yield Path(tiles).read_bytes() if tiles else b""
 
 
-def _compiles_otherwise(name: str) -> bool:
-    """Whether an environment variable may change what Triton makes of a kernel: an assembler of the user's own too."""
+def _changes_compilation(name: str) -> bool:
+    """Return whether an environment variable may change the code that Triton compiles, or choose its assembler."""
     return name.startswith("TRITON_PTXAS") or (changes_code(name) and not name.startswith("TRITON_CACHE_"))
 
 
@@ -105,29 +105,29 @@ def _version(package: str) -> str:
         return "none"
 
 
-def path(known: dict[str, str]) -> Path:
-    """The file of these facts."""
-    return folder() / f"selftest-{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:20]}.json"
+def path(facts: dict[str, str]) -> Path:
+    """Return the file of a record of these facts."""
+    return folder() / f"selftest-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]}.json"
 
 
-def when_passed(known: dict[str, str]) -> str | None:
-    """When kernels passed of which all this is true; None where there is no record."""
+def when_passed(facts: dict[str, str]) -> str | None:
+    """Return the time when kernels passed with these facts; None where there is no record."""
     try:
-        read = json.loads(path(known).read_text(encoding="utf-8"))
+        record = json.loads(path(facts).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(read, dict) or read.get("facts") != known or not isinstance(read.get("passed"), str):
+    if not isinstance(record, dict) or record.get("facts") != facts or not isinstance(record.get("passed"), str):
         return None
-    return str(read["passed"])
+    return str(record["passed"])
 
 
-def store(known: dict[str, str]) -> None:
-    """Write down that they have passed. Where that cannot be written, the next process tests again."""
-    target = path(known)
-    text = json.dumps({"passed": datetime.now(timezone.utc).isoformat(timespec="seconds"), "facts": known}, indent=1)
+def store(facts: dict[str, str]) -> None:
+    """Record that kernels have passed with these facts. Where that cannot be written, the next process tests again."""
+    target = path(facts)
+    text = json.dumps({"passed": datetime.now(timezone.utc).isoformat(timespec="seconds"), "facts": facts}, indent=1)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may write at once, and others read meanwhile: a whole file takes the place of another.
+        # Several processes may write at once while others read, so that a whole file replaces another.
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:

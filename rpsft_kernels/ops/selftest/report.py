@@ -1,22 +1,22 @@
-"""What a run found, as a table that people read."""
+"""The result of a run, as a table that people read."""
 
 from __future__ import annotations
 
-from .suite import Result
+from .suite import SelfTestResult
 
 # Failures that are printed in full.
 _SHOWN = 20
 _HEAD = ("operation", "form", "W", "W0", "U, V", "G", "cases", "worst error", "bound", "repeats", "verdict")
 
 
-def table(result: Result, title: str) -> str:
-    """A line for each group of cases, what was wrong, and which kernels that covered."""
+def format_table(result: SelfTestResult, title: str) -> str:
+    """Format a result: a line for each operation, form and dtypes, the kernels that were covered, and all failures."""
     rows: list[tuple[str, ...]] = [_HEAD]
-    for group, line in result.lines.items():
-        # Full anchors are compared bit for bit: nothing of theirs is a sum.
+    for line_key, line in result.lines.items():
+        # Results of full anchors are compared bit for bit: none of them is a sum.
         error, bound = (f"{line.worst:.1e}", f"{line.bound:.1e}") if line.bound else ("exact", "-")
         verdict = f"{line.failures} FAILED" if line.failures else "ok"
-        rows.append((*group, str(line.cases), error, bound, str(line.repeats), verdict))
+        rows.append((*line_key, str(line.cases), error, bound, str(line.repeats), verdict))
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     lines = [title, ""]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -26,7 +26,7 @@ def table(result: Result, title: str) -> str:
         lines.append(
             f"{compared} of {listed} kernels were compared with float64, {repeated} repeated where they fill the device"
         )
-    lines += _absent(result)
+    lines += _list_absent(result)
     lines += result.notes[:_SHOWN]
     if len(result.notes) > _SHOWN:
         lines.append(f"... and {len(result.notes) - _SHOWN} more")
@@ -38,8 +38,8 @@ def table(result: Result, title: str) -> str:
     return "\n".join(lines)
 
 
-def _absent(result: Result) -> list[str]:
-    """Kernels that this installation has not, by reason."""
+def _list_absent(result: SelfTestResult) -> list[str]:
+    """List the kernels that this installation lacks, by reason."""
     reasons: dict[str, list[str]] = {}
     for variant, reason in result.absent.items():
         reasons.setdefault(reason.replace(variant.label(), "a kernel"), []).append(variant.label())

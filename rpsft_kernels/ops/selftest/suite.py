@@ -1,9 +1,9 @@
-"""All cases on one subject: what was wrong, and on the kernels which of them were launched."""
+"""All cases on one subject: their failures, and the kernels that were launched."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,19 +12,21 @@ from ..triton.device import Profile, device_profile
 from ..triton.launch import watch_launches
 from ..triton.tile_table import rank_classes
 from ..triton.variants import ARGUMENTS, Variant, list_variants
-from .cases import REPEATED, Case
-from .checks import Found, Subject, call_once, check_numbers, check_repeats
+from .cases import REPEATED, SelfTestCase
+from .checks import Findings, Subject, call_once, check_numbers, check_repeats
 
 REPEATS = 20
-# Tiles that each resident program gets in a repeated launch, so that one follows another.
+# A repeated launch gives each resident program so many tiles, so that one follows another.
 _TILES = 2
-# On the CPU nothing has to be filled.
+# A CPU computes as well with few weights in a call.
 _MODEST_COPIES = 3
 
 
 @dataclass
 class Line:
-    """What the table says of one group of cases. ``worst``: of the errors, in the units of ``bound``."""
+    """One line of the table: the cases of one operation, form and dtypes. ``worst`` is the largest error, in the units
+    of ``bound``.
+    """
 
     cases: int = 0
     worst: float = 0.0
@@ -32,16 +34,24 @@ class Line:
     repeats: int = 0
     failures: int = 0
 
-    def add(self, found: Found) -> None:
-        self.worst, self.bound = max(self.worst, found.worst), max(self.bound, found.bound)
-        self.repeats += found.repeats
-        self.failures += len(found.failures)
+    def add(self, findings: Findings) -> None:
+        self.worst, self.bound = max(self.worst, findings.worst), max(self.bound, findings.bound)
+        self.repeats += findings.repeats
+        self.failures += len(findings.failures)
 
 
 @dataclass
-class Result:
-    """A run. ``kernels``: how many variants were compared, and repeated, of how many that the device has (None where
-    there are no kernels); ``absent``: those that this installation has not, and why; ``notes``: what else was not run.
+class SelfTestResult:
+    """The result of all cases on one subject.
+
+    Attributes:
+        lines: a line of the table for each :attr:`SelfTestCase.line_key`.
+        failures: a sentence for each failed check.
+        kernels: numbers of variants that were compared, that were repeated, and that the device has; None where the
+            subject has no kernels.
+        absent: variants that this installation lacks, with the reasons.
+        notes: sentences on other cases and kernels that were not run.
+        seconds: duration of the run.
     """
 
     subject: Subject
@@ -58,14 +68,14 @@ class Result:
 
 
 class Launches:
-    """Watches the launches of a run."""
+    """Records the launches of a run (:class:`rpsft_kernels.ops.triton.launch.Watcher`)."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.compared: set[Variant] = set()
         self.repeated: set[Variant] = set()
         self.absent: dict[Variant, str] = {}
-        # Of the launches since it was last cleared: the most tiles of one.
+        # The most tiles of one launch of each variant, since the last clear().
         self.tiles: dict[Variant, int] = {}
 
     def on_launch(self, variant: Variant, programs: int, arguments: Sequence[Tensor]) -> None:
@@ -76,64 +86,64 @@ class Launches:
     def on_refusal(self, variant: Variant, error: Exception) -> None:
         self.absent[variant] = str(error)
 
-    def named(self, found: Found) -> Found:
-        """With the kernels that were launched, where something was wrong."""
+    def name_kernels(self, findings: Findings) -> Findings:
+        """Add the kernels that were launched to every failure."""
         kernels = "; ".join(variant.label() for variant in self.tiles)
-        found.failures = [f"{failure}; launched were {kernels}" for failure in found.failures]
-        return found
+        findings.failures = [f"{failure}; launched were {kernels}" for failure in findings.failures]
+        return findings
 
-    def filled(self, variant: Variant) -> int:
-        """Tiles of a launch that gives every program that the device runs at a time several."""
-        # One program adds up each weight's slots: there is nothing to fill.
+    def tiles_to_fill(self, variant: Variant) -> int:
+        """Return the tiles of a launch that gives several to every program that the device runs at a time."""
+        # Programs of this kernel add up the slots of one weight each, and have no second tile.
         return 1 if variant.kernel == "squares" else _TILES * self.profile.multiprocessors * variant.blocks_per_sm
 
 
 def run(
     subject: Subject,
-    cases: Iterable[Case],
+    cases: Iterable[SelfTestCase],
     complete: bool,
     repeats: int = REPEATS,
     progress: Callable[[int], None] | None = None,
-) -> Result:
-    """Run cases.
+) -> SelfTestResult:
+    """Run cases on a subject.
 
     Args:
         subject: the backend and its device.
-        cases: those to run.
-        complete: whether the cases are to launch every kernel that the device may be asked for; those that were not
-            compared, or not repeated at a size that fills the device, are failures then.
-        repeats: calls that must give the same bits.
-        progress: told the number of cases that are done.
+        cases: the cases to run.
+        complete: True where the cases should launch every kernel that the device may be asked for. A kernel that was
+            not compared, or not repeated at a size that fills the device, is a failure then.
+        repeats: the number of calls that must give the same bits.
+        progress: called after each case with the number of cases that are done.
     """
-    began = time.monotonic()
-    result = Result(subject)
+    start = time.monotonic()
+    result = SelfTestResult(subject)
     profile = device_profile(subject.device) if subject.backend == "triton" else None
     launches = None if profile is None else Launches(profile)
     for number, case in enumerate(cases):
-        line = result.lines.setdefault(case.group, Line())
+        line = result.lines.setdefault(case.line_key, Line())
         line.cases += 1
         try:
-            for found in _both(case, subject, launches, repeats):
-                line.add(found)
-                result.failures += found.failures
+            for findings in _check_case(case, subject, launches, repeats):
+                line.add(findings)
+                result.failures += findings.failures
         except Exception as error:
             if launches is not None and str(error) in launches.absent.values():
                 continue
             line.failures += 1
             result.failures.append(f"{case}: {type(error).__name__}: {error}")
             if subject.device.type == "cuda":
-                # Whatever a GPU's program broke, nothing that comes after it can be trusted.
+                # After an error of a GPU's program no later result can be trusted.
                 result.notes.append("the cases after this one were not run")
                 break
         if progress is not None:
             progress(number + 1)
     if launches is not None:
-        _account(result, launches, complete)
-    result.seconds = time.monotonic() - began
+        _account_for_kernels(result, launches, complete)
+    result.seconds = time.monotonic() - start
     return result
 
 
-def _both(case: Case, subject: Subject, launches: Launches | None, repeats: int) -> Iterable[Found]:
+def _check_case(case: SelfTestCase, subject: Subject, launches: Launches | None, repeats: int) -> Iterator[Findings]:
     shape = case.large(subject.device.type == "cuda")
     if launches is None:
         yield check_numbers(case, subject)
@@ -141,7 +151,7 @@ def _both(case: Case, subject: Subject, launches: Launches | None, repeats: int)
         return
     with watch_launches(launches):
         launches.tiles.clear()
-        yield launches.named(check_numbers(case, subject))
+        yield launches.name_kernels(check_numbers(case, subject))
         launches.compared |= launches.tiles.keys()
         if case.kind not in REPEATED:
             return
@@ -150,13 +160,13 @@ def _both(case: Case, subject: Subject, launches: Launches | None, repeats: int)
         wanted = [variant for variant in launches.tiles if variant not in launches.repeated]
         if not wanted:
             return
-        copies = max(-(-launches.filled(variant) // launches.tiles[variant]) for variant in wanted)
-        yield launches.named(check_repeats(case, subject, shape, copies, repeats))
-        launches.repeated |= {v for v, tiles in launches.tiles.items() if tiles >= launches.filled(v)}
+        copies = max(-(-launches.tiles_to_fill(variant) // launches.tiles[variant]) for variant in wanted)
+        yield launches.name_kernels(check_repeats(case, subject, shape, copies, repeats))
+        launches.repeated |= {v for v, tiles in launches.tiles.items() if tiles >= launches.tiles_to_fill(v)}
         launches.compared |= launches.tiles.keys()
 
 
-def _account(result: Result, launches: Launches, complete: bool) -> None:
+def _account_for_kernels(result: SelfTestResult, launches: Launches, complete: bool) -> None:
     profile = launches.profile
     listed = list(list_variants(profile.architecture, profile.descriptors, rank_classes()))
     result.absent = launches.absent
@@ -167,15 +177,15 @@ def _account(result: Result, launches: Launches, complete: bool) -> None:
     for variant in listed:
         if variant in launches.absent or (variant in launches.compared and variant in launches.repeated):
             continue
-        what = (
+        lack = (
             "was launched, but not at a size that fills the device"
             if variant in launches.compared
             else "was never launched"
         )
         if launches.absent:
-            # What comes after a kernel that is not there is not reached.
-            result.notes.append(f"{variant.label()} {what}: what is launched before it is absent")
+            # A call ends at an absent kernel, and does not reach its later launches.
+            result.notes.append(f"{variant.label()} {lack}: what is launched before it is absent")
         else:
-            result.failures.append(f"{variant.label()} {what}: the self-test is not complete")
+            result.failures.append(f"{variant.label()} {lack}: the self-test is not complete")
     for variant in (launches.compared | launches.absent.keys()).difference(listed):
         result.failures.append(f"{variant.label()}: is asked for, but is not on the list of kernels")
