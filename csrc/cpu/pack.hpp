@@ -204,7 +204,7 @@ PackPlan<Word> plan_pack(const Matrix& matrix, const Matrix& base = {}) {
   }
 }
 
-// For U, V and C, which are bfloat16 or float32.
+// Packing functions for U, V and C, which are bfloat16 or float32.
 template <class Word>
 PackTransposed plan_pack_transposed(rpsft::Dtype dtype) {
   return dtype == rpsft::Dtype::bfloat16 ? pack_transposed<Word, Bfloat16> : pack_transposed<Word, float>;

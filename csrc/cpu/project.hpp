@@ -94,7 +94,7 @@ struct Scratch {
   std::uint32_t *drift[2], *panel[2];
 };
 
-// Which chunk of the weight is packed, and in which half of the double buffer.
+// The chunk of the weight that is packed, and the half of the double buffer that holds it.
 struct PackedChunk {
   Chunk chunk;
   int half = 0;

@@ -18,7 +18,7 @@ struct Range {
   Index begin, end;
 };
 
-// Part `part` of [0, size) split into `parts` nearly equal parts.
+// Range number `part` of [0, size) split into `parts` nearly equal ranges.
 inline Range split_range(Index size, Index part, Index parts) {
   return {size * part / parts, size * (part + 1) / parts};
 }

@@ -1,8 +1,8 @@
 // The rotation penalty of one weight in a training loop without Python: W drifts from W0, and descending along the
 // penalty's gradient brings the drift within the anchored subspaces back to nothing.
 //
-// The bases here are the first unit vectors, so that the result can be told at a glance: of W - W0 the k x k corner
-// vanishes, and all else stays. A real anchor holds the leading singular vectors of W0.
+// U and V here are the first unit vectors, so that the result is easy to see: the k x k corner of W - W0 vanishes, and
+// all else stays. A real anchor holds the leading singular vectors of W0.
 #include <cmath>
 #include <cstdio>
 #include <vector>

@@ -5,8 +5,9 @@
  *
  * The penalty is R = sum of ||C||_F^2 over weights and dR/dW = 2 U C V^T: project, then pull back with scale = 2 coeff.
  *
- * Every function returns 0, or another number where it refused: rpsft_last_error() then says what was wrong, what came
- * and what was expected. Nothing has been written in that case. Functions may be called from several threads.
+ * Functions that compute return 0, or another number where they refuse their arguments: rpsft_last_error() then names
+ * the argument, what came and what was expected, and nothing has been written. Functions may be called from several
+ * threads.
  */
 #ifndef RPSFT_ROTATION_PENALTY_H
 #define RPSFT_ROTATION_PENALTY_H
@@ -30,15 +31,15 @@ typedef struct {
   int64_t row_stride, col_stride;
 } rpsft_matrix;
 
-/* One weight W (m, n), or the part of it at hand.
+/* One weight W (m, n), or the shard of it in this memory.
  *
  * base form: left U (m, k), right V (n, k), both bfloat16 or both float32, and base W0 (m, n).
  * block form: left, right and block B (k, k), float32, contiguous.
- * bare form: left and right alone, C = U^T W V: a block is made of W0 by it.
+ * bare form: left and right alone, C = U^T W V. With W0 as the weight, C is a block B.
  * full form: base alone. C is then W - W0 itself: drift is not written and may be NULL.
  *
- * head and tail: how many elements are missing at the beginning of the first row and at the end of the last, where the
- * part at hand is a contiguous range of a row-major weight; 0 otherwise. They are never read or written.
+ * head and tail: the numbers of elements that are missing at the beginning of the first row and at the end of the last,
+ * where the shard is a contiguous range of a row-major weight; 0 otherwise. These are never read or written.
  */
 typedef struct {
   const rpsft_matrix* weight;
@@ -51,7 +52,7 @@ typedef struct {
   int64_t head, tail;
 } rpsft_projection;
 
-/* One gradient G (m, n) in any of the dtypes. Of the full form weight and base, else left, right and drift. */
+/* One gradient G (m, n) in any of the dtypes. It needs weight and base in the full form, else left, right and drift. */
 typedef struct {
   const rpsft_matrix* grad;
   const rpsft_matrix* left;
@@ -63,7 +64,7 @@ typedef struct {
   int64_t head, tail;
 } rpsft_pullback;
 
-/* RPSFT_API_VERSION of the library that is linked, to be compared with that of this header. */
+/* RPSFT_API_VERSION of the linked library, which callers compare with that of this header. */
 int rpsft_api_version(void);
 
 /* instruction_set: one of rpsft_instruction_set(), or NULL for the best. threads: at least 1. Results have the same
@@ -72,13 +73,13 @@ int rpsft_project_drift(const rpsft_projection* shards, size_t count, const char
 int rpsft_pull_back(const rpsft_pullback* shards, size_t count, int accumulate, const char* instruction_set,
                     int threads);
 
-/* Bytes at most that a calling thread takes beside the arguments, and keeps; 0 for an unknown instruction set. */
+/* The most bytes that a calling thread allocates and keeps; 0 for an unknown instruction set. */
 size_t rpsft_workspace_bytes(int64_t rank, const char* instruction_set, int threads);
 
-/* The instruction sets that this library carries and this processor has, best first; NULL past the last. */
+/* The instruction sets that this library contains and this processor supports, best first; NULL past the last. */
 const char* rpsft_instruction_set(size_t index);
 
-/* Of the last call in this thread that refused; "" where none has. Valid until the thread's next call. */
+/* The message of this thread's last refused call; "" if there is none. It is valid until the thread's next call. */
 const char* rpsft_last_error(void);
 
 #ifdef __cplusplus

@@ -77,7 +77,7 @@ std::string Driver::describe(const Subject& subject) const {
 
 void Driver::check(CUresult result, const char* call, const Subject& subject, const std::string& detail) const {
   if (result == success) return;
-  // Both stay null for a result that this driver has no words for.
+  // Both stay null for a result that this driver does not know.
   const char* name = nullptr;
   const char* words = nullptr;
   cuGetErrorName(result, &name);
@@ -92,7 +92,7 @@ void Driver::check(CUresult result, const char* call, const Subject& subject, co
 }
 
 CUdevice Driver::device(int ordinal, const Subject& subject) const {
-  // Costs next to nothing after the first time.
+  // This costs next to nothing after the first call.
   check(cuInit(0), "cuInit", subject);
   CUdevice device = 0;
   check(cuDeviceGet(&device, ordinal), "cuDeviceGet", subject);

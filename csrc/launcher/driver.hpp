@@ -27,7 +27,7 @@ using CUstream = CUstream_st*;
 constexpr CUresult success = 0;
 constexpr CUresult no_device = 100;
 
-// The image does not suit this device or this driver, whatever is tried with it: CUDA_ERROR_INVALID_IMAGE,
+// The image never runs on this device with this driver: CUDA_ERROR_INVALID_IMAGE,
 // NO_BINARY_FOR_GPU, INVALID_PTX, JIT_COMPILER_NOT_FOUND, UNSUPPORTED_PTX_VERSION, JIT_COMPILATION_DISABLED.
 constexpr CUresult unfit[] = {200, 209, 218, 221, 222, 223};
 
@@ -75,13 +75,13 @@ struct Calls {
 #undef RPSFT_CUDA_MEMBER
 };
 
-// What a call is made for, as far as there is a kernel or a device yet: the message of its failure says so.
+// The device and kernel that a call is made for, where there are any yet: the message of its failure names them.
 struct Subject {
   int device = -1;
   const std::string* kernel = nullptr;
 };
 
-// A failure with one of `unfit`: another image of the same kernel may do.
+// A failure with one of `unfit`: another image of the same kernel may run.
 class LoadError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -92,17 +92,17 @@ class LoadError : public std::runtime_error {
 class Driver : public Calls {
  public:
   // libcuda.so.1, or the library that the environment variable RPSFT_CUDA_DRIVER names. Throws std::runtime_error where
-  // it cannot be opened or lacks a function; nothing is remembered of that, so the next call tries again.
+  // it cannot be opened or lacks a function; the next call tries again.
   static Driver& get();
 
   // Throws std::runtime_error for anything but success, of the kind LoadError for `unfit`. `call` is the function's
-  // name; `detail` is added to what the driver says of the result. Whatever the call: a driver that loads lazily finds
-  // out about an image as late as at its launch.
+  // name; `detail` is added to the driver's description of the result. Any call may find an image unfit: a driver that
+  // loads lazily looks at it as late as at its launch.
   void check(CUresult result, const char* call, const Subject& subject, const std::string& detail = "") const;
 
   CUdevice device(int ordinal, const Subject& subject) const;
 
-  // The context that the CUDA runtime, and so torch, works in. It is kept once per device and never given back: torch
+  // The context that the CUDA runtime, and so torch, works in. It is retained once per device and never released: torch
   // keeps it as long.
   CUcontext primary_context(const Subject& subject);
 
@@ -115,7 +115,7 @@ class Driver : public Calls {
   std::map<int, CUcontext> contexts_;
 };
 
-// CUDA's version times 1000, as the driver says it: 12040 is 12.4.
+// The driver's CUDA version times 1000: 12040 is 12.4.
 int driver_version();
 
 // 0 where there is a driver that finds no GPU.

@@ -15,7 +15,7 @@ constexpr Grid largest_grid = {0x7fffffff, 0xffff, 0xffff};
 // A block's shared memory, declared and dynamic, up to which a kernel need not say that it wants more.
 constexpr std::int64_t plain_shared = 48 << 10;
 
-// Makes a context current, which takes no push where it is already, as torch leaves it.
+// Makes a context current. No push is needed where it is current already, as after torch's own calls.
 class Current {
  public:
   Current(const Driver& driver, CUcontext context, const Subject& subject) : driver_(driver), subject_(subject) {
@@ -28,7 +28,7 @@ class Current {
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
 
-  // On the way out of a failure, which is what is reported.
+  // Restores the context after a failure as well; the failure itself is what is reported.
   ~Current() { pop(); }
 
   void restore() { driver_.check(pop(), "cuCtxPopCurrent", subject_); }
@@ -44,8 +44,8 @@ class Current {
   bool pushed_ = false;
 };
 
-// Lets the thread do what is forbidden while any stream is captured into a CUDA graph, such as loading: none of it
-// touches a stream.
+// Lets the thread make calls that are forbidden while any stream is captured into a CUDA graph, such as loading a
+// module: none of them touches a stream.
 class Uncaptured {
  public:
   Uncaptured(const Driver& driver, const Subject& subject) : driver_(driver), subject_(subject) {
@@ -55,7 +55,7 @@ class Uncaptured {
   Uncaptured(const Uncaptured&) = delete;
   Uncaptured& operator=(const Uncaptured&) = delete;
 
-  // On the way out of a failure, which is what is reported.
+  // Restores the mode after a failure as well; the failure itself is what is reported.
   ~Uncaptured() { exchange(); }
 
   void restore() { driver_.check(exchange(), "cuThreadExchangeStreamCaptureMode", subject_); }
@@ -75,7 +75,7 @@ class Uncaptured {
 class Module {
  public:
   Module(const Driver& driver, const std::string& image, const Subject& subject) : driver_(driver) {
-    // Why the driver's compiler refuses PTX stands in its log alone. Sizes go in and come out as values in pointers.
+    // Only the log says why the driver's compiler refuses PTX. Sizes go in and come out as values in pointers.
     char log[2048] = "";
     int names[] = {jit_error_log, jit_error_log_bytes};
     void* values[] = {log, reinterpret_cast<void*>(sizeof log - 1)};
@@ -137,7 +137,7 @@ void Kernel::check_device(int device) const {
   if (device < 0) refuse("device: got " + std::to_string(device) + ", expected 0 or more");
 }
 
-std::vector<unsigned char> Kernel::packed(const std::vector<std::uint64_t>& arguments) const {
+std::vector<unsigned char> Kernel::pack(const std::vector<std::uint64_t>& arguments) const {
   if (arguments.size() != layout_.size())
     refuse("arguments: got " + std::to_string(arguments.size()) + ", expected " + std::to_string(layout_.size()));
   std::size_t bytes = 0;
@@ -154,11 +154,11 @@ std::vector<unsigned char> Kernel::packed(const std::vector<std::uint64_t>& argu
   return buffer;
 }
 
-const Kernel::Loaded& Kernel::loaded(Driver& driver, const Subject& subject) {
-  // Held while loading, so that whoever else wants the kernel meanwhile waits for this load instead of making another.
+const Kernel::Loaded& Kernel::load_once(Driver& driver, const Subject& subject) {
+  // The lock is held while loading, so that other threads wait for this load instead of loading the kernel again.
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = loaded_.find(subject.device);
-  if (found != loaded_.end()) return found->second;
+  const auto entry = loaded_.find(subject.device);
+  if (entry != loaded_.end()) return entry->second;
   return loaded_.emplace(subject.device, load(driver, subject)).first->second;
 }
 
@@ -181,7 +181,7 @@ Kernel::Loaded Kernel::load(Driver& driver, const Subject& subject) const {
   read(function_shared, fresh.resources.shared_bytes);
   if (fresh.resources.shared_bytes + shared_ > plain_shared) {
     set(function_dynamic_shared, shared_);
-    // As Triton does for such kernels: more of a multiprocessor's memory for blocks, less for the L1 cache.
+    // Triton does the same for such kernels: more of a multiprocessor's memory for blocks, less for the L1 cache.
     set(function_shared_carveout, 100);
   }
   current.restore();
@@ -196,12 +196,12 @@ void Kernel::launch(int device, std::uint64_t stream, const Grid& grid, const st
     if (grid[axis] < 0 || grid[axis] > largest_grid[axis])
       refuse(std::string("grid: got ") + "xyz"[axis] + " = " + std::to_string(grid[axis]) + ", expected 0 to " +
              std::to_string(largest_grid[axis]));
-  std::vector<unsigned char> buffer = packed(arguments);
+  std::vector<unsigned char> buffer = pack(arguments);
   if (std::find(grid.begin(), grid.end(), 0) != grid.end()) return;
 
   Driver& driver = Driver::get();
   const Subject subject{device, &name_};
-  const Loaded& own = loaded(driver, subject);
+  const Loaded& own = load_once(driver, subject);
   // One buffer and its size, not kernelParams: there the driver would follow as many pointers as the image has
   // parameters, past the end of the array where image and layout disagree.
   std::size_t bytes = buffer.size();
@@ -219,7 +219,7 @@ void Kernel::launch(int device, std::uint64_t stream, const Grid& grid, const st
 Resources Kernel::resources(int device) {
   check_device(device);
   const Subject subject{device, &name_};
-  return loaded(Driver::get(), subject).resources;
+  return load_once(Driver::get(), subject).resources;
 }
 
 }  // namespace rpsft::cuda

@@ -12,15 +12,15 @@
 
 namespace rpsft::cuda {
 
-// Where one argument lies in the kernel's parameter memory, in bytes.
+// The place of one argument in the kernel's parameter memory, in bytes.
 struct Parameter {
   std::int64_t offset, size;
 };
 
-// What a compiled kernel takes, by the driver's account.
+// The resources of a compiled kernel, as the driver reports them.
 struct Resources {
   int registers;     // of a thread
-  int local_bytes;   // of a thread: what did not fit into registers
+  int local_bytes;   // of a thread, for values that did not fit into registers
   int shared_bytes;  // of a block, declared inside the kernel; dynamic shared memory is not among them
 };
 
@@ -30,9 +30,10 @@ using Grid = std::array<std::int64_t, 3>;
 //
 // The image is loaded into a device's primary context at the first launch there, once, whatever the number of threads,
 // also where that launch is captured into a CUDA graph.
-// Of a load that fails nothing stays, and the next launch tries again: what was short then may be there now, and what
-// does not fit the device fails with the same words. A loaded module lives until the process ends, longer than its
-// Kernel: launches still queued may run it, and unloading at exit would race with the driver's own teardown.
+// A load that fails leaves nothing behind, and the next launch tries again: memory that was short may be free by then,
+// and an image that does not fit the device fails with the same message. A loaded module lives until the process ends,
+// longer than its Kernel: launches still queued may run it, and unloading at exit would race with the driver's own
+// teardown.
 //
 // Any number of threads may use one Kernel at a time. Messages of failures name the kernel, the device and the driver's
 // function; an error of an earlier kernel that ran on the device may come out here, as everywhere in CUDA.
@@ -45,8 +46,8 @@ class Kernel {
 
   // Queues the kernel on a stream of the device (0: the default stream) and returns. Arguments are in the layout's
   // order. A grid with a dimension of 0 has nothing to do and needs no driver. The calling thread's current context is
-  // afterwards the one before. Throws std::invalid_argument or std::runtime_error; LoadError where this image cannot
-  // run there, but another one might.
+  // restored. Throws std::invalid_argument or std::runtime_error; LoadError where this image cannot run there, but
+  // another one might.
   void launch(int device, std::uint64_t stream, const Grid& grid, const std::vector<std::uint64_t>& arguments);
 
   // Loads the kernel like a launch does.
@@ -62,8 +63,8 @@ class Kernel {
   [[noreturn]] void refuse(const std::string& what) const;
   void check_layout() const;
   void check_device(int device) const;
-  std::vector<unsigned char> packed(const std::vector<std::uint64_t>& arguments) const;
-  const Loaded& loaded(Driver& driver, const Subject& subject);
+  std::vector<unsigned char> pack(const std::vector<std::uint64_t>& arguments) const;
+  const Loaded& load_once(Driver& driver, const Subject& subject);
   Loaded load(Driver& driver, const Subject& subject) const;
 
   const std::string image_, entry_, name_;

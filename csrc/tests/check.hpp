@@ -1,4 +1,4 @@
-// The least a test needs: a failed check says where, and the program's exit status counts.
+// Checks for tests: a failed check prints its place, and failures() decides the program's exit status.
 #pragma once
 
 #include <cstdio>

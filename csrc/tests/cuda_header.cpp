@@ -1,4 +1,4 @@
-// Compiles where cuda/driver.hpp says the same as the driver's own header, which must be on the include path.
+// Compiles only if launcher/driver.hpp agrees with the driver's own header, which must be on the include path.
 #include "launcher/driver.hpp"
 
 #include <cuda.h>

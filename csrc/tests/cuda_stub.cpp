@@ -1,5 +1,5 @@
 // A stand-in for libcuda.so.1 in tests: devices that compute nothing, strict about contexts, with a record of every
-// call. RPSFT_CUDA_DRIVER names it; who tests also opens it and calls the stub_ functions.
+// call. RPSFT_CUDA_DRIVER names it; tests also open it themselves and call the stub_ functions.
 //
 // An image is any text, or an ELF file. One that begins with "bad" does not load, and the compiler's log says why; a
 // module has the entries whose names its image contains, and `registers=`, `local=` and `shared=` in it are what its
@@ -69,7 +69,7 @@ constexpr Error errors[] = {
 CUctx_st primaries[] = {{0}, {1}, {2}};
 constexpr int devices = sizeof primaries / sizeof *primaries;
 
-std::mutex mutex;  // of all below, but for what a thread has of its own
+std::mutex mutex;  // of everything below that is not thread_local
 std::condition_variable meeting;
 std::map<std::string, CUresult> forced;
 std::deque<CUmod_st> modules;
@@ -120,13 +120,13 @@ class Call {
     return result;
   }
 
-  // What this call has been told to fail with.
+  // The result that this call is to fail with.
   CUresult told() const {
     const auto found = forced.find(name_);
     return found != forced.end() ? found->second : success;
   }
 
-  // That, or what comes of the state it is made in.
+  // That result, or the one that follows from the state that the call is made in.
   CUresult wrong(bool in_context = false) const {
     if (const CUresult result = told()) return result;
     if (!initialized) return not_initialized;
@@ -136,7 +136,7 @@ class Call {
   bool wait_until_met() {
     ++inside;
     meeting.notify_all();
-    // Those that have been here stay counted: whoever wakes up late must see them too.
+    // Arrivals stay counted, because threads that wake up late must see them too.
     return meeting.wait_for(lock_, std::chrono::seconds(20), [] { return inside >= expected; });
   }
 
@@ -150,7 +150,7 @@ int number_in(const std::string& image, const char* key) {
   return at == std::string::npos ? 0 : std::atoi(image.c_str() + at + std::strlen(key));
 }
 
-// The driver is not told how long an image is: of an ELF file its headers say so, text ends with a 0.
+// The driver is not told how long an image is: the headers of an ELF file say so, and text ends with a 0.
 std::string whole(const char* image) {
   if (std::strncmp(image, "\x7f""ELF", 4) != 0) return image;
   const auto number = [&](std::size_t at, std::size_t size) {
@@ -158,7 +158,8 @@ std::string whole(const char* image) {
     std::memcpy(&value, image + at, size);
     return value;
   };
-  // Of a 64-bit file: e_phoff, e_shoff, e_phentsize, e_phnum, e_shentsize, e_shnum; of a section its type and extent.
+  // Fields of a 64-bit file: e_phoff, e_shoff, e_phentsize, e_phnum, e_shentsize, e_shnum; of a section its type and
+  // extent.
   const std::uint64_t sections = number(0x28, 8), section_size = number(0x3a, 2), count = number(0x3c, 2);
   std::uint64_t end = std::max(sections + section_size * count, number(0x20, 8) + number(0x36, 2) * number(0x38, 2));
   for (std::uint64_t i = 0; i < count; ++i) {
@@ -198,22 +199,22 @@ STUB void stub_reset() {
   ptx_result = success;
 }
 
-// Whether a stream is being captured: what is forbidden then fails in threads whose mode is not the relaxed one.
+// Sets whether a stream is being captured: forbidden calls then fail in threads whose mode is not the relaxed one.
 STUB void stub_capture(int whether) {
   const std::lock_guard<std::mutex> lock(mutex);
   capturing = whether != 0;
 }
 
-// The calling thread's mode of capture, which is 0 at first.
+// Returns the calling thread's mode of capture, which is 0 at first.
 STUB int stub_capture_mode() { return capture_mode; }
 
-// From now on loading PTX fails with `result`; 0 ends that. Machine code is not concerned.
+// Makes every load of PTX fail with `result`; 0 ends that. Machine code still loads.
 STUB void stub_fail_ptx(int result) {
   const std::lock_guard<std::mutex> lock(mutex);
   ptx_result = result;
 }
 
-// From now on `call` does nothing but fail with `result`; 0 ends that.
+// Makes every `call` fail with `result`; 0 ends that.
 STUB void stub_fail(const char* call, int result) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (result != success)
@@ -222,14 +223,14 @@ STUB void stub_fail(const char* call, int result) {
     forced.erase(call);
 }
 
-// Each launch waits until this many have begun, and fails if they do not within 20 seconds.
+// Makes each launch wait until this many have begun, and fail if they have not within 20 seconds.
 STUB void stub_meet(int launches) {
   const std::lock_guard<std::mutex> lock(mutex);
   inside = 0;
   expected = launches;
 }
 
-// One line of JSON per call since the last reset, as much as fits with a final 0. Returns the bytes of all.
+// Writes one line of JSON per call since the last reset, as much as fits with a final 0. Returns the bytes of all.
 STUB int stub_log(char* text, int size) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (size > 0) {
@@ -263,7 +264,7 @@ STUB CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   Call call("cuDeviceGet");
   if (const CUresult result = call.wrong()) return call.end(result);
   if (ordinal < 0 || ordinal >= devices) return call.end(invalid_device);
-  // Not the ordinal: a launcher that mixes them up must fail.
+  // A handle differs from its ordinal, so that a launcher that mixes them up fails.
   *device = ordinal + 100;
   return call.end(success, field("device", ordinal));
 }
@@ -334,7 +335,7 @@ STUB CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
 }
 
 STUB CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned options, int* names, void** values) {
-  // Long enough for other threads to come here too if they can.
+  // This is long enough for other threads to arrive here too if nothing holds them back.
   std::this_thread::sleep_for(std::chrono::milliseconds(30));
   Call call("cuModuleLoadDataEx");
   if (const CUresult result = call.wrong(true)) return call.end(result);

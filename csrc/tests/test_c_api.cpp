@@ -1,4 +1,4 @@
-// The C interface: what it refuses, in which words, and that it computes what the engine does.
+// The C API: the arguments that it refuses, its messages, and that it computes what the engine does.
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -8,7 +8,7 @@
 #include "cpu/engine.hpp"
 #include "rotation_penalty.h"
 
-// In header.c: what a program in C sees and does; NULL, or what went wrong.
+// Defined in header.c: uses the API from C; returns NULL, or a message about what went wrong.
 extern "C" const char* used_from_c(void);
 
 namespace {
@@ -129,7 +129,7 @@ void serves_the_full_form() {
   for (size_t i = 0; i < x.w.size(); ++i) CHECK(std::abs(x.g[i] - 3 * (x.w[i] - x.w0[i])) < 1e-6, "G[%zu]", i);
 }
 
-// C = U^T W V, of which a block B is made: in block form W then has no drift left, to the last bit.
+// C = U^T W V serves as a block B: in block form W then has no drift left, to the last bit.
 void serves_the_bare_form() {
   const int64_t m = 9, n = 6, k = 2;
   Case x(m, n, k);

@@ -149,8 +149,8 @@ Case random_case() {
   return c;
 }
 
-// Of a large rank, where blocks and chunks have other sizes; other ones again for the first two, whose longer basis is
-// so large that it comes from afar.
+// Cases of a large rank, where blocks and chunks have other sizes. They differ again for the first two, whose longer
+// basis exceeds the cache.
 Case large_case(int i, int form) {
   const std::int64_t shorter = pick(130, 150), longer = i < 2 ? pick(8000, 8020) : pick(400, 500);
   const std::int64_t rank = i < 2 ? 330 : pick(305, 340);
@@ -222,7 +222,7 @@ void check(const Case& c, const std::string& isa) {
   CHECK(same && to_bits(got) == to_bits(got_again),
         "%s: bits depend on the number of threads", at.c_str());
 
-  // Rounding acts on what is as large as the drift with a base, and on nothing without.
+  // With a base, numbers as large as the drift are rounded; without one, nothing is.
   const bool rounds = c.form == 0 && c.basis == Dtype::bfloat16 && isa == "avx512_bf16";
   const double allowed = (rounds ? rounded_products : exact_products) * std::sqrt(size + weight_size);
   double error = 0;
@@ -281,7 +281,7 @@ void check(const Case& c, const std::string& isa) {
     }
   CHECK(std::sqrt(wrong) <= products * std::sqrt(total) + std::sqrt(rounding) + 1e-6, "%s: gradient off by %g of %g",
         at.c_str(), std::sqrt(wrong), std::sqrt(total));
-  // What lies between a strided gradient's elements is another's.
+  // The memory between a strided gradient's elements belongs to others.
   std::vector<bool> owned(grad.memory.size());
   for (std::int64_t r = 0; r < c.rows; ++r)
     for (std::int64_t j = 0; j < c.cols; ++j)
