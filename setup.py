@@ -1,5 +1,5 @@
 """Builds the optional CPU engine, rpsft_kernels._native, from csrc, and GPU kernels ahead of time where they are asked
-for or this machine has a GPU. All else about the package is in pyproject.toml.
+for or this machine has a GPU. Everything else about the package is in pyproject.toml.
 
 Without a compiler the package is pure Python and rpsft_kernels/_native_build.txt says why. RPSFT_NATIVE=0 leaves the
 engine out; RPSFT_NATIVE=1 makes its absence an error; CXX names the compiler.
@@ -8,7 +8,7 @@ RPSFT_CUDA_ARCHS="8.0;9.0" compiles the GPU kernels for these architectures into
 names them in its keywords; "native" means this machine's GPUs, "none" no kernels. Unset, this machine's GPUs are
 compiled for where there are any; where that fails the package is installed without kernels, and
 rpsft_kernels/_kernels_build.txt says why. MAX_JOBS processes compile. A kernel that cannot be kept is left out with a
-line, or an error under RPSFT_STRICT=1. The engine carries what launches kernels: without it a list of architectures is
+line, or an error under RPSFT_STRICT=1. The engine's module launches the kernels: without it a list of architectures is
 an error, unless RPSFT_NATIVE=0. RPSFT_AOT_PREBUILT names a folder of these kernels that was built before, which is then
 copied. RPSFT_AOT_KERNELS restricts them (globs, for tests).
 """
@@ -58,7 +58,7 @@ class Unit(NamedTuple):
     flags: list[str]
 
 
-def compiler() -> list[str]:
+def find_compiler() -> list[str]:
     named = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
     if shutil.which(named[0]) is None:
         raise CompileError(f"no C++ compiler: {named[0]} was not found")
@@ -72,8 +72,8 @@ def accepts(cxx: list[str], flags: list[str], folder: Path) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def units(cxx: list[str], folder: Path) -> list[Unit]:
-    """What this machine and this compiler can build; every unit is told which instruction sets are among them."""
+def list_units(cxx: list[str], folder: Path) -> list[Unit]:
+    """The units that this compiler can build for this machine; macros name the instruction sets among them."""
     import pybind11
 
     machine = "x86_64" if platform.machine() == "AMD64" else platform.machine()
@@ -85,18 +85,22 @@ def units(cxx: list[str], folder: Path) -> list[Unit]:
                 continue
             macros.append(f"-DRPSFT_HAS_{Path(entry['source']).stem.upper()}")
         chosen.append(Unit(entry["source"], flags))
-    # The bindings alone see these: the engine knows no Python.
+    # Only the bindings see these headers: the engine knows no Python.
     headers = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     chosen += [Unit(entry["source"], entry.get("flags", []) + headers) for entry in SOURCES["bindings"]]
     return [Unit(source, flags + macros) for source, flags in chosen]
 
 
 def build(module: Path, folder: Path) -> None:
-    """Compiles what has changed since the last build in the folder. Raises where there is no module in the end."""
+    """Compile the units that have changed since the last build in the folder, and link the module.
+
+    Raises:
+        CompileError: there is no compiler, or it fails.
+    """
     from ninja.ninja_syntax import Writer, escape
 
     folder.mkdir(parents=True, exist_ok=True)
-    cxx = compiler()
+    cxx = find_compiler()
     with (folder / "build.ninja").open("w", encoding="utf-8") as file:
         ninja = Writer(file, width=120)
         ninja.variable("builddir", escape(str(folder)))
@@ -104,7 +108,7 @@ def build(module: Path, folder: Path) -> None:
         ninja.rule("compile", compile_command, "compile $in", "$out.d", deps="gcc")
         ninja.rule("link", f"{escape(shlex.join(cxx))} $in {escape(shlex.join(LINK))} -o $out")
         objects: list[str] = []
-        for source, flags in units(cxx, folder):
+        for source, flags in list_units(cxx, folder):
             objects.append(str((folder / source).with_suffix(".o")))
             ninja.build(objects[-1:], "compile", [f"csrc/{source}"], variables={"flags": escape(shlex.join(flags))})
         ninja.build([str(folder / module.name)], "link", objects)
@@ -112,10 +116,10 @@ def build(module: Path, folder: Path) -> None:
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     print(run.stdout, flush=True)
     if run.returncode != 0:
-        # Units compile side by side: another one's warnings may stand after what went wrong.
-        said = [line[-300:] for line in run.stdout.splitlines() if line.strip() and not line.startswith("ninja:")]
-        errors = [line for line in said if "error:" in line or "undefined reference" in line]
-        raise CompileError("\n".join(errors[:4] or said[-6:]))
+        # Units compile in parallel, so that warnings about others may follow the error.
+        lines = [line[-300:] for line in run.stdout.splitlines() if line.strip() and not line.startswith("ninja:")]
+        errors = [line for line in lines if "error:" in line or "undefined reference" in line]
+        raise CompileError("\n".join(errors[:4] or lines[-6:]))
     module.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / module.name, module)
 
@@ -177,8 +181,8 @@ class BuildNative(build_ext):
 
 
 def build_kernels(folder: Path) -> str | None:
-    """Compile kernels into the folder; returns why that failed, or None."""
-    # A process of its own, because Triton needs an environment of its own.
+    """Compile kernels into the folder; returns the reason of a failure, or None."""
+    # This takes a process of its own, because Triton needs an environment of its own.
     command = [sys.executable, str(Path("build_tools", "compile_kernels.py").resolve())]
     # The process reads the list from its variable, so that errors in the list name the variable.
     command += ["--output", str(folder)] + ([] if os.environ.get(VARIABLE, "").strip() else ["--arch", WANTED.words])
@@ -186,11 +190,11 @@ def build_kernels(folder: Path) -> str | None:
     sys.stdout.flush()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
         assert process.stderr is not None
-        said = ""
+        last = ""
         for line in process.stderr:
             print(line, end="", file=sys.stderr, flush=True)
-            said = line.strip() or said
-    return None if process.returncode == 0 else said or f"their compilation ended with status {process.returncode}"
+            last = line.strip() or last
+    return None if process.returncode == 0 else last or f"their compilation ended with status {process.returncode}"
 
 
 # The keywords are fixed before kernels are compiled, so they name only kernels without which the build fails.

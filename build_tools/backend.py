@@ -1,4 +1,4 @@
-"""setuptools' hooks, extended by what kernels need. Only wheels carry kernels.
+"""setuptools' hooks, with the requirements that kernels have. Only wheels carry kernels.
 
 A source distribution holds no kernels, and an editable install has its folder of kernels in the source tree, which
 ``python -m rpsft_kernels kernels --build native`` fills. So neither needs a compiler of kernels, and neither names
@@ -38,15 +38,15 @@ _COMPILE = "triton>=3.9"
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    asked = _aot_wanted.wanted_targets(os.environ)
-    compiled = bool(asked.targets) and not os.environ.get("RPSFT_AOT_PREBUILT", "").strip()
+    wanted = _aot_wanted.wanted_targets(os.environ)
+    compiles = bool(wanted.targets) and not os.environ.get("RPSFT_AOT_PREBUILT", "").strip()
     # A requirement that no registry can serve would break an installation that can do without it.
-    needed = [_COMPILE] if compiled and (asked.required or _has_triton()) else []
-    return build_meta.get_requires_for_build_wheel(config_settings) + needed
+    requirements = [_COMPILE] if compiles and (wanted.required or _has_triton()) else []
+    return build_meta.get_requires_for_build_wheel(config_settings) + requirements
 
 
 def _has_triton() -> bool:
-    """Whether that Triton has a wheel for this Python and system; its wheels need Linux with glibc 2.27 or newer."""
+    """Whether Triton has a wheel for this Python and system; its wheels need Linux with glibc 2.27 or newer."""
     library, number = platform.libc_ver()
     free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
     return (
@@ -54,7 +54,7 @@ def _has_triton() -> bool:
         and sys.version_info >= ((3, 14) if free_threaded else (3, 11))
         and platform.machine() in ("x86_64", "aarch64")
         and library == "glibc"
-        and [int(part) for part in number.split(".")[:2]] >= [2, 27]
+        and [int(field) for field in number.split(".")[:2]] >= [2, 27]
     )
 
 
