@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 import rpsft_kernels as rk
 from rpsft_kernels.demo import experiment
 from rpsft_kernels.demo.batch import Example
-from rpsft_kernels.demo.experiment import Comparison, compare, measured_steps
+from rpsft_kernels.demo.experiment import Comparison, choose_measured_steps, compare
 from rpsft_kernels.demo.knowledge import Fact, Knowledge, encode_knowledge
 from rpsft_kernels.demo.train import Settings, copy_parameters
 
@@ -78,4 +78,4 @@ def test_the_model_is_restored_after_a_failure(
     ("steps", "expected"), [(1, {1}), (2, {1, 2}), (4, {1, 2, 3, 4}), (48, {12, 24, 36, 48}), (50, {12, 25, 38, 50})]
 )
 def test_measurements_are_spread_and_reach_the_end(steps: int, expected: set[int]) -> None:
-    assert measured_steps(steps) == expected
+    assert choose_measured_steps(steps) == expected

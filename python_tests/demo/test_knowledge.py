@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from rpsft_kernels.demo.knowledge import (
     EncodedFact,
     Fact,
-    choice_scores,
     encode_knowledge,
     read_facts,
     read_prose,
+    score_choices,
     score_knowledge,
 )
 
@@ -47,7 +47,7 @@ def test_shipped_prose_is_plain_english_paragraphs() -> None:
 
 
 def test_choices_that_share_a_sequence_do_not_see_each_other(tiny: PreTrainedModel) -> None:
-    scores = choice_scores(tiny, FACTS)
+    scores = score_choices(tiny, FACTS)
     exact = tiny.double()
     expected = torch.stack([torch.stack([exact_likelihood(exact, f.prompt, c) for c in f.choices]) for f in FACTS])
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)

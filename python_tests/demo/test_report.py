@@ -9,7 +9,7 @@ from rpsft_kernels.demo.knowledge import KnowledgeScore
 from rpsft_kernels.demo.plot import plot_comparison
 from rpsft_kernels.demo.report import conclusion, format_table
 from rpsft_kernels.demo.task import TaskScore
-from rpsft_kernels.demo.train import Run
+from rpsft_kernels.demo.train import TrainingRun
 
 
 def state(step: int, accuracy: float, facts: float, fact_loss: float, perplexity: float) -> State:
@@ -24,7 +24,7 @@ BAD = state(2, 0.7, 0.8, 2.5, 30.0)
 
 def comparison(sft: State, rpsft: State, before: State = BEFORE) -> Comparison:
     def course(end: State, seconds: float, of_penalty: list[float]) -> Course:
-        return Course(Run([3.0, 1.0], [0.0, 0.5], [seconds, seconds], of_penalty), [before, end])
+        return Course(TrainingRun([3.0, 1.0], [0.0, 0.5], [seconds, seconds], of_penalty), [before, end])
 
     return Comparison(before, course(sft, 1.5, []), course(rpsft, 1.75, [0.25, 0.25]))
 
@@ -47,7 +47,7 @@ def test_table_has_every_measurement_in_its_column() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sft", "rpsft", "said"),
+    ("sft", "rpsft", "expected"),
     [
         (BAD, GOOD, "RPSFT forgot less by facts ranked right, loss of true ends and perplexity of English, compared"),
         (GOOD, BAD, "RPSFT forgot more by facts ranked right, loss of true ends and perplexity of English, compared"),
@@ -60,12 +60,12 @@ def test_table_has_every_measurement_in_its_column() -> None:
         (state(2, 0.8, 0.9, 1.9, 19.0), state(2, 0.8, 0.95, 1.8, 18.0), "nothing to prevent"),
     ],
 )
-def test_conclusion_goes_where_the_numbers_go(sft: State, rpsft: State, said: str) -> None:
-    assert said in conclusion(comparison(sft, rpsft))
+def test_conclusion_goes_where_the_numbers_go(sft: State, rpsft: State, expected: str) -> None:
+    assert expected in conclusion(comparison(sft, rpsft))
 
 
 @pytest.mark.parametrize(
-    ("sft", "rpsft", "said"),
+    ("sft", "rpsft", "expected"),
     [
         (GOOD, BAD, "80% after SFT, 70% after RPSFT (both learned)"),
         (GOOD, BEFORE, "80% after SFT, 0% after RPSFT (only SFT learned)"),
@@ -73,8 +73,8 @@ def test_conclusion_goes_where_the_numbers_go(sft: State, rpsft: State, said: st
         (BEFORE, BEFORE, "(neither learned the task)"),
     ],
 )
-def test_conclusion_says_which_run_learned(sft: State, rpsft: State, said: str) -> None:
-    assert said in conclusion(comparison(sft, rpsft))
+def test_conclusion_says_which_run_learned(sft: State, rpsft: State, expected: str) -> None:
+    assert expected in conclusion(comparison(sft, rpsft))
 
 
 def test_conclusion_gives_the_change_of_perplexity() -> None:
@@ -91,7 +91,7 @@ def test_plot_is_a_png_of_a_legible_size(tmp_path: Path) -> None:
 
 
 def test_plot_of_a_single_step_without_any_drift(tmp_path: Path) -> None:
-    course = Course(Run([3.0], [0.0], [1.0]), [BEFORE, GOOD])
+    course = Course(TrainingRun([3.0], [0.0], [1.0]), [BEFORE, GOOD])
     plot_comparison(Comparison(BEFORE, course, course), "title", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 

@@ -7,13 +7,21 @@ from transformers import PreTrainedModel
 
 import rpsft_kernels as rk
 from rpsft_kernels.demo.batch import Example
-from rpsft_kernels.demo.train import Run, Settings, copy_parameters, fine_tune, rate, relative_drift, restore_parameters
+from rpsft_kernels.demo.train import (
+    Settings,
+    TrainingRun,
+    copy_parameters,
+    fine_tune,
+    relative_drift,
+    restore_parameters,
+    schedule_rate,
+)
 
 EXAMPLES = [Example((i, i + 1, 7), (2 * i + 3, 5)) for i in range(40)]
 SETTINGS = Settings(steps=10, batch=4, lr=1e-2)
 
 
-def tuned(model: PreTrainedModel, anchors: rk.Anchors, coeff: float | None) -> Run:
+def tuned(model: PreTrainedModel, anchors: rk.Anchors, coeff: float | None) -> TrainingRun:
     return fine_tune(model, anchors, EXAMPLES, SETTINGS, coeff, "test", lambda step: None)
 
 
@@ -30,7 +38,7 @@ def test_without_penalty_it_is_the_plain_loop(tiny: PreTrainedModel, anchors: rk
         ids = torch.tensor([e.prompt + e.answer for e in rows])
         logits = tiny(ids).logits[:, 2:-1].flatten(0, 1)
         loss = cross_entropy(logits, ids[:, 3:].flatten())
-        optimizer.param_groups[0]["lr"] = 1e-2 * rate(step, 10)
+        optimizer.param_groups[0]["lr"] = 1e-2 * schedule_rate(step, 10)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -102,8 +110,8 @@ def test_penalty_is_the_papers_formula(tiny: PreTrainedModel, anchors: rk.Anchor
 
 
 def test_rate_rises_over_a_tenth_and_falls_to_zero() -> None:
-    assert [rate(step, 20) for step in (0, 1, 2, 11, 19)] == pytest.approx([0.5, 1, 1, 0.5, 1 / 18])
-    assert rate(0, 1) == 1
+    assert [schedule_rate(step, 20) for step in (0, 1, 2, 11, 19)] == pytest.approx([0.5, 1, 1, 0.5, 1 / 18])
+    assert schedule_rate(0, 1) == 1
 
 
 def test_drift_is_that_of_all_parameters_together(tiny: PreTrainedModel) -> None:

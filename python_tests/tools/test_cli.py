@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -23,6 +24,24 @@ def test_unknown_targets_are_refused() -> None:
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1
     assert "--arch: got 'sm_70', expected one of sm_80" in run.stderr
+
+
+@pytest.mark.parametrize("command", ["schedule", "shards", "roofline", "kernels", "env", "--help"])
+def test_a_closed_pipe_ends_a_command_quietly(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main([command]) == 1
+
+
+def test_a_closed_pipe_leaves_no_word_at_exit() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "rpsft_kernels", "shards"]
+    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (1, "")
 
 
 def test_env_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,13 @@ from rpsft_kernels.costs import step_flops
 from rpsft_kernels.distributed.partition import LAYOUTS, Layout, plan_shards
 from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.tools.cli import main
+from rpsft_kernels.tools.gpus import GPUS, Gpu
 from rpsft_kernels.tools.models import MODELS
 from rpsft_kernels.tools.roofline import (
     DRAM_SHARE,
-    GPUS,
     LAUNCH_SECONDS,
     LINK_SHARE,
     TENSOR_SHARE,
-    Gpu,
     Job,
     Phase,
     our_phases,
@@ -85,7 +84,7 @@ def test_block_form_and_float32_by_hand() -> None:
     assert phases["pull"].bytes == 3 * 256
     assert phases["gradient"].bytes == 256 + 640 + 2 * 2560
     assert [phases[name].flops for name in ("project", "drift", "pull", "gradient")] == [30720, 6144, 2048, 10240]
-    # Of bfloat16 weights T alone is in parts.
+    # With bfloat16 weights T alone is in parts.
     half = by_name(rank_phases(replace(job, dtype=torch.bfloat16), [Shard.whole((16, 40))]))
     assert (half["project"].flops, half["drift"].flops) == (10240, 6144)
 
@@ -98,11 +97,11 @@ def test_full_anchors_have_a_row_of_their_own() -> None:
     assert by_name(ours)["full"].launches == 3 and by_name(ours)["project"].launches == 1
 
 
-def test_a_range_pays_for_the_sums_of_its_tiles() -> None:
+def test_a_range_pays_for_the_sums_of_its_rectangles() -> None:
     # The end of row 0, rows 1 to 3, the beginning of row 4: three C of 16 bytes, two additions of 48.
-    part = Shard.range((6, 10), 5, 45)
-    assert [tile.shape for tile in part.rects] == [(1, 5), (3, 10), (1, 5)]
-    phases = by_name(rank_phases(Job([(6, 10)], 2, H100), [part]))
+    shard = Shard.range((6, 10), 5, 45)
+    assert [rect.shape for rect in shard.rects] == [(1, 5), (3, 10), (1, 5)]
+    phases = by_name(rank_phases(Job([(6, 10)], 2, H100), [shard]))
     assert phases["drift"].bytes == 2 * (4 + 12 + 4) + 3 * 16 + 2 * 48
     assert phases["project"].bytes == 4 * 40 + 4 * (5 + 10 + 5) + 4 * (1 + 3 + 1)
 

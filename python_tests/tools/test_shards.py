@@ -19,20 +19,20 @@ LLAMA = MODELS["llama-3.1-8b"].weights()
 BLOCK = 4 * 768 * 768
 
 
-def anchor_of(part: Shard, rank: int, keep_base: bool, dtype: torch.dtype = torch.bfloat16) -> rk.Anchor:
+def anchor_of(shard: Shard, rank: int, keep_base: bool, dtype: torch.dtype = torch.bfloat16) -> rk.Anchor:
     """An anchor of zeros, with bases in ``dtype``."""
-    full = rank >= min(part.shape)
-    base = torch.zeros(part.local_shape, dtype=torch.bfloat16) if keep_base or full else None
-    rows, cols = part.bounds.shape
+    full = rank >= min(shard.shape)
+    base = torch.zeros(shard.local_shape, dtype=torch.bfloat16) if keep_base or full else None
+    rows, cols = shard.bounds.shape
     return rk.Anchor(
         left=None if full else torch.zeros(rows, rank, dtype=dtype),
         right=None if full else torch.zeros(cols, rank, dtype=dtype),
         base=base,
-        block=None if base is not None else torch.zeros(rank, rank) if part.numel else torch.zeros(0, 0),
-        part=part,
-        shape=part.shape,
+        block=None if base is not None else torch.zeros(rank, rank) if shard.numel else torch.zeros(0, 0),
+        part=shard,
+        shape=shard.shape,
         weight_dtype=torch.bfloat16,
-        rank=min(rank, *part.shape),
+        rank=min(rank, *shard.shape),
         energy=0.5,
     )
 
@@ -59,15 +59,15 @@ def test_every_element_is_on_one_rank(model: str, layout: Layout, ranks: int) ->
 
 def test_rows_are_cut_like_those_of_dtensors() -> None:
     shapes = [(10, 7), (3, 9), (64, 5)]
-    for shape, parts in zip(shapes, plan_shards(shapes, 2, 4, "shard0"), strict=True):
-        for i, part in enumerate(parts):
-            assert part == Shard.rectangle(shape, *shard_spans(shape, [Placement(0)], [4], [i]))
+    for shape, shards in zip(shapes, plan_shards(shapes, 2, 4, "shard0"), strict=True):
+        for i, shard in enumerate(shards):
+            assert shard == Shard.rectangle(shape, *shard_spans(shape, [Placement(0)], [4], [i]))
 
 
 def test_ranges_follow_each_other() -> None:
-    (parts,) = plan_shards([(5, 7)], 2, 4, "flat")
-    assert [part.flat for part in parts] == [(0, 9), (9, 18), (18, 27), (27, 35)]
-    assert all(a.flat and b.flat and a.flat[1] == b.flat[0] for a, b in pairwise(parts))
+    (shards,) = plan_shards([(5, 7)], 2, 4, "flat")
+    assert [shard.flat for shard in shards] == [(0, 9), (9, 18), (18, 27), (27, 35)]
+    assert all(a.flat and b.flat and a.flat[1] == b.flat[0] for a, b in pairwise(shards))
 
 
 def test_costs_of_a_small_model_by_hand() -> None:
@@ -85,7 +85,7 @@ def test_costs_of_a_small_model_by_hand() -> None:
     assert block.traffic_bytes == [6 * 600 + 2 * 2 * (20 + 30) * 16 + 12 * 150] * 2
 
 
-def test_a_range_is_counted_tile_by_tile() -> None:
+def test_a_range_is_counted_rectangle_by_rectangle() -> None:
     # Elements 5:17 of rows of 7: the end of row 0, row 1, the beginning of row 2.
     costs = shard_costs([(5, 7)], 2, 3, "flat")
     assert costs.flops[0] == 4 * 12 * 2 + 4 * 4 * (1 + 1)
@@ -97,7 +97,7 @@ def test_one_rank_and_uncut_weights_send_nothing() -> None:
     for layout in LAYOUTS:
         costs = shard_costs(LLAMA, 768, 1, layout)
         assert costs.buffer_bytes == costs.sent_bytes == costs.published_sent_bytes == 0
-    cut = sum(sum(part.numel > 0 for part in row) > 1 for row in plan_shards(LLAMA, 768, 64, "replicated"))
+    cut = sum(sum(shard.numel > 0 for shard in shards) > 1 for shards in plan_shards(LLAMA, 768, 64, "replicated"))
     costs = shard_costs(LLAMA, 768, 64, "replicated")
     assert 0 < cut < len(LLAMA)
     assert costs.buffer_bytes == cut * BLOCK and costs.sent_bytes == 2 * 63 * cut * BLOCK // 64
@@ -109,28 +109,30 @@ def test_one_rank_and_uncut_weights_send_nothing() -> None:
 
 def test_only_what_a_rank_works_on_is_held() -> None:
     costs = shard_costs(LLAMA, 768, 8, "replicated", keep_base=False)
-    parts = plan_shards(LLAMA, 768, 8, "replicated")
+    shards_by_weight = plan_shards(LLAMA, 768, 8, "replicated")
     for i in range(8):
-        held = sum(row[i].numel > 0 for row in parts)
+        held = sum(shards[i].numel > 0 for shards in shards_by_weight)
         assert costs.drift_bytes[i] == held * BLOCK
-        assert costs.anchor_bytes[i] == held * BLOCK + sum(2 * 768 * sum(row[i].bounds.shape) for row in parts)
+        assert costs.anchor_bytes[i] == held * BLOCK + sum(
+            2 * 768 * sum(shards[i].bounds.shape) for shards in shards_by_weight
+        )
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
 @pytest.mark.parametrize("rank", [5, 16, 24])
 def test_bytes_are_those_of_anchors_of_whole_weights(rank: int, keep_base: bool) -> None:
     weight = torch.randn(40, 24).bfloat16()
-    part = Shard.whole((40, 24))
+    shard = Shard.whole((40, 24))
     anchor = rk.Anchor.from_weight(weight, rank, keep_base=keep_base)
-    assert anchor_bytes(part, rank, keep_base) == anchor.nbytes
+    assert anchor_bytes(shard, rank, keep_base) == anchor.nbytes
     wide = rk.Anchor.from_weight(weight.double() / 3, rank, keep_base=True, basis_dtype=torch.float32)
-    assert anchor_bytes(part, rank, True, basis_bytes=4, base_bytes=8) == wide.nbytes
+    assert anchor_bytes(shard, rank, True, basis_bytes=4, base_bytes=8) == wide.nbytes
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
 @pytest.mark.parametrize("rank", [5, 16, 24])
 @pytest.mark.parametrize(
-    "part",
+    "shard",
     [
         Shard.rectangle((40, 24), (8, 21), (0, 24)),
         Shard.rectangle((40, 24), (0, 40), (3, 7)),
@@ -140,10 +142,10 @@ def test_bytes_are_those_of_anchors_of_whole_weights(rank: int, keep_base: bool)
     ],
     ids=["rows", "columns", "range", "range within a row", "nothing"],
 )
-def test_bytes_are_those_of_anchors_of_parts(part: Shard, rank: int, keep_base: bool) -> None:
-    assert anchor_bytes(part, rank, keep_base) == anchor_of(part, rank, keep_base).nbytes
-    wide = anchor_of(part, rank, keep_base, torch.float32)
-    assert anchor_bytes(part, rank, keep_base, basis_bytes=4) == wide.nbytes
+def test_bytes_are_those_of_anchors_of_shards(shard: Shard, rank: int, keep_base: bool) -> None:
+    assert anchor_bytes(shard, rank, keep_base) == anchor_of(shard, rank, keep_base).nbytes
+    wide = anchor_of(shard, rank, keep_base, torch.float32)
+    assert anchor_bytes(shard, rank, keep_base, basis_bytes=4) == wide.nbytes
 
 
 def test_an_empty_part_keeps_nothing() -> None:

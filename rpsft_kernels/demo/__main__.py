@@ -1,4 +1,4 @@
-"""``python -m rpsft_kernels.demo``: see :mod:`rpsft_kernels.demo.options` for what it takes."""
+"""``python -m rpsft_kernels.demo``; its options are in :mod:`rpsft_kernels.demo.options`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HELD_OUT = 128
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo; returns the exit status: 0, or 2 where something that it needs is not installed."""
+    """Run the demo; returns the exit status: 0, or 2 where a package that it needs is not installed."""
     options = parse_options(arguments)
     try:
         require("transformers", "gguf", "accelerate", "matplotlib")
@@ -80,8 +80,8 @@ def run(options: Options) -> Comparison:
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """Deterministic PyTorch kernels where there are any; a warning names those without."""
-    # cuBLAS reads it when CUDA starts; without it, its products may differ from run to run.
+    """Have PyTorch use deterministic kernels where there are any; a warning names operators without."""
+    # cuBLAS reads this variable when CUDA starts; without it, products may differ from run to run.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

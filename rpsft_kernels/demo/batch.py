@@ -1,4 +1,4 @@
-"""Token sequences of which only some positions are scored."""
+"""Token sequences in which only some positions are scored."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Batch:
 
     Attributes:
         ids: Shape (rows, length), int64, padded on the right with 0.
-        row, position: Shape (scored,), int64: where an answer token is predicted, in the order of the
+        row, position: Shape (scored,), int64: the places where answer tokens are predicted, in the order of the
             examples and of their tokens.
-        target: Shape (scored,), int64: the token that is right there.
+        target: Shape (scored,), int64: the right token of each place.
     """
 
     ids: Tensor
@@ -42,7 +42,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> Batch:
-    """One batch of ``examples`` on ``device``."""
+    """Make one batch of ``examples`` on ``device``."""
     # Padding stands behind everything that is scored, and attention is causal: no mask is needed.
     ids = torch.zeros(len(examples), max(map(len, examples)), dtype=torch.int64)
     row, position, target = [], [], []
@@ -57,7 +57,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits (scored, vocabulary) where answers are predicted; the head is not applied anywhere else."""
+    """Compute the logits (scored, vocabulary) where answers are predicted; the head is not applied anywhere else."""
     hidden = model.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state
     logits: Tensor = model.get_output_embeddings()(hidden[batch.row, batch.position])
     return logits.float()

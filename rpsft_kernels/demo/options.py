@@ -12,8 +12,8 @@ import torch
 
 from .. import ops
 
-# For a few minutes on two CPU cores, not for a real fine-tuning: the paper's is thousands of steps at 1e-6,
-# with rank 768 and coefficient 1.
+# These suit a few minutes on two CPU cores, not a real fine-tuning: the paper's takes thousands of steps at 1e-6, with
+# rank 768 and coefficient 1.
 _DEFAULTS = {
     "steps": 32,
     "rank": 128,
@@ -29,7 +29,7 @@ _DEFAULTS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What one demo does.
+    """The options of one demo.
 
     Attributes:
         steps: Optimizer steps of each run.
@@ -38,8 +38,8 @@ class Options:
         lr: Peak learning rate of AdamW.
         batch: Sums per optimizer step.
         device: ``cpu`` or a CUDA device.
-        backend: Of the package's operations; None leaves the choice to it.
-        seed: Of the training data and their order.
+        backend: Backend of the package's operations; None leaves the choice to the package.
+        seed: Seed of the training data and their order.
         output: The PNG of the curves.
     """
 
@@ -55,7 +55,7 @@ class Options:
 
 
 def parse_options(arguments: list[str] | None = None) -> Options:
-    """Options from the command line; one that cannot work ends the process with status 2 and says why."""
+    """Read the command line; an option that cannot work ends the process with status 2 and says why."""
     parser = argparse.ArgumentParser(
         prog="python -m rpsft_kernels.demo",
         description="Fine-tune SmolLM2-135M-Instruct on sums twice, without and with the rotation penalty of "
@@ -74,12 +74,12 @@ def parse_options(arguments: list[str] | None = None) -> Options:
     parser.set_defaults(**_DEFAULTS)
     given = parser.parse_args(arguments)
     try:
-        return checked_options(**vars(given))
+        return check_options(**vars(given))
     except ValueError as error:
         parser.error(str(error))
 
 
-def checked_options(
+def check_options(
     *,
     steps: int,
     rank: int,
@@ -91,7 +91,7 @@ def checked_options(
     seed: int,
     output: Path,
 ) -> Options:
-    """Options that can work; creates the folder of ``output``.
+    """Check the options; creates the folder of ``output``.
 
     Raises:
         ValueError: an option is out of its range, there is no such device or backend here, or ``output`` cannot
@@ -104,14 +104,24 @@ def checked_options(
         raise ValueError(f"--lr: got {lr}, expected a positive number such as 3e-4")
     if not (math.isfinite(coeff) and coeff >= 0):
         raise ValueError(f"--coeff: got {coeff}, expected a number of at least 0; 0 only measures the penalty")
-    where = find_device(device)
-    _check_backend(backend, where)
+    resolved_device = find_device(device)
+    _check_backend(backend, resolved_device)
     _check_output(output)
-    return Options(steps, rank, coeff, lr, batch, where, backend, seed, output)
+    return Options(
+        steps=steps,
+        rank=rank,
+        coeff=coeff,
+        lr=lr,
+        batch=batch,
+        device=resolved_device,
+        backend=backend,
+        seed=seed,
+        output=output,
+    )
 
 
 def find_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is CUDA where there is one, else the CPU.
+    """Find the device called ``name``; ``auto`` is CUDA where there is one, else the CPU.
 
     Raises:
         ValueError: there is no such device here.

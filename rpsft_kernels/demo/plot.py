@@ -1,4 +1,4 @@
-"""The curves of both runs, as a PNG."""
+"""Plots the curves of both runs into a PNG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .experiment import Comparison, Course
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Told apart by colour-blind readers and, by their marks, in print.
+# Colour-blind readers can tell these colours apart, and print has the marks.
 _STYLES = {"SFT": ("#d55e00", "o"), "RPSFT": ("#0072b2", "s")}
 
 
@@ -32,7 +32,7 @@ def plot_comparison(comparison: Comparison, title: str, path: Path) -> None:
     for label, course in (("SFT", comparison.sft), ("RPSFT", comparison.rpsft)):
         _curve(task, label, course.run.losses, faint=True)
         _points(task, f"{label}, held-out sums", label, course, [s.task.loss for s in course.states])
-        # The run recorded R before each update; what the last update left is in the final state.
+        # The run recorded R before each update; the final state has R after the last one.
         _curve(penalty, label, [*course.run.penalties, course.end.penalty])
         _points(facts, label, label, course, [100 * s.knowledge.facts for s in course.states])
         _points(prose, label, label, course, [s.knowledge.perplexity for s in course.states])

@@ -1,4 +1,4 @@
-"""What the demo prints: a table of the measurements, and in words what they say."""
+"""Writes what the demo prints: a table of the measurements, and a conclusion from them in words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .experiment import Comparison, State
 
 @dataclass(frozen=True)
 class Forgetting:
-    """How far one measure of what the model knew moved in each run; positive is worse than before training."""
+    """The change of one measure of knowledge in each run; positive is worse than before training."""
 
     name: str
     sft: float
@@ -18,25 +18,25 @@ class Forgetting:
 
 
 def format_table(comparison: Comparison) -> str:
-    """One line per measurement: before training, after plain fine-tuning, after RPSFT."""
+    """Write one line per measurement: before training, after plain fine-tuning, after RPSFT."""
     states = (comparison.before, comparison.sft.end, comparison.rpsft.end)
     seconds = [f"{course.run.seconds_per_step:.2f}" for course in (comparison.sft, comparison.rpsft)]
 
     def row(name: str, values: Sequence[str]) -> str:
         return f"{name:<42}" + "".join(f"{value:>12}" for value in values)
 
-    def measured(name: str, form: str, values: Sequence[float]) -> str:
+    def measurement(name: str, form: str, values: Sequence[float]) -> str:
         return row(name, [form.format(value) for value in values])
 
     lines = [
         row("", ["before", "SFT", "RPSFT"]),
-        measured("task: loss, nats per token", "{:.3f}", [s.task.loss for s in states]),
-        measured("task: held-out sums answered right", "{:.1%}", [s.task.accuracy for s in states]),
-        measured("elsewhere: facts ranked right", "{:.1%}", [s.knowledge.facts for s in states]),
-        measured("elsewhere: loss of true ends, nats", "{:.3f}", [s.knowledge.fact_loss for s in states]),
-        measured("elsewhere: perplexity of English", "{:.2f}", [s.knowledge.perplexity for s in states]),
-        measured("penalty R", "{:.4g}", [s.penalty for s in states]),
-        measured("relative drift ||W-W0|| / ||W0||", "{:.2e}", [s.drift for s in states]),
+        measurement("task: loss, nats per token", "{:.3f}", [s.task.loss for s in states]),
+        measurement("task: held-out sums answered right", "{:.1%}", [s.task.accuracy for s in states]),
+        measurement("elsewhere: facts ranked right", "{:.1%}", [s.knowledge.facts for s in states]),
+        measurement("elsewhere: loss of true ends, nats", "{:.3f}", [s.knowledge.fact_loss for s in states]),
+        measurement("elsewhere: perplexity of English", "{:.2f}", [s.knowledge.perplexity for s in states]),
+        measurement("penalty R", "{:.4g}", [s.penalty for s in states]),
+        measurement("relative drift ||W-W0|| / ||W0||", "{:.2e}", [s.drift for s in states]),
         row("seconds per step (median)", ["", *seconds]),
         row("of which the penalty's", ["", "", f"{comparison.rpsft.run.penalty_seconds_per_step:.2f}"]),
     ]
@@ -44,8 +44,8 @@ def format_table(comparison: Comparison) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def forgettings(comparison: Comparison) -> list[Forgetting]:
-    """Every measure that has nothing to do with the task, oriented so that more is worse."""
+def measure_forgetting(comparison: Comparison) -> list[Forgetting]:
+    """Compare every measure that has nothing to do with the task, oriented so that more is worse."""
     before, sft, rpsft = (s.knowledge for s in (comparison.before, comparison.sft.end, comparison.rpsft.end))
     return [
         Forgetting("facts ranked right", before.facts - sft.facts, before.facts - rpsft.facts),
@@ -55,25 +55,25 @@ def forgettings(comparison: Comparison) -> list[Forgetting]:
 
 
 def conclusion(comparison: Comparison) -> str:
-    """What the measurements say, whatever it is; every word that could be otherwise is decided by them."""
+    """Say in words what the measurements show; they decide every word that could be otherwise."""
     before, sft, rpsft = comparison.before, comparison.sft.end, comparison.rpsft.end
     learned = (
         f"Held-out sums right: {before.task.accuracy:.0%} before, {sft.task.accuracy:.0%} after SFT, "
         f"{rpsft.task.accuracy:.0%} after RPSFT ({_learning(before, sft, rpsft)})."
     )
-    measures = forgettings(comparison)
+    measures = measure_forgetting(comparison)
     if all(m.sft <= 0 and m.rpsft <= 0 for m in measures):
         kept = "Neither run is worse than the pretrained model on any measure outside the task: nothing to prevent."
     else:
         better = [m.name for m in measures if m.rpsft < m.sft]
         worse = [m.name for m in measures if m.rpsft > m.sft]
         same = [m.name for m in measures if m.rpsft == m.sft]
-        parts = [
-            f"{verdict} by {_listed(names)}"
+        verdicts = [
+            f"{verdict} by {_enumerate(names)}"
             for verdict, names in (("less", better), ("more", worse), ("equally much", same))
             if names
         ]
-        kept = f"Outside the task, RPSFT forgot {', '.join(parts)}, compared with SFT."
+        kept = f"Outside the task, RPSFT forgot {', '.join(verdicts)}, compared with SFT."
     cost = f"The penalty adds {comparison.rpsft.run.penalty_share:.0%} to the rest of a step."
     return f"{learned}\n{kept}\n{_gap(comparison)}\n{cost}"
 
@@ -87,7 +87,7 @@ def _learning(before: State, sft: State, rpsft: State) -> str:
 
 
 def _gap(comparison: Comparison) -> str:
-    by_name = {m.name: m for m in forgettings(comparison)}
+    by_name = {m.name: m for m in measure_forgetting(comparison)}
     perplexity = by_name["perplexity of English"]
     return (
         f"Perplexity of English changed by {perplexity.sft:+.2f} with SFT and by {perplexity.rpsft:+.2f} with RPSFT; "
@@ -95,5 +95,5 @@ def _gap(comparison: Comparison) -> str:
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _enumerate(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

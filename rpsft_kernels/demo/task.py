@@ -34,7 +34,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How well a model does the held-out sums.
+    """The score of a model on the held-out sums.
 
     Attributes:
         loss: Mean cross-entropy of the answers' tokens (end of turn included), in nats.
@@ -46,9 +46,9 @@ class TaskScore:
 
 
 def make_sums(train: int, held_out: int, seed: int) -> tuple[list[Sum], list[Sum]]:
-    """``train`` sums, in the order in which they are trained on, and ``held_out`` others.
+    """Make ``train`` sums, in the order of training, and ``held_out`` others.
 
-    No sum is in both lists, and none twice in either unless ``train`` exceeds the 8100 - ``held_out`` there are.
+    No sum is in both lists, and none twice in either unless ``train`` exceeds the 8100 - ``held_out`` that are left.
     """
     sums = [Sum(left, right) for left in range(10, 100) for right in range(10, 100)]
     generator = random.Random(seed)
@@ -62,8 +62,8 @@ def make_sums(train: int, held_out: int, seed: int) -> tuple[list[Sum], list[Sum
 
 
 def encode_sums(tokenizer: PreTrainedTokenizerBase, sums: Sequence[Sum]) -> list[Example]:
-    """Each sum as a user's turn, and as the assistant's turn its result with the end of the turn."""
-    # Written out rather than through the chat template, whose default system prompt would double the length.
+    """Encode each sum as a user's turn, and its result as the assistant's turn with the end of the turn."""
+    # The chat template would add a default system prompt, which doubles the length.
     return [
         Example(
             tuple(_ids(tokenizer, f"<|im_start|>user\n{s.question}<|im_end|>\n<|im_start|>assistant\n")),
@@ -79,9 +79,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 @torch.no_grad()
 def score_task(model: PreTrainedModel, examples: Sequence[Example], chunk: int = 64) -> TaskScore:
-    """Loss and accuracy on ``examples``, ``chunk`` of them at a time."""
-    # Greedy decoding follows the right answer until its first wrong token. So it gives the whole answer
-    # exactly if every token of it is the most likely one after the right tokens before it.
+    """Compute loss and accuracy on ``examples``, ``chunk`` of them at a time."""
+    # Greedy decoding follows the right answer until its first wrong token. It thus gives the whole answer exactly if
+    # every token of the answer is the most likely one after the right tokens before it.
     device = next(model.parameters()).device
     loss, tokens, right = 0.0, 0, 0
     for start in range(0, len(examples), chunk):

@@ -26,7 +26,7 @@ _BETAS = (0.9, 0.98)
 
 @dataclass(frozen=True)
 class Settings:
-    """How both runs train: ``steps`` optimizer steps of ``batch`` examples, AdamW with peak rate ``lr``."""
+    """The settings of both runs: ``steps`` optimizer steps of ``batch`` examples, AdamW with peak rate ``lr``."""
 
     steps: int
     batch: int
@@ -34,15 +34,15 @@ class Settings:
 
 
 @dataclass
-class Run:
-    """What a run recorded, in the order of its steps.
+class TrainingRun:
+    """The record of a run, in the order of its steps.
 
     Attributes:
         losses: Task loss (mean cross-entropy, nats per answer token) on each step's batch.
         penalties: R before each step's update.
-        seconds: Duration of each step: forward, backward, optimizer and, if it is trained on, the
-            penalty. Its mere measurement is left out.
-        penalty_seconds: The penalty's part of each step; empty where it is not trained on.
+        seconds: Duration of each step: forward, backward, optimizer and, if it is trained on, the penalty. A penalty
+            that is only measured does not count.
+        penalty_seconds: The penalty's share of each duration; empty where it is not trained on.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -52,19 +52,19 @@ class Run:
 
     @property
     def seconds_per_step(self) -> float:
-        """The median: the first steps allocate, and other processes come and go."""
+        """The median, because the first steps allocate, and other processes come and go."""
         return statistics.median(self.seconds)
 
     @property
     def penalty_seconds_per_step(self) -> float:
-        """The median, as of the whole steps."""
+        """The median, as for whole steps."""
         return statistics.median(self.penalty_seconds)
 
     @property
     def penalty_share(self) -> float:
-        """What the penalty adds to a step, as a share of the rest of it: the median of the steps' own ratios.
+        """Time that the penalty adds to a step, as a share of the rest of it: the median of the steps' own ratios.
 
-        Two runs, one after the other, would tell less: machines change their speed in minutes.
+        A comparison of two successive runs would say less: machines change their speed in minutes.
         """
         return statistics.median(p / (s - p) for p, s in zip(self.penalty_seconds, self.seconds, strict=True))
 
@@ -77,22 +77,22 @@ def fine_tune(
     coeff: float | None,
     label: str,
     after_step: Callable[[int], None],
-) -> Run:
+) -> TrainingRun:
     """Train ``model`` in place on ``examples``, in their order.
 
     Args:
         model: Float parameters that are trained, all of them; its anchors belong to its state before training.
-        anchors: What R is measured with.
+        anchors: The anchors that R is measured with.
         examples: ``steps * batch`` of them.
-        settings: As for every run that is compared with this one.
+        settings: The settings, equal for all runs that are compared.
         coeff: The paper's lambda; None trains without the penalty and only measures it.
         label: For the progress bar.
         after_step: Called with the number of steps done, after each; its time is not counted.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=_BETAS, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings.steps))
-    run = Run()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_rate(step, settings.steps))
+    run = TrainingRun()
     bar = tqdm(range(settings.steps), label, unit="step")
     for step in bar:
         batch = collate(examples[step * settings.batch : (step + 1) * settings.batch], device)
@@ -108,7 +108,7 @@ def fine_tune(
             measured = accumulate_rotation_grad_(model, anchors, coeff)
             run.penalty_seconds.append(_now(device) - begin)
         optimizer.step()
-        # Reading a number back waits for all that was queued on a GPU before it, so the clock is right.
+        # Reading a number back waits for all work that was queued on a GPU before it, so the clock is right.
         run.losses.append(loss.item())
         run.seconds.append(time.perf_counter() - start)
         if coeff is not None:
@@ -121,20 +121,20 @@ def fine_tune(
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, when all that was queued on the device is done."""
+    """Read the clock, in seconds, after all work that was queued on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate at ``step`` of ``steps``: up over the first tenth, then linearly to 0."""
+def schedule_rate(step: int, steps: int) -> float:
+    """Return the learning rate at ``step`` of ``steps``, over its peak: up in the first tenth, then linearly to 0."""
     warm_up = max(1, steps // 10)
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
 def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter, on its own device."""
+    """Copy every parameter, each on its own device."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
@@ -148,6 +148,6 @@ def restore_parameters(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def relative_drift(model: nn.Module, saved: Mapping[str, Tensor]) -> float:
-    """``||W - W0|| / ||W0||`` over all parameters as one vector, W0 being ``saved``."""
+    """Compute ``||W - W0|| / ||W0||`` over all parameters as one vector; ``saved`` is W0."""
     moved = torch.stack([(p - saved[name]).norm() for name, p in model.named_parameters()]).norm()
     return float(moved / torch.stack([w.norm() for w in saved.values()]).norm())

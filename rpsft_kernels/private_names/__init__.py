@@ -1,12 +1,12 @@
-"""What this package reads of torch's and DeepSpeed's private names, and how each version spells them.
+"""The private names of torch and DeepSpeed that this package reads, and how each version spells them.
 
 Neither library promises these names, so that no other file may hold any. Where no spelling fits, reading raises a
-RuntimeError that names the installed version. Nothing is passed over: what is not found of a sharded model would only
-be a wrong penalty.
+RuntimeError that names the installed version. No missing name is passed over: a shard that is not found would give a
+wrong penalty.
 """
 
-from .of_deepspeed import Zero3Parameter, averaging_group
-from .of_torch import (
+from .deepspeed_names import Zero3Parameter, averaging_group
+from .torch_names import (
     WRAPPED,
     Fsdp1Handle,
     Fsdp1Weight,
@@ -15,6 +15,7 @@ from .of_torch import (
     flat_mesh,
     fsdp2_parameters,
     ignored_by_ddp,
+    in_forward_mode,
     is_fsdp1_flat,
     is_traced,
     modules_of,
@@ -33,6 +34,7 @@ __all__ = [
     "flat_mesh",
     "fsdp2_parameters",
     "ignored_by_ddp",
+    "in_forward_mode",
     "is_fsdp1_flat",
     "is_traced",
     "modules_of",

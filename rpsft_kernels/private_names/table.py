@@ -1,4 +1,4 @@
-"""Each private name of torch's and DeepSpeed's that this package uses, with the versions that have it."""
+"""Each private name of torch and DeepSpeed that this package uses, with the versions that have it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Row:
     """One name as some versions of a library spell it.
 
     Attributes:
-        library: whose version decides.
+        library: the library whose version decides.
         holder: the class or module that has the attribute.
-        meaning: what it holds. Rows of one holder and meaning are spellings of one thing, the newest first.
-        name: the attribute.
-        since: the first version that has it, of those in ``READ``.
-        until: the last one; "" where the newest of ``READ`` has it.
+        meaning: the attribute's meaning. Rows of one holder and meaning are spellings of one attribute, newest first.
+        name: the attribute's name.
+        since: the first version in ``READ`` that has it.
+        until: the last version that has it; "" where the newest in ``READ`` does.
     """
 
     library: str
@@ -43,25 +43,27 @@ def _rows(library: str, holder: str, *names: tuple[str, str]) -> list[Row]:
 
 
 TABLE: tuple[Row, ...] = (
-    # Of modules that wrap another: the component of a parameter's path. names.py
+    # The component that a wrapping module puts into a parameter's path. distributed/names.py
     *_rows("torch", "torch.compile's OptimizedModule", ("wrapped module", "_orig_mod")),
     *_rows("torch", "FullyShardedDataParallel", ("wrapped module", "_fsdp_wrapped_module")),
     *_rows("torch", "checkpoint_wrapper's CheckpointWrapper", ("wrapped module", "_checkpoint_wrapped_module")),
-    # Written, not read: Dynamo takes what a function with this attribute returns for a constant. ops/backend.py
+    # Written, not read: Dynamo takes the result of a function with this attribute for a constant. ops/dispatch.py
     *_rows("torch", "function", ("constant under Dynamo", "_dynamo_marked_constant")),
-    # What a module shows at a step, without naming it anew. distributed/snapshot.py
+    # The modules and parameters that a module has now. distributed/snapshot.py
     *_rows("torch", "Module", ("modules by name", "_modules"), ("parameters by name", "_parameters")),
-    # Which modes of operators are on: those under which an address means nothing. evaluation/plan.py
+    # The modes that are on, and whether one makes addresses meaningless. evaluation/plan.py
     *_rows("torch", "torch.utils._python_dispatch", ("modes that are on", "_get_current_dispatch_mode_stack")),
     *_rows("torch", "TorchDispatchMode", ("kind, of torch's own", "_mode_key")),
-    # Who is in the job, and who is gone. distributed/group_call.py
+    # Whether tensors may have tangents, without a look at each. evaluation/requests.py
+    *_rows("torch", "torch.autograd.forward_ad", ("current level", "_current_level")),
+    # The store through which ranks learn which of them are gone. distributed/group_call.py
     *_rows("torch", "torch.distributed.distributed_c10d", ("store of the job", "_get_default_store")),
-    # DDP. distributed/discover.py
+    # DDP: the parameters that it does not average. distributed/discover.py
     *_rows("torch", "DistributedDataParallel", ("names of parameters that it leaves alone", "parameters_to_ignore")),
     # DTensor: one group over several dimensions of a mesh; the order of cuts of one dimension. distributed/dtensor.py
     *_rows("torch", "DeviceMesh", ("mesh of one dimension with the same ranks", "_flatten")),
     *_rows("torch", "_StridedShard", ("number of shards that cut before it", "split_factor")),
-    # FSDP2: the sharded parameters behind those that modules show. distributed/dtensor.py
+    # FSDP2: the sharded parameter for each one that a module shows. distributed/dtensor.py
     *_rows("torch", "FSDPModule", ("state", "_get_fsdp_state")),
     Row("torch", "FSDPState", "groups of parameters", "_fsdp_param_groups", "2.12"),
     # One group or None. From 2.12 on a property, which raises where there are several.
@@ -69,7 +71,7 @@ TABLE: tuple[Row, ...] = (
     *_rows("torch", "FSDPParamGroup", ("parameters", "fsdp_params")),
     *_rows("torch", "FSDPParam", ("sharded parameter", "sharded_param"), ("place in the model", "_module_info")),
     *_rows("torch", "ParamModuleInfo", ("module", "module"), ("name in the module", "param_name")),
-    # FSDP1: what of each weight lies in this rank's flat shard. distributed/fsdp1.py
+    # FSDP1: the range of each weight in this rank's flat shard. distributed/fsdp1.py
     *_rows("torch", "FullyShardedDataParallel", ("handle, or None where it flattens nothing", "_handle")),
     *_rows(
         "torch",
@@ -108,9 +110,9 @@ TABLE: tuple[Row, ...] = (
         ("first element of the weight", "intra_param_start_idx"),
         ("last element of the weight", "intra_param_end_idx"),
     ),
-    # DeepSpeed ZeRO-1 and 2. distributed/discover.py
+    # DeepSpeed ZeRO-1 and 2: the ranks that average. distributed/discover.py
     *_rows("deepspeed", "DeepSpeedEngine", ("ranks that average gradients", "data_parallel_group")),
-    # DeepSpeed ZeRO-3: what of a parameter lies here, and whether its gradient is there. distributed/zero3.py
+    # DeepSpeed ZeRO-3: a parameter's partition, and whether it has a gradient. distributed/zero3.py
     *_rows(
         "deepspeed",
         "ZeRO-3 parameter",
@@ -141,10 +143,10 @@ for _row in TABLE:
 
 
 def read(owner: object, holder: str, meaning: str) -> Any:
-    """An attribute of ``owner``, by the first of its spellings in ``TABLE`` that is there.
+    """Read an attribute of ``owner`` by the first of its spellings in ``TABLE`` that ``owner`` has.
 
     Raises:
-        RuntimeError: none is.
+        RuntimeError: it has none of them.
     """
     rows = spellings[holder, meaning]
     for row in rows:

@@ -1,5 +1,5 @@
 """``python -m rpsft_kernels``: the kernels' schedule, each rank's costs, a roofline, compilation, tuning,
-a self-test, and what a bug report needs."""
+a self-test, and the facts that a bug report needs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,31 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 
+import torch
+
+from ..distributed.partition import LAYOUTS
+from .gpus import GPUS
 from .models import MODELS
+
+_DEFAULT_RANK = 768
+_DEFAULT_ARCH = "sm_90"
+_WEIGHT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
+    command.add_argument("--rank", type=int, default=_DEFAULT_RANK)
+
+
+def _add_form(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--block-form", action="store_true", help="anchors without the base")
+
+
+def _add_jobs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what this machine serves)")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -17,38 +39,39 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     schedule = commands.add_parser("schedule", help="buckets, launches, workspace and filled multiprocessor time")
-    schedule.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
-    schedule.add_argument("--rank", type=int, default=768)
+    _add_model(schedule)
     schedule.add_argument("--multiprocessors", type=int, default=132)
-    schedule.add_argument("--arch", default="sm_90", help="tile table (default: sm_90)")
-    schedule.add_argument("--block-form", action="store_true", help="anchors without the base")
+    schedule.add_argument("--arch", default=_DEFAULT_ARCH, help=f"tile table (default: {_DEFAULT_ARCH})")
+    _add_form(schedule)
 
     shards = commands.add_parser("shards", help="what each rank of a job pays, beside the published way")
-    shards.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
-    shards.add_argument("--rank", type=int, default=768)
+    _add_model(shards)
     shards.add_argument(
         "--ranks", type=int, nargs="+", default=[1, 8, 64], help="numbers of processes (default: 1 8 64)"
     )
-    shards.add_argument(
-        "--layout", choices=("shard0", "replicated", "flat"), help="how weights lie (default: all three)"
-    )
-    shards.add_argument("--block-form", action="store_true", help="anchors without the base")
+    shards.add_argument("--layout", choices=LAYOUTS, help="how weights lie (default: all three)")
+    _add_form(shards)
 
     roofline = commands.add_parser("roofline", help="predicted time of each phase on a GPU, beside the published way")
-    roofline.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
-    roofline.add_argument("--rank", type=int, default=768)
-    roofline.add_argument("--gpu", default="h100", help="a100, h100, h200, b200 or mi300x (default: h100)")
+    _add_model(roofline)
+    *others, last = GPUS
+    roofline.add_argument("--gpu", default="h100", help=f"{', '.join(others)} or {last} (default: h100)")
     roofline.add_argument("--ranks", type=int, default=1, help="number of processes (default: 1)")
-    roofline.add_argument("--layout", choices=("shard0", "replicated", "flat"), default="shard0")
-    roofline.add_argument("--block-form", action="store_true", help="anchors without the base")
-    roofline.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+    roofline.add_argument("--layout", choices=LAYOUTS, default="shard0")
+    _add_form(roofline)
+    roofline.add_argument("--dtype", choices=tuple(_WEIGHT_DTYPES), default="bfloat16", help="of the weights")
 
     build = commands.add_parser("compile", help="compile every kernel variant, print what each uses as JSON lines")
-    build.add_argument("--arch", default="sm_90", help="a tile table such as sm_80 or gfx942 (default: sm_90)")
     build.add_argument(
-        "--rank", type=int, action="append", help="rank that chooses tile shapes (default: 768); repeatable"
+        "--arch", default=_DEFAULT_ARCH, help=f"a tile table such as sm_80 or gfx942 (default: {_DEFAULT_ARCH})"
     )
-    build.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what this machine serves)")
+    build.add_argument(
+        "--rank",
+        type=int,
+        action="append",
+        help=f"rank that chooses tile shapes (default: {_DEFAULT_RANK}); repeatable",
+    )
+    _add_jobs(build)
 
     kernels = commands.add_parser("kernels", help="the kernels compiled ahead of time in this installation")
     kernels.add_argument(
@@ -57,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--strict", action="store_true", help="building: a kernel that is left out is an error")
     kernels.add_argument("--output", help="the folder to build (default: this installation's)")
     kernels.add_argument("--only", default="", help="globs on variants' labels, separated by semicolons")
-    kernels.add_argument("--jobs", type=int, help="processes (default: MAX_JOBS, else what this machine serves)")
+    _add_jobs(kernels)
     kernels.add_argument(
         "--check", nargs="?", const="", metavar="PLACE", help="check a folder or a wheel (default: this installation's)"
     )
@@ -69,26 +92,29 @@ def _parser() -> argparse.ArgumentParser:
     selftest.add_argument("--quick", action="store_true", help="the part that runs by itself before the first launch")
 
     tune = commands.add_parser("tune", help="time tile shapes on this GPU and write a table for RPSFT_TILES")
-    tune.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
-    tune.add_argument("--rank", type=int, default=768)
+    _add_model(tune)
     tune.add_argument("--output", required=True, help="the table's file (JSON)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    commands = {
-        "schedule": _schedule,
-        "shards": _shards,
-        "roofline": _roofline,
-        "compile": _compile,
-        "kernels": _kernels,
-        "env": _env,
-        "selftest": _selftest,
-        "tune": _tune,
-    }
-    return commands[options.command](options)
+    """Run one command; returns the exit status, 1 where the reader of its output has closed the pipe."""
+    try:
+        try:
+            options = _parser().parse_args(arguments)
+            return _COMMANDS[options.command](options)
+        finally:
+            # Fail here if the pipe is closed, not at the interpreter's exit, which would report it.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more at its exit: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise SystemExit(f"{name}: got {value}, expected at least 1")
 
 
 def _schedule(options: argparse.Namespace) -> int:
@@ -112,12 +138,10 @@ def _schedule(options: argparse.Namespace) -> int:
 
 
 def _shards(options: argparse.Namespace) -> int:
-    from ..distributed.partition import LAYOUTS
     from .shards import shard_table
 
-    for name, values in (("--rank", [options.rank]), ("--ranks", options.ranks)):
-        if min(values) < 1:
-            raise SystemExit(f"{name}: got {min(values)}, expected at least 1")
+    _check_positive("--rank", options.rank)
+    _check_positive("--ranks", min(options.ranks))
     shapes = MODELS[options.model].weights()
     form = "block" if options.block_form else "base"
     print(f"{options.model} at rank {options.rank}, {form} form: per rank and step, the largest rank's")
@@ -130,19 +154,22 @@ def _shards(options: argparse.Namespace) -> int:
 
 
 def _roofline(options: argparse.Namespace) -> int:
-    import torch
-
     from . import roofline as r
 
-    if options.gpu not in r.GPUS:
-        raise SystemExit(f"--gpu: got {options.gpu!r}, expected one of {', '.join(r.GPUS)}")
-    for name, value in (("--rank", options.rank), ("--ranks", options.ranks)):
-        if value < 1:
-            raise SystemExit(f"{name}: got {value}, expected at least 1")
-    gpu, form = r.GPUS[options.gpu], "block" if options.block_form else "base"
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
-    shapes = MODELS[options.model].weights()
-    job = r.Job(shapes, options.rank, gpu, options.ranks, options.layout, not options.block_form, dtype)
+    if options.gpu not in GPUS:
+        raise SystemExit(f"--gpu: got {options.gpu!r}, expected one of {', '.join(GPUS)}")
+    _check_positive("--rank", options.rank)
+    _check_positive("--ranks", options.ranks)
+    gpu, form = GPUS[options.gpu], "block" if options.block_form else "base"
+    job = r.Job(
+        MODELS[options.model].weights(),
+        options.rank,
+        gpu,
+        world_size=options.ranks,
+        layout=options.layout,
+        keep_base=not options.block_form,
+        dtype=_WEIGHT_DTYPES[options.dtype],
+    )
     (busiest, ours), published = r.our_phases(job), r.published_phases(job)
     print(f"{options.model} at rank {options.rank}, {form} form, {options.dtype} weights, {options.ranks} x {gpu.name}")
     print(
@@ -172,7 +199,7 @@ def _compile(options: argparse.Namespace) -> int:
 
     if options.arch not in BY_TABLE:
         raise SystemExit(f"--arch: got {options.arch!r}, expected one of {', '.join(BY_TABLE)}")
-    for resources in survey(options.arch, tuple(options.rank or (768,)), options.jobs or default_jobs()):
+    for resources in survey(options.arch, tuple(options.rank or (_DEFAULT_RANK,)), options.jobs or default_jobs()):
         print(json.dumps(dataclasses.asdict(resources)), flush=True)
     return 0
 
@@ -221,8 +248,6 @@ def _env(options: argparse.Namespace) -> int:
 
 
 def _selftest(options: argparse.Namespace) -> int:
-    import torch
-
     from ..ops.selftest.command import test_device
 
     try:
@@ -233,11 +258,21 @@ def _selftest(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    import torch
-
     from .tune import tune, write_table
 
     if not torch.cuda.is_available():
         raise SystemExit("tune: found no GPU; tile shapes can be timed only where the kernels run")
     write_table(tune(MODELS[options.model].layer(), options.rank, torch.device("cuda")), options.output)
     return 0
+
+
+_COMMANDS = {
+    "schedule": _schedule,
+    "shards": _shards,
+    "roofline": _roofline,
+    "compile": _compile,
+    "kernels": _kernels,
+    "env": _env,
+    "selftest": _selftest,
+    "tune": _tune,
+}

@@ -1,4 +1,4 @@
-"""The facts that a bug report needs: versions, backends, kernels, and how each device uses them."""
+"""Collects the facts that a bug report needs: versions, backends, kernels, and how each device uses them."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _Fact = tuple[str, Callable[[], str]]
 
 
 def environment_report() -> str:
-    """Lines of a name and a value, none of them secret. A value that cannot be found out is replaced by the reason."""
+    """Write lines of a name and a value, none of them secret. The reason replaces a value that cannot be found out."""
     lines = []
-    for name, tell in _facts():
-        value = _guarded(tell).replace("\n", "\n" + " " * _COLUMN)
+    for name, probe in _facts():
+        value = _run_probe(probe).replace("\n", "\n" + " " * _COLUMN)
         # A name that fills its column would run into its value.
         lines.append(f"{name:<{_COLUMN - 1}} {value}")
     return "\n".join(lines)
 
 
-def _guarded(tell: Callable[[], str]) -> str:
+def _run_probe(probe: Callable[[], str]) -> str:
     # One failing probe must not hide the others.
     try:
-        return tell()
+        return probe()
     except Exception as error:
         return f"cannot be told: {type(error).__name__}: {error}"
 
@@ -59,8 +59,8 @@ def _facts() -> Iterator[_Fact]:
     yield "instruction sets", lambda: ", ".join(native.instruction_sets()) or str(native.missing())
     yield "kernels", _kernels
     yield "JIT on a GPU", lambda: toolchain.jit_missing() or "Triton can compile and start kernels"
-    yield "JIT on 9.x", _products
-    yield "CUDA driver", _driver
+    yield "JIT on 9.x", _describe_products
+    yield "CUDA driver", _describe_driver
     yield from _backends(torch.device("cpu"))
     yield "GPUs", _gpus
     for index in range(_count()):
@@ -79,8 +79,8 @@ def _kernels() -> str:
     return str(aot.kernels_missing()) if library is None else library.summary()
 
 
-def _products() -> str:
-    """How this installation treats code that Triton compiles for compute capability 9.x."""
+def _describe_products() -> str:
+    """Say how this installation treats code that Triton compiles for compute capability 9.x."""
     if missing := toolchain.jit_missing():
         return missing
     if toolchain.touches_products():
@@ -94,7 +94,7 @@ def _products() -> str:
     return "code is looked at before its first launch"
 
 
-def _driver() -> str:
+def _describe_driver() -> str:
     launcher = loader.launcher()
     if launcher is None:
         return str(loader.launcher_missing())
@@ -114,19 +114,19 @@ def _count() -> int:
 
 
 def _device(device: torch.device) -> Iterator[_Fact]:
-    yield str(device), lambda: _properties(device)
-    yield f"{device} kernels", lambda: _served(device)
-    yield f"{device} self-test", lambda: _tested(device)
+    yield str(device), lambda: _describe_gpu(device)
+    yield f"{device} kernels", lambda: _describe_kernels(device)
+    yield f"{device} self-test", lambda: _describe_selftest(device)
     yield from _backends(device)
 
 
-def _properties(device: torch.device) -> str:
+def _describe_gpu(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     capability = f"{properties.major}.{properties.minor}"
     return f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
 
 
-def _served(device: torch.device) -> str:
+def _describe_kernels(device: torch.device) -> str:
     from ..ops.triton.device import own_profile
     from ..ops.triton.tile_table import tuned_architecture
 
@@ -142,7 +142,7 @@ def _served(device: torch.device) -> str:
     return f"none: {why}; {toolchain.jit_missing() or 'RPSFT_AOT=only'}"
 
 
-def _tested(device: torch.device) -> str:
+def _describe_selftest(device: torch.device) -> str:
     from ..ops.selftest import gate
 
     return gate.state(device)

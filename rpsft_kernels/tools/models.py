@@ -17,12 +17,12 @@ class ModelShape:
     tied: bool
 
     def layer(self) -> list[tuple[int, int]]:
-        """(m, n) of q, k, v, o, gate, up and down."""
+        """Return (m, n) of q, k, v, o, gate, up and down."""
         h, i, kv = self.hidden, self.intermediate, self.key_value
         return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]
 
     def weights(self) -> list[tuple[int, int]]:
-        """(m, n) of every 2-D parameter, the embedding first and the untied output head last."""
+        """Return (m, n) of every 2-D parameter, the embedding first and the untied output head last."""
         ends = [(self.vocabulary, self.hidden)]
         return ends + self.layer() * self.layers + ([] if self.tied else ends)
 

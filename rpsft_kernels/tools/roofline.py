@@ -1,4 +1,4 @@
-"""A roofline on paper predicts how long each phase of R and its gradient takes on a GPU. Nothing is timed.
+"""Predicts by a roofline how long each phase of R and its gradient takes on a GPU. Nothing is timed.
 
 Each phase lasts as long as the resource that it needs longest: tensor cores, DRAM, the link to other ranks, or
 launches. Phases follow one another: the model does not assume that the exchange hides behind the next projection.
@@ -55,36 +55,9 @@ from ..ops.triton.layout import Problem, ProjectKey, type_name
 from ..ops.triton.project_drift import plan_forward
 from ..ops.triton.tile_table import rank_class
 from ..ops.triton.variants import Precision
+from .gpus import Gpu
 from .shards import shard_costs
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """A data sheet: dense bfloat16 FLOP/s of the tensor cores, and bytes per second of DRAM and of the link, one way.
-
-    ``architecture`` and ``multiprocessors`` choose the tile table and the schedule, hence the launches.
-    """
-
-    name: str
-    architecture: str
-    multiprocessors: int
-    tensor: float
-    dram: float
-    link: float
-
-
-# The vendors' data-sheet figures (NVIDIA A100 80GB, H100, H200 in SXM form, B200; AMD MI300X), without sparsity. Links
-# (NVLink, Infinity Fabric) count half of the bidirectional sum.
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("a100", "sm_80", 108, 312e12, 2.039e12, 300e9),
-        Gpu("h100", "sm_90", 132, 989e12, 3.35e12, 450e9),
-        Gpu("h200", "sm_90", 132, 989e12, 4.8e12, 450e9),
-        Gpu("b200", "sm_100", 148, 2250e12, 8.0e12, 900e9),
-        Gpu("mi300x", "gfx942", 304, 1307e12, 5.3e12, 448e9),
-    )
-}
 # Assumptions, printed with every prediction: the shares of the peaks that good kernels and collectives reach, the time
 # of a launch on the GPU, and the host's time for a small operator of PyTorch.
 TENSOR_SHARE = 0.75
@@ -101,13 +74,13 @@ class Job:
     shapes: Sequence[tuple[int, int]]
     rank: int
     gpu: Gpu
-    ranks: int = 1
+    world_size: int = 1
     layout: Layout = "shard0"
     keep_base: bool = True
     dtype: torch.dtype = torch.bfloat16
 
     @property
-    def form(self) -> Precision:
+    def precision(self) -> Precision:
         return Precision(type_name(self.dtype), "bf16" if self.keep_base else None, "bf16")
 
 
@@ -144,73 +117,81 @@ def total_seconds(phases: Sequence[Phase], gpu: Gpu) -> float:
     return sum(phase.seconds(gpu) for phase in phases)
 
 
-def rank_phases(job: Job, parts: Sequence[Shard]) -> list[Phase]:
-    """The phases that one rank computes on its shards, without launches and traffic between ranks."""
-    form, rank, w, kept = job.form, job.rank, job.dtype.itemsize, job.keep_base
+def rank_phases(job: Job, shards: Sequence[Shard]) -> list[Phase]:
+    """Count the phases that one rank computes on its shards, without launches and traffic between ranks."""
+    precision, rank, w, kept = job.precision, job.rank, job.dtype.itemsize, job.keep_base
     flops, moved = Counter[str](), Counter[str]()
     block = drift_bytes(rank)
-    for part in parts:
-        if is_full(part.shape, rank):
-            flops["full"] += full_flops(part.numel)
-            moved["full"] += elementwise_bytes(part.numel, w, base_reads=2, weight_reads=2)
+    for shard in shards:
+        if is_full(shard.shape, rank):
+            flops["full"] += full_flops(shard.numel)
+            moved["full"] += elementwise_bytes(shard.numel, w, base_reads=2, weight_reads=2)
             continue
-        for r, c in (tile.shape for tile in part.rects):
+        for r, c in (rect.shape for rect in shard.rects):
             short, long = 2 * rank * min(r, c), 2 * rank * max(r, c)
             large, small = outer_flops((r, c), rank), inner_flops((r, c), rank)
-            flops.update(project=large * form.weight_parts, drift=small * form.planes, pull=small, gradient=large)
-            moved["project"] += r * c * (w + 2 * kept) + long + short * form.planes
-            moved["drift"] += short * form.planes + short + block
+            flops.update(
+                project=large * precision.weight_parts, drift=small * precision.planes, pull=small, gradient=large
+            )
+            moved["project"] += r * c * (w + 2 * kept) + long + short * precision.planes
+            moved["drift"] += short * precision.planes + short + block
             moved["pull"] += short + block + short
             moved["gradient"] += short + long + 2 * w * r * c
-        moved["drift"] += block * (3 * max(0, len(part.rects) - 1) + (not kept and part.numel > 0))
+        moved["drift"] += block * (3 * max(0, len(shard.rects) - 1) + (not kept and shard.numel > 0))
     return [Phase(name, flops[name], moved[name]) for name in ("project", "drift", "pull", "gradient", "full")]
 
 
-def rank_launches(job: Job, parts: Sequence[Shard]) -> Counter[str]:
-    """One rank's launches by phase, from the launcher's plans; ``parts`` has a shard of each weight, empty ones too."""
-    gpu, form, rank = job.gpu, job.form, job.rank
+def rank_launches(job: Job, shards: Sequence[Shard]) -> Counter[str]:
+    """Count one rank's launches by phase, from the launcher's plans.
+
+    Args:
+        job: the weights and the GPU.
+        shards: the rank's shard of each weight, empty ones too.
+    """
+    gpu, precision, rank = job.gpu, job.precision, job.rank
     profile = Profile(gpu.architecture, gpu.multiprocessors, DESCRIPTORS[gpu.architecture])
     # Buckets are made from whole weights, so that every rank has the same buckets.
-    full = [is_full(part.shape, rank) for part in parts]
     specs = [
-        WeightSpec(*part.shape, 0) if whole else WeightSpec(*part.shape, rank, part.unsharded, form.planes)
-        for part, whole in zip(parts, full, strict=True)
+        WeightSpec(*shard.shape, rank=0)
+        if is_full(shard.shape, rank)
+        else WeightSpec(*shard.shape, rank, key=shard.unsharded, parts=precision.planes)
+        for shard in shards
     ]
     launches = Counter[str]()
     for bucket in plan_buckets(specs):
-        held = [parts[i].rects for i in bucket]
-        if full[bucket[0]]:
-            launches["full"] += 3 * any(held)
+        rects_by_weight = [shards[i].rects for i in bucket]
+        if specs[bucket[0]].rank == 0:
+            launches["full"] += 3 * any(rects_by_weight)
             continue
+        sizes = [rect.shape for rects in rects_by_weight for rect in rects]
         for transposed in (False, True):
-            sides = [tile.shape for tiles in held for tile in tiles if (tile.shape[0] > tile.shape[1]) == transposed]
-            if not sides:
+            problems = tuple(Problem(min(m, n), max(m, n), rank) for m, n in sizes if (m > n) == transposed)
+            if not problems:
                 continue
-            group = ProjectKey(form, rank_class(rank), transposed, transposed, True)
-            problems = tuple(Problem(min(side), max(side), rank) for side in sides)
-            plan = plan_forward(profile, group, problems, not job.keep_base, rank % 4 == 0)
+            key = ProjectKey(precision, rank_class(rank), transposed, transposed, True)
+            plan = plan_forward(profile, key, problems, not job.keep_base, rank % 4 == 0)
             # The drift's launches include its second pass, where there is one, and the sums of squares.
             launches.update(project=1, drift=len(plan.schedules), pull=1, gradient=1)
-        if any(len(tiles) != 1 for tiles in held):
+        if any(len(rects) != 1 for rects in rects_by_weight):
             # PyTorch adds and squares the C of a shard's rectangles, weight by weight.
-            launches["drift"] += sum(1 + max(1, len(tiles)) for tiles in held)
-        if not parts[bucket[0]].unsharded:
+            launches["drift"] += sum(1 + max(1, len(rects)) for rects in rects_by_weight)
+        if not shards[bucket[0]].unsharded:
             # Four kernels: C are packed, sent, squared and summed.
             launches["exchange"] += 4
     return launches
 
 
 def our_phases(job: Job) -> tuple[int, list[Phase]]:
-    """The rank that computes longest, and its phases; errors as for :func:`plan_shards`."""
-    rows = plan_shards(job.shapes, job.rank, job.ranks, job.layout)
-    parts = [[row[i] for row in rows] for i in range(job.ranks)]
-    computed = [rank_phases(job, mine) for mine in parts]
-    busiest = max(range(job.ranks), key=lambda i: total_seconds(computed[i], job.gpu))
-    costs = shard_costs(job.shapes, job.rank, job.ranks, job.layout)
-    exchange = Phase("exchange", 0, 5 * costs.buffer_bytes + 2 * costs.sent_bytes, costs.sent_bytes)
+    """Find the rank that computes longest, and its phases; errors as for :func:`plan_shards`."""
+    shards_by_weight = plan_shards(job.shapes, job.rank, job.world_size, job.layout)
+    shards_by_rank = [[shards[i] for shards in shards_by_weight] for i in range(job.world_size)]
+    computed = [rank_phases(job, shards) for shards in shards_by_rank]
+    busiest = max(range(job.world_size), key=lambda i: total_seconds(computed[i], job.gpu))
+    costs = shard_costs(job.shapes, job.rank, job.world_size, job.layout)
+    exchange = Phase("exchange", bytes=5 * costs.buffer_bytes + 2 * costs.sent_bytes, sent=costs.sent_bytes)
     project, drift, *others = computed[busiest]
     phases = [project, drift, exchange, *others]
-    launches = rank_launches(job, parts[busiest])
+    launches = rank_launches(job, shards_by_rank[busiest])
     return busiest, [
         replace(phase, launches=launches[phase.name], launch_seconds=launches[phase.name] * LAUNCH_SECONDS)
         for phase in phases
@@ -218,9 +199,9 @@ def our_phases(job: Job) -> tuple[int, list[Phase]]:
 
 
 def published_phases(job: Job) -> list[Phase]:
-    """Every rank's phases in the published way, for one micro-batch; launches are operators of PyTorch."""
+    """Count every rank's phases in the published way, for one micro-batch; launches are operators of PyTorch."""
     shapes, k, w = job.shapes, job.rank, job.dtype.itemsize
-    sent = shard_costs(shapes, k, job.ranks, job.layout).published_sent_bytes * w // 2
+    sent = shard_costs(shapes, k, job.world_size, job.layout).published_sent_bytes * w // 2
     full = [shape for shape in shapes if is_full(shape, k)]
     projected = [shape for shape in shapes if not is_full(shape, k)]
     count, numel = len(projected), sum(m * n for m, n in projected)
@@ -228,19 +209,19 @@ def published_phases(job: Job) -> list[Phase]:
     block, large, small = 2 * k * k * count, 2 * numel * k, k * wide
     elements = sum(m * n for m, n in full)
     phases = [
-        Phase("gather", 0, 2 * sent, sent, len(shapes) * (sent > 0)),
-        Phase("cast", 0, numel * (w + 2), 0, count),
-        Phase("project", large, 2 * numel + high + wide, 0, count),
+        Phase("gather", bytes=2 * sent, sent=sent, launches=len(shapes) * (sent > 0)),
+        Phase("cast", bytes=numel * (w + 2), launches=count),
+        Phase("project", large, 2 * numel + high + wide, launches=count),
         # Five kernels: the product, the subtraction, the square, the sum and the sum's cast.
-        Phase("drift", small, 2 * wide + 7 * block, 0, 5 * count),
+        Phase("drift", small, 2 * wide + 7 * block, launches=5 * count),
         # Five kernels: the backward passes of the cast and the square take four, the product one.
-        Phase("pull", small, 2 * wide + 7 * block, 0, 5 * count),
-        Phase("gradient", large, high + wide + 2 * numel, 0, count),
-        Phase("cast back", 0, numel * (2 + w), 0, count),
-        Phase("add", 0, 3 * w * numel, 0, count),
+        Phase("pull", small, 2 * wide + 7 * block, launches=5 * count),
+        Phase("gradient", large, high + wide + 2 * numel, launches=count),
+        Phase("cast back", bytes=numel * (2 + w), launches=count),
+        Phase("add", bytes=3 * w * numel, launches=count),
         # Eleven kernels: forward the cast, subtraction, square, sum and its cast; backward two casts, three for the
         # square, and the addition.
-        Phase("full", full_flops(elements), elements * (5 * w + 28), 0, 11 * len(full)),
+        Phase("full", full_flops(elements), elements * (5 * w + 28), launches=11 * len(full)),
     ]
     operators = sum(phase.launches for phase in phases)
     unhidden = max(0.0, operators * OPERATOR_SECONDS - total_seconds(phases, job.gpu))
@@ -248,15 +229,15 @@ def published_phases(job: Job) -> list[Phase]:
 
 
 def phase_table(phases: Sequence[Phase], gpu: Gpu) -> str:
-    """A table with a row for each phase, then their sum."""
+    """Write a table with a row for each phase, then their sum."""
     lines = ["phase        TFLOP       GB  sent GB  launches       ms  bound by"]
-    whole = Phase(
+    total = Phase(
         "sum", *(sum(getattr(phase, name) for phase in phases) for name in ("flops", "bytes", "sent", "launches"))
     )
-    for phase in [*phases, whole]:
-        seconds = total_seconds(phases, gpu) if phase is whole else phase.seconds(gpu)
+    for phase in [*phases, total]:
+        seconds = total_seconds(phases, gpu) if phase is total else phase.seconds(gpu)
         lines.append(
             f"{phase.name:<10}{phase.flops / 1e12:>8.3f}{phase.bytes / 1e9:>9.3f}{phase.sent / 1e9:>9.3f}"
-            f"{phase.launches:>10}{seconds * 1e3:>9.3f}  {'' if phase is whole else phase.bound(gpu)}".rstrip()
+            f"{phase.launches:>10}{seconds * 1e3:>9.3f}  {'' if phase is total else phase.bound(gpu)}".rstrip()
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A model's launches, workspace and idle multiprocessors, read from the same plans that the launcher follows."""
+"""Reports a model's launches, workspace and idle multiprocessors from the plans that the launcher follows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def schedule_report(
     keep_base: bool = True,
     limits: BucketLimits | None = None,
 ) -> ScheduleReport:
-    """The static schedule for aligned, contiguous weights of the given shapes; needs no GPU.
+    """Report the static schedule for aligned, contiguous weights of the given shapes; no GPU is needed.
 
     Args:
         shapes: (m, n) of every anchored weight, each with min(m, n) > rank (full anchors need no tiles).
@@ -69,9 +69,9 @@ def schedule_report(
                 "which this report leaves out"
             )
     profile = Profile(architecture, multiprocessors, DESCRIPTORS[architecture])
-    buckets = plan_buckets([WeightSpec(m, n, rank, parts=1 if keep_base else 3) for m, n in shapes], limits)
     dtype = type_name(weight_dtype)
     form = Precision(dtype, "bf16" if keep_base else None, "bf16")
+    buckets = plan_buckets([WeightSpec(m, n, rank, parts=form.planes) for m, n in shapes], limits)
     busy: dict[str, float] = {}
     spent: dict[str, float] = {}
     launches = workspace = 0

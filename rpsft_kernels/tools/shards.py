@@ -1,4 +1,4 @@
-"""Costs of one evaluation of R and its gradient for each rank of a job, computed from shapes alone.
+"""Computes, from shapes alone, the costs of one evaluation of R and its gradient for each rank of a job.
 
 - FLOPs: an (r, c) rectangle of a rank's shard takes 4 r c k + 4 k^2 min(r, c), or 4 r c under a full anchor. The k^2
   term does not shrink with a rectangle's longer side, so the sum over ranks can exceed the undivided model's FLOPs.
@@ -33,7 +33,7 @@ class ShardCosts:
     """
 
     layout: Layout
-    ranks: int
+    world_size: int
     flops: list[int]
     elements: list[int]
     traffic_bytes: list[int]
@@ -48,42 +48,44 @@ class ShardCosts:
     @property
     def share(self) -> float:
         """The busiest rank's FLOPs over an N-th of the undivided model's."""
-        return max(self.flops) * self.ranks / self.whole_flops
+        return max(self.flops) * self.world_size / self.whole_flops
 
 
 def shard_costs(
-    shapes: Sequence[tuple[int, int]], rank: int, ranks: int, layout: Layout, keep_base: bool = True
+    shapes: Sequence[tuple[int, int]], rank: int, world_size: int, layout: Layout, keep_base: bool = True
 ) -> ShardCosts:
     """Count each rank's costs for weights of these shapes; arguments and errors are those of :func:`plan_shards`."""
-    parts = plan_shards(shapes, rank, ranks, layout)
-    held = [[row[i] for row in parts if row[i].numel] for i in range(ranks)]
-    projected = [row for row in parts if not is_full(row[0].shape, rank)]
+    shards_by_weight = plan_shards(shapes, rank, world_size, layout)
+    held = [[shards[i] for shards in shards_by_weight if shards[i].numel] for i in range(world_size)]
+    projected = [shards for shards in shards_by_weight if not is_full(shards[0].shape, rank)]
     block = drift_bytes(rank)
-    buffer = block * sum(not row[0].unsharded for row in projected)
+    buffer = block * sum(not shards[0].unsharded for shards in projected)
     kept = [m * n if is_full((m, n), rank) else (m + n) * rank + rank * rank for m, n in shapes]
     gathered = 0 if layout == "replicated" else 2 * sum(m * n for m, n in shapes)
     return ShardCosts(
         layout=layout,
-        ranks=ranks,
-        flops=[sum(shard_flops(part, rank) for part in mine) for mine in held],
-        elements=[sum(part.numel for part in mine) for mine in held],
-        traffic_bytes=[sum(step_bytes(part, rank, keep_base) for part in mine) for mine in held],
-        anchor_bytes=[sum(anchor_bytes(part, rank, keep_base) for part in mine) for mine in held],
-        drift_bytes=[sum(block for row in projected if row[i].numel or not row[i].unsharded) for i in range(ranks)],
+        world_size=world_size,
+        flops=[sum(shard_flops(shard, rank) for shard in shards) for shards in held],
+        elements=[sum(shard.numel for shard in shards) for shards in held],
+        traffic_bytes=[sum(step_bytes(shard, rank, keep_base) for shard in shards) for shards in held],
+        anchor_bytes=[sum(anchor_bytes(shard, rank, keep_base) for shard in shards) for shards in held],
+        drift_bytes=[
+            sum(block for shards in projected if shards[i].numel or not shards[i].unsharded) for i in range(world_size)
+        ],
         buffer_bytes=buffer,
-        sent_bytes=2 * (ranks - 1) * buffer // ranks,
+        sent_bytes=2 * (world_size - 1) * buffer // world_size,
         whole_flops=sum(step_flops(shape, rank) for shape in shapes),
-        published_sent_bytes=(ranks - 1) * gathered // ranks,
+        published_sent_bytes=(world_size - 1) * gathered // world_size,
         published_anchor_bytes=2 * sum(kept),
     )
 
 
 def shard_table(
-    shapes: Sequence[tuple[int, int]], rank: int, ranks: Sequence[int], layout: Layout, keep_base: bool = True
+    shapes: Sequence[tuple[int, int]], rank: int, world_sizes: Sequence[int], layout: Layout, keep_base: bool = True
 ) -> str:
-    """A table with two rows for each N of ``ranks``: the largest rank's numbers, and those of the published way."""
+    """Write a table with two rows for each world size N: the largest rank's numbers, and the published way's."""
     lines = ["layout      ranks    TFLOP   of 1/N  buffer GB  sent GB  traffic GB  anchors GiB   C GiB"]
-    for n in ranks:
+    for n in world_sizes:
         costs = shard_costs(shapes, rank, n, layout, keep_base)
         lines.append(
             f"{layout:<11}{n:>6}{max(costs.flops) / 1e12:>9.3f}{costs.share:>8.2f}x{costs.buffer_bytes / 1e9:>11.3f}"

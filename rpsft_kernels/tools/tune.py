@@ -1,4 +1,4 @@
-"""Times tile shapes on a GPU on demand: nothing in the package tunes by itself."""
+"""Times tile shapes on a GPU, on demand: nothing in the package tunes by itself."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tune(
     candidates: Sequence[dict[str, int]] | None = None,
     timer: Timer = _median_milliseconds,
 ) -> dict[str, Any]:
-    """The device's tile table with the fastest shapes for one layer's weights in bfloat16, base form.
+    """Return the device's tile table with the fastest shapes for one layer's weights in bfloat16, base form.
 
     Args:
         shapes: (m, n) of each weight of one layer.
@@ -74,7 +74,7 @@ def tune(
                 row.update(candidate)
                 write_table(table, path)
                 try:
-                    times.append((_timed_with(path, prepare, timer), dict(candidate)))
+                    times.append((_time_table(path, prepare, timer), dict(candidate)))
                 except Exception as error:  # a shape for which compiler or driver raises is no candidate
                     if not times:
                         raise
@@ -90,7 +90,8 @@ def write_table(table: dict[str, Any], path: str | Path) -> None:
     Path(path).write_text(json.dumps(table, indent=1) + "\n")
 
 
-def _timed_with(path: Path, prepare: Callable[[], Callable[[], None]], timer: Timer) -> float:
+def _time_table(path: Path, prepare: Callable[[], Callable[[], None]], timer: Timer) -> float:
+    """Time what ``prepare`` gives with the tile table of ``path`` in force."""
     before = os.environ.get("RPSFT_TILES")
     os.environ["RPSFT_TILES"] = str(path)
     _forget()
@@ -115,7 +116,7 @@ def _forget() -> None:
 def _workload(
     shapes: Sequence[tuple[int, int]], rank: int, device: torch.device
 ) -> tuple[Callable[[], Callable[[], None]], Callable[[], Callable[[], None]]]:
-    """Two functions that prepare the projection and the gradients of one layer with the tile table then in force."""
+    """Make two functions that prepare the projection and the gradients of a layer with the tile table then in force."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).mul_(0.02).to(torch.bfloat16)

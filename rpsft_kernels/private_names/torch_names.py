@@ -1,4 +1,4 @@
-"""What is read of torch's private names."""
+"""Reads torch's private names."""
 
 from __future__ import annotations
 
@@ -11,35 +11,43 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .table import TABLE, read, spellings
 
 _dispatch = importlib.import_module("torch.utils._python_dispatch")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-# Components of parameters' paths that are the doing of wrappers.
+# Components that wrappers put into the paths of parameters.
 WRAPPED = frozenset(row.name for row in TABLE if row.meaning == "wrapped module")
 
 
 def constant_under_dynamo(function: _Function) -> _Function:
-    """What torch.compiler.assume_constant_result does, but for importing Dynamo and with it triton."""
+    """Do as torch.compiler.assume_constant_result does, without importing Dynamo and with it triton."""
     (row,) = spellings["function", "constant under Dynamo"]
     setattr(function, row.name, True)
     return function
 
 
 def _reader(holder: str, meaning: str) -> Callable[[Any], Any]:
-    """What reads an attribute that has one spelling, for those who read it hundreds of times a step."""
+    """Make a fast reader of an attribute that has one spelling, for attributes read hundreds of times a step."""
     (row,) = spellings[holder, meaning]
     return attrgetter(row.name)
 
 
 modules_of: Callable[[nn.Module], dict[str, nn.Module | None]] = _reader("Module", "modules by name")
 parameters_of: Callable[[nn.Module], dict[str, nn.Parameter | None]] = _reader("Module", "parameters by name")
+_level_of_forward_mode: Callable[[Any], int] = _reader("torch.autograd.forward_ad", "current level")
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, so that tensors may have tangents."""
+    return _level_of_forward_mode(forward_ad) >= 0
 
 
 def is_traced() -> bool:
-    """Whether operators are recorded (make_fx), or their tensors are fake or functional ones: kernels that no operator
-    starts would be missed, or read memory that is not there.
+    """Whether operators are recorded (make_fx), or their tensors are fake or functional ones.
+
+    A recording would miss kernels that no operator starts, and fake tensors have no memory for them to read.
     """
     modes = read(_dispatch, "torch.utils._python_dispatch", "modes that are on")()
     if not modes:
@@ -49,7 +57,7 @@ def is_traced() -> bool:
 
 
 def default_store() -> Any:
-    """The store of the job's default process group; None where there is no group."""
+    """Return the store of the job's default process group; None where there is no group."""
     get = read(torch.distributed.distributed_c10d, "torch.distributed.distributed_c10d", "store of the job")
     try:
         return get()
@@ -58,24 +66,24 @@ def default_store() -> Any:
 
 
 def ignored_by_ddp(module: nn.Module) -> set[str]:
-    """Names of the parameters that a DistributedDataParallel does not average."""
+    """Return the names of the parameters that a DistributedDataParallel does not average."""
     return set(read(module, "DistributedDataParallel", "names of parameters that it leaves alone"))
 
 
 def flat_mesh(mesh: Any) -> Any:
-    """The ranks of a DeviceMesh in one dimension."""
+    """Return the ranks of a DeviceMesh in one dimension."""
     return read(mesh, "DeviceMesh", "mesh of one dimension with the same ranks")()
 
 
 def shards_before(placement: Any) -> int:
-    """How many shards a tensor's dimension has when this placement cuts each of them: 1 where it is the first."""
+    """Count the shards of a tensor's dimension before this placement cuts them: 1 where it is the first to cut."""
     if type(placement).__name__ == "Shard":
         return 1
     return int(read(placement, "_StridedShard", "number of shards that cut before it"))
 
 
 def fsdp2_parameters(module: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """(parameter that the model shows now, the sharded one) of all that FSDP2 manages for this module itself."""
+    """Yield (parameter that the model shows now, the sharded one) for all that FSDP2 manages in this module itself."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(module, fsdp.FSDPModule):
         return
@@ -85,14 +93,17 @@ def fsdp2_parameters(module: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Param
     for group in groups if isinstance(groups, (list, tuple)) else [groups]:
         for parameter in [] if group is None else read(group, "FSDPParamGroup", "parameters"):
             place = read(parameter, "FSDPParam", "place in the model")
-            owner, name = (read(place, "ParamModuleInfo", what) for what in ("module", "name in the module"))
+            owner, name = (read(place, "ParamModuleInfo", meaning) for meaning in ("module", "name in the module"))
             yield getattr(owner, name), read(parameter, "FSDPParam", "sharded parameter")
 
 
 @dataclass(frozen=True)
 class Fsdp1Weight:
-    """One weight of an FSDP1 FlatParameter: elements ``begin`` to ``end`` of it lie in this rank's shard, from
-    ``offset`` on; ``original`` is the module's own parameter where FSDP1 keeps it."""
+    """One weight of an FSDP1 FlatParameter.
+
+    Its elements ``begin`` to ``end`` lie in this rank's shard, from ``offset`` on. ``original`` is the module's own
+    parameter where FSDP1 keeps it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -104,13 +115,13 @@ class Fsdp1Weight:
 
 @dataclass(frozen=True, eq=False)
 class Fsdp1Handle:
-    """What FSDP1 knows of one FlatParameter."""
+    """The facts that FSDP1 records of one FlatParameter."""
 
     handle: Any
 
     @staticmethod
     def of(module: nn.Module) -> Fsdp1Handle | None:
-        """None of what is no FSDP1 module, or one that flattens nothing."""
+        """Return None for a module that is not FSDP1's, or that flattens nothing."""
         fsdp = sys.modules.get("torch.distributed.fsdp")
         if fsdp is None or not isinstance(module, fsdp.FullyShardedDataParallel):
             return None
@@ -130,7 +141,7 @@ class Fsdp1Handle:
 
     @property
     def group(self) -> Any:
-        """The ranks that the shards lie on; None where this one holds everything."""
+        """The ranks that hold the shards; None where this rank holds everything."""
         group = self._read("ranks that hold the shards")
         return group if self._read("whether ranks hold shards") and group.size() > 1 else None
 
@@ -140,12 +151,12 @@ class Fsdp1Handle:
 
     @property
     def between_passes(self) -> bool:
-        """Between forward and backward pass: a gradient that is new now is not seen."""
+        """Whether a forward pass has no backward pass yet: FSDP1 would not see a gradient that is made now."""
         return bool(self._read("whether parameters are between forward and backward pass"))
 
     @property
     def reduced_dtype(self) -> torch.dtype | None:
-        """The dtype of gradients that are not of the parameters' own."""
+        """Dtype of gradients where it is not the parameters' own; None where it is."""
         dtype: torch.dtype | None = self._read("dtype of the forward and the backward pass")
         return dtype if self._read("whether gradients keep that dtype") else None
 
@@ -158,7 +169,7 @@ class Fsdp1Handle:
         names, shapes = self.names, self._read_flat("shapes of its weights")
         own = self._read_flat("modules' own parameters")
         originals = own if self._read("whether modules keep their own parameters") else [None] * len(names)
-        found = []
+        weights = []
         places = self._read_flat("where its weights lie in the shard")
         for name, shape, original, place in zip(names, shapes, originals, places, strict=True):
             begin, end, offset = 0, 0, 0
@@ -166,14 +177,14 @@ class Fsdp1Handle:
                 begin = read(place, "_ShardParamInfo", "first element of the weight")
                 end = read(place, "_ShardParamInfo", "last element of the weight") + 1
                 offset = read(place, "_ShardParamInfo", "where the weight begins in the shard")
-            found.append(Fsdp1Weight(name, tuple(shape), original, begin, end, offset))
-        return found
+            weights.append(Fsdp1Weight(name, tuple(shape), original, begin=begin, end=end, offset=offset))
+        return weights
 
     @property
     def tied(self) -> Iterator[tuple[str, str]]:
-        """(name, name of the weight in :attr:`weights` that it is tied to)."""
+        """Pairs of a name and the name of the weight in :attr:`weights` that it is tied to."""
         for info in self._read_flat("weights tied to its weights"):
-            words = [
+            names = [
                 read(info, "SharedParamInfo", meaning)
                 for meaning in (
                     "module's name",
@@ -182,10 +193,10 @@ class Fsdp1Handle:
                     "name of the weight that it is tied to",
                 )
             ]
-            yield ".".join(filter(None, words[:2])), ".".join(filter(None, words[2:]))
+            yield ".".join(filter(None, names[:2])), ".".join(filter(None, names[2:]))
 
 
 def is_fsdp1_flat(parameter: Tensor) -> bool:
-    """Whether it is a FlatParameter of FSDP1."""
+    """Whether ``parameter`` is a FlatParameter of FSDP1."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(parameter, fsdp.FlatParameter)

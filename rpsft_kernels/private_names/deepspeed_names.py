@@ -1,4 +1,4 @@
-"""What is read of DeepSpeed's private names."""
+"""Reads DeepSpeed's private names."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from .table import TABLE, read, spellings
 
 
 def averaging_group(engine: nn.Module) -> Any:
-    """The ranks over which a DeepSpeedEngine averages gradients."""
+    """Return the ranks over which a DeepSpeedEngine averages gradients."""
     return read(engine, "DeepSpeedEngine", "ranks that average gradients")
 
 
 @dataclass(frozen=True, eq=False)
 class Zero3Parameter:
-    """What DeepSpeed ZeRO-3 writes on a parameter that it has partitioned."""
+    """The attributes that DeepSpeed ZeRO-3 sets on a parameter that it has partitioned."""
 
     parameter: Tensor
 
     @staticmethod
     def of(parameter: Tensor) -> Zero3Parameter | None:
-        """None of any other parameter. By any of its marks: where one is missing, reading it says so."""
+        """Return None for a parameter that ZeRO-3 has not partitioned."""
+        # Any of its marks decides: where another is missing, reading that one raises.
         rows = [row for row in TABLE if row.holder == "ZeRO-3 parameter" and row.name.startswith("ds_")]
         return Zero3Parameter(parameter) if any(hasattr(parameter, row.name) for row in rows) else None
 
@@ -54,7 +55,7 @@ class Zero3Parameter:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether deepspeed.initialize has given it one."""
+        """Whether deepspeed.initialize has given it an optimizer."""
         (row,) = spellings["ZeRO-3 parameter", "optimizer"]
         return hasattr(self.parameter, row.name)
 
@@ -63,25 +64,25 @@ class Zero3Parameter:
 
     @property
     def loss_scale(self) -> float:
-        """In float16, gradients are kept multiplied by it until the step."""
+        """Factor by which gradients are kept multiplied until the step, in float16."""
         if not self.has_optimizer:
             return 1.0
         return float(self._optimizer("what gradients are multiplied by"))
 
     @property
     def has_gradient(self) -> bool:
-        """Whether this step's backward passes gave it one; else the last step's is still in its place."""
+        """Whether this step's backward passes gave it a gradient; else the last step's is still in its place."""
         return self._read("identity") in self._optimizer("parameters with a gradient in this step")
 
     def mark_gradient(self) -> None:
-        """Say that it has one now."""
+        """Record that it has a gradient now."""
         self._optimizer("parameters with a gradient in this step").add(self._read("identity"))
 
     @property
     def ready(self) -> bool:
-        """Whether gradients lie where the next step takes them; the next backward pass would write over others."""
+        """Whether gradients lie where the next step takes them; the next backward pass would write over any others."""
         if self._optimizer("whether it is on the CPU"):
-            # There they come with the last micro-batch.
+            # On the CPU gradients come with the last micro-batch.
             seen = (
                 self._optimizer("whether a backward pass has ended") or self._optimizer("number of the micro-batch") > 0
             )
