@@ -280,15 +280,15 @@ def test_real_and_fake_tensors_agree() -> None:
 # -- torch.compile ---------------------------------------------------------------------------------------------
 
 
-def _moved(weight: Tensor, seed: int) -> Tensor:
+def _move(weight: Tensor, seed: int) -> Tensor:
     return (weight + random_matrix(*weight.shape, scale=0.01, seed=seed)).requires_grad_()
 
 
-def _anchored(keep_base: bool) -> tuple[list[Tensor], list[rk.Anchor]]:
+def _make_anchors(keep_base: bool) -> tuple[list[Tensor], list[rk.Anchor]]:
     pretrained = [random_matrix(*shape, seed=i) for i, shape in enumerate([(20, 12), (12, 20), (4, 20), (20, 12)])]
     # Rank 4 is the full rank of the third weight, which gets a full anchor.
     anchors = [rk.Anchor.from_weight(weight, 4, keep_base=keep_base) for weight in pretrained]
-    return [_moved(weight, 10 + i) for i, weight in enumerate(pretrained)], anchors
+    return [_move(weight, 10 + i) for i, weight in enumerate(pretrained)], anchors
 
 
 def _compare_with_eager(function: Callable[[], Tensor], weights: list[Tensor], compiler: str = "aot_eager") -> None:
@@ -315,14 +315,14 @@ def _compare_with_eager(function: Callable[[], Tensor], weights: list[Tensor], c
 
 @pytest.mark.parametrize("keep_base", [True, False])
 def test_compiled_penalty_of_one_tensor(keep_base: bool) -> None:
-    weights, anchors = _anchored(keep_base)
+    weights, anchors = _make_anchors(keep_base)
     for weight, anchor in zip(weights[1:3], anchors[1:3], strict=True):
         _compare_with_eager(lambda w=weight, a=anchor: 3 * rk.rotation_penalty(w, a), [weight])
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
 def test_compiled_penalty_of_a_list(keep_base: bool) -> None:
-    weights, anchors = _anchored(keep_base)
+    weights, anchors = _make_anchors(keep_base)
     _compare_with_eager(lambda: 3 * rk.rotation_penalty(weights, anchors), weights)
 
 
@@ -357,13 +357,13 @@ def test_compiled_projection(with_base: bool) -> None:
 
 
 def test_compiled_by_inductor() -> None:
-    weights, anchors = _anchored(True)
+    weights, anchors = _make_anchors(True)
     _compare_with_eager(lambda: rk.rotation_penalty(weights, anchors), weights, "inductor")
 
 
 def test_a_compiled_function_keeps_the_backend_of_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rpsft_kernels.ops.native.unavailable", lambda device, dtype: "spoilt for this test")
-    weights, anchors = _anchored(True)
+    weights, anchors = _make_anchors(True)
     torch.compiler.reset()
     compiled = torch.compile(lambda: rk.rotation_penalty(weights, anchors), fullgraph=True, backend="eager")
     with rk.use_backend("torch"):
@@ -407,7 +407,7 @@ def test_autocast_changes_no_bit_of_the_kernels(device: torch.device) -> None:
 
 
 def test_autocast_changes_no_bit_of_the_public_functions() -> None:
-    weights, anchors = _anchored(True)
+    weights, anchors = _make_anchors(True)
     grads = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -428,7 +428,7 @@ def test_autocast_changes_no_bit_of_the_public_functions() -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("keep_base", [True, False])
 def test_no_graph_outside_of_grad_mode(mode: Callable[[], Any], keep_base: bool) -> None:
-    weights, anchors = _anchored(keep_base)
+    weights, anchors = _make_anchors(keep_base)
     with mode():
         value = rk.rotation_penalty(weights, anchors)
         left, right = anchors[0].left, anchors[0].right
@@ -445,7 +445,7 @@ def test_no_graph_outside_of_grad_mode(mode: Callable[[], Any], keep_base: bool)
 
 @pytest.mark.usefixtures("reference_arithmetic")
 def test_gradients_are_accumulated_without_grad_mode_too() -> None:
-    weights, anchors = _anchored(True)
+    weights, anchors = _make_anchors(True)
     with torch.no_grad():
         rk.accumulate_rotation_grad_(weights, anchors, 0.5)
     for weight, anchor in zip(weights, anchors, strict=True):

@@ -42,7 +42,7 @@ class _DirectProgram:
         pass
 
 
-class _Pull(NamedTuple):
+class _StagedPullBack(NamedTuple):
     batch: int
     members: Sequence[int]
     operands: Operands
@@ -72,8 +72,8 @@ class _DirectRun:
         scales: Sequence[float] | Tensor,
         accumulate: bool,
         drifts: Sequence[Tensor] | None = None,
-    ) -> _Pull:
-        return _Pull(
+    ) -> _StagedPullBack:
+        return _StagedPullBack(
             batch=batch,
             members=members,
             operands=operands,
@@ -107,13 +107,12 @@ class _DirectRun:
     def squares_of(self, batch: int) -> Tensor:
         return self._squares[batch]
 
-    def pull_back_(self, operation: _Pull, scales: Sequence[float] | Tensor = ()) -> None:
-        pull = operation
-        drifts = [self._drifts[pull.batch][i] for i in pull.members] if pull.drifts is None else pull.drifts
-        numbers = (
-            pull.scales
-            if isinstance(pull.scales, Tensor)
-            else torch.tensor(pull.scales, dtype=drifts[0].dtype, device="cpu")
-        )
+    def pull_back_(self, operation: _StagedPullBack, scales: Sequence[float] | Tensor = ()) -> None:
+        drifts = operation.drifts
+        if drifts is None:
+            drifts = [self._drifts[operation.batch][i] for i in operation.members]
+        factors = operation.scales
+        if not isinstance(factors, Tensor):
+            factors = torch.tensor(factors, dtype=drifts[0].dtype, device="cpu")
         with without_autocast(self._device):
-            self._backend.pull_back_into(pull.grads, pull.operands, drifts, numbers, pull.accumulate)
+            self._backend.pull_back_into(operation.grads, operation.operands, drifts, factors, operation.accumulate)

@@ -32,11 +32,11 @@ def test_every_listed_kernel_is_launched(architecture: str, monkeypatch: pytest.
     small, large = Launches(profile), Launches(profile)
     for case in all_cases():
         with planned_for(profile, lambda *_: None), launch.watch_launches(small):
-            for shape in case.small():
+            for shape in case.small_shapes():
                 call_once(case, subject, shape)
         if case.kind in REPEATED:
             with planned_for(profile, lambda *_: None), launch.watch_launches(large):
-                call_once(case, subject, case.large(of_gpu=True))
+                call_once(case, subject, case.large_shape(of_gpu=True))
     asked = small.tiles.keys() | large.tiles.keys()
     listed = set(list_variants(architecture, profile.descriptors, rank_classes()))
     assert {variant.label() for variant in listed - asked} == set()

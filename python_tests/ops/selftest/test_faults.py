@@ -153,7 +153,7 @@ def plant_fault(find: FindStart, kernel: str, fault: str) -> FindStart:
     """Return ``find`` with a fault planted in one kernel's launches."""
     calls: list[int] = []
 
-    def find_planted(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> Start:
+    def find_and_plant(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> Start:
         if variant.kernel != kernel:
             return find(variant, programs, device, arguments)
 
@@ -186,7 +186,7 @@ def plant_fault(find: FindStart, kernel: str, fault: str) -> FindStart:
 
         return start
 
-    return find_planted
+    return find_and_plant
 
 
 @interpreted
@@ -217,7 +217,7 @@ def test_a_lost_part_fails(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third bfloat16 part of an intermediate is below every bound, but not below equality."""
     find = launch.find_start
 
-    def find_losing(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> Start:
+    def find_and_lose(variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]) -> Start:
         start = find(variant, programs, device, arguments)
         if variant.kernel not in ("project", "pull"):
             return start
@@ -234,7 +234,7 @@ def test_a_lost_part_fails(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if form == "gradient":
         case = SelfTestCase(operation="gradient", form="any", basis=FP32, grad=FP32, rank=32, kind="ragged", tall=False)
     assert run_cases("triton", case).passed
-    monkeypatch.setattr(launch, "find_start", find_losing)
+    monkeypatch.setattr(launch, "find_start", find_and_lose)
     result = run_cases("triton", case)
     assert result.failures and all("expected exactly" in failure for failure in result.failures)
 

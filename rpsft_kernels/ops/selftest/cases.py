@@ -65,12 +65,12 @@ class SelfTestCase:
         """True where a backend may round the terms of its sums to bfloat16."""
         return self.basis == torch.bfloat16 and self.form in ("base", "any")
 
-    def small(self) -> list[Shape]:
+    def small_shapes(self) -> list[Shape]:
         """Return sizes (m, n, k) of weights that are tested in one call: tiles divide all of them, or nothing does."""
         shapes = [self._orient(m, n, k) for (m, n), k in zip(_SMALL[_family(self.kind)], cycle(self._ranks()))]
         return [*shapes[:-1], self._make_odd(shapes[-1])]
 
-    def large(self, of_gpu: bool) -> Shape:
+    def large_shape(self, of_gpu: bool) -> Shape:
         """Return sizes (m, n, k) of the weights of which many fill a device."""
         m, n = (_LARGE if of_gpu else _MODEST)[_family(self.kind)]
         return self._make_odd(self._orient(m, n, self._ranks()[-1]))

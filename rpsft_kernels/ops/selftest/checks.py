@@ -74,25 +74,21 @@ def _drifts_of(samples: Sequence[Sample]) -> list[Tensor]:
 
 
 def _check_random(case: SelfTestCase, subject: Subject, findings: Findings) -> Iterator[str]:
+    """Compare one call on random numbers with float64."""
     source = Source(case, subject.device)
-    samples = [source.random(shape) for shape in case.small()]
-    yield from _compare_call(case, subject, samples, findings)
-
-
-def _compare_call(case: SelfTestCase, subject: Subject, samples: Sequence[Sample], findings: Findings) -> Iterator[str]:
-    """Compare one call with float64."""
+    samples = [source.random(shape) for shape in case.small_shapes()]
     if case.operation == "drift":
         _poison(samples, subject.device)
         drifts, squares = subject.project(samples)
-        yield from compare_drifts(case, samples, drifts, squares, findings)
+        yield from _compare_drifts(case, samples, drifts, squares, findings)
         return
     scales = _make_scales(samples, subject.device)
     before = _prepare_gradients(case, samples)
     subject.pull(samples, _drifts_of(samples), scales, case.accumulate)
-    yield from compare_gradients(case, samples, before, scales.tolist(), findings)
+    yield from _compare_gradients(case, samples, before, scales.tolist(), findings)
 
 
-def compare_drifts(
+def _compare_drifts(
     case: SelfTestCase, samples: Sequence[Sample], drifts: Sequence[Tensor], squares: Tensor, findings: Findings
 ) -> Iterator[str]:
     """Compare C with float64, and its square with C."""
@@ -110,9 +106,10 @@ def compare_drifts(
             yield f"||C||^2 of weight {i}, {sample.shape}: got {float(totals[i]):.9g}, expected {float(total):.9g}"
 
 
-def compare_gradients(
+def _compare_gradients(
     case: SelfTestCase, samples: Sequence[Sample], before: Sequence[Tensor], scales: Sequence[float], findings: Findings
 ) -> Iterator[str]:
+    """Compare G with float64; ``before`` holds the numbers that are added to."""
     for i, sample in enumerate(samples):
         assert sample.grad is not None
         if case.form == "full":
@@ -171,8 +168,9 @@ def _poison(samples: Sequence[Sample], device: torch.device) -> None:
 
 
 def _check_exact(case: SelfTestCase, subject: Subject, findings: Findings) -> Iterator[str]:
+    """Compare one call bit for bit, on numbers of which each result is one product."""
     source = Source(case, subject.device, "exact")
-    samples = [source.exact(shape, i) for i, shape in enumerate(case.small())]
+    samples = [source.exact(shape, i) for i, shape in enumerate(case.small_shapes())]
     if case.operation == "drift":
         _poison(samples, subject.device)
         drifts, _ = subject.project(samples)
@@ -218,7 +216,7 @@ def _check_at_anchor(case: SelfTestCase, subject: Subject, findings: Findings) -
     block form with a block that the same arithmetic computed.
     """
     source = Source(case, subject.device, "still")
-    samples = [source.random(shape, at_anchor=True) for shape in case.small()]
+    samples = [source.random(shape, at_anchor=True) for shape in case.small_shapes()]
     if case.operation == "gradient":
         if case.form == "any":
             samples = [replace(p, drift=None if p.drift is None else torch.zeros_like(p.drift)) for p in samples]
@@ -243,7 +241,7 @@ def _check_at_anchor(case: SelfTestCase, subject: Subject, findings: Findings) -
 def _check_nan(case: SelfTestCase, subject: Subject, findings: Findings) -> Iterator[str]:
     """Check that one NaN in the middle makes NaN of every number that depends on it."""
     source = Source(case, subject.device, "not finite")
-    sample = source.random(case.small()[-1])
+    sample = source.random(case.small_shapes()[-1])
     matrix = sample.weight if sample.weight is not None else sample.drift
     assert matrix is not None
     row, col = matrix.shape[0] // 2, matrix.shape[1] - 1
@@ -301,7 +299,7 @@ def _repeat_drifts(
         results = torch.cat([torch.stack(list(drifts)).reshape(len(drifts), -1), squares[:, None]], 1)
         if first is None:
             first = results[:_DISTINCT].clone()
-            yield from compare_drifts(case, distinct, drifts[:_DISTINCT], squares[:_DISTINCT], findings)
+            yield from _compare_drifts(case, distinct, drifts[:_DISTINCT], squares[:_DISTINCT], findings)
         differing += (results.view(rounds, _DISTINCT, -1) != first.roll(-shift, 0)).any()
     yield from _report_differing(subject, shape, rounds, repeats, int(differing))
 
@@ -330,7 +328,7 @@ def _repeat_gradients(
         subject.pull(samples, _drifts_of(samples), scales.roll(-shift, 0).repeat(rounds), case.accumulate)
         if first is None:
             first = memory[:_DISTINCT].clone()
-            yield from compare_gradients(case, samples[:_DISTINCT], grads, list(_SCALES), findings)
+            yield from _compare_gradients(case, samples[:_DISTINCT], grads, list(_SCALES), findings)
         differing += (memory.view(rounds, *before.shape) != first.roll(-shift, 0)).any()
     yield from _report_differing(subject, shape, rounds, repeats, int(differing))
 

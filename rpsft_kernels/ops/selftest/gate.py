@@ -49,7 +49,7 @@ def _ensure(device: torch.device) -> None:
             return
         facts = record.collect_facts(device)
         if record.when_passed(facts) is None:
-            if _capturing(device):
+            if _is_capturing(device):
                 raise RuntimeError(
                     f"{device}: a CUDA graph is being captured, and its kernels have not passed the self-test yet; run "
                     "one step before the capture, or python -m rpsft_kernels selftest --quick before the program"
@@ -59,7 +59,7 @@ def _ensure(device: torch.device) -> None:
         _passed.add(device)
 
 
-def _capturing(device: torch.device) -> bool:
+def _is_capturing(device: torch.device) -> bool:
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
@@ -92,5 +92,7 @@ def state(device: torch.device) -> str:
     """Describe a GPU's record for ``python -m rpsft_kernels env``."""
     facts = record.collect_facts(device)
     when = record.when_passed(facts)
-    words = f"passed {when}, {record.path(facts)}" if when else "no record: the quick part runs before the first launch"
+    words = (
+        f"passed {when}, {record.path_of(facts)}" if when else "no record: the quick part runs before the first launch"
+    )
     return f"RPSFT_SELFTEST=0: not run by itself; {words}" if is_switched_off() else words

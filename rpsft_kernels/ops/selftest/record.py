@@ -105,7 +105,7 @@ def _version(package: str) -> str:
         return "none"
 
 
-def path(facts: dict[str, str]) -> Path:
+def path_of(facts: dict[str, str]) -> Path:
     """Return the file of a record of these facts."""
     return folder() / f"selftest-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]}.json"
 
@@ -113,7 +113,7 @@ def path(facts: dict[str, str]) -> Path:
 def when_passed(facts: dict[str, str]) -> str | None:
     """Return the time when kernels passed with these facts; None where there is no record."""
     try:
-        record = json.loads(path(facts).read_text(encoding="utf-8"))
+        record = json.loads(path_of(facts).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(record, dict) or record.get("facts") != facts or not isinstance(record.get("passed"), str):
@@ -123,7 +123,7 @@ def when_passed(facts: dict[str, str]) -> str | None:
 
 def store(facts: dict[str, str]) -> None:
     """Record that kernels have passed with these facts. Where that cannot be written, the next process tests again."""
-    target = path(facts)
+    target = path_of(facts)
     text = json.dumps({"passed": datetime.now(timezone.utc).isoformat(timespec="seconds"), "facts": facts}, indent=1)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

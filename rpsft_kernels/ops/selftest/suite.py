@@ -144,7 +144,7 @@ def run(
 
 
 def _check_case(case: SelfTestCase, subject: Subject, launches: Launches | None, repeats: int) -> Iterator[Findings]:
-    shape = case.large(subject.device.type == "cuda")
+    shape = case.large_shape(subject.device.type == "cuda")
     if launches is None:
         yield check_numbers(case, subject)
         yield check_repeats(case, subject, shape, _MODEST_COPIES, repeats)
