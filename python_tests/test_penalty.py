@@ -503,6 +503,14 @@ def test_project_refuses_pieces_of_another_device(name: str) -> None:
         rk.project(**arguments)
 
 
+def test_subspaces_need_not_be_orthonormal() -> None:
+    # The projection is linear algebra that does not use U^T U = 1.
+    left, right = random_matrix(20, 3), orthonormal(12, 3, torch.float32)
+    weight = random_matrix(20, 12, seed=5)
+    exact = left.double().T @ weight.double() @ right.double()
+    assert relative_error(rk.project(weight, left, right), exact) < 1e-6
+
+
 # -- errors ------------------------------------------------------------------------------------------------
 
 Call = Callable[[Any, Any], object]
@@ -716,85 +724,3 @@ def test_a_backend_that_cannot_serve_the_last_bucket_changes_nothing(device: tor
     with rk.use_backend("triton"):
         for call in CALLS:
             refused("backend 'triton' cannot serve float64 weights", call, weights, anchors)
-
-
-# -- blocks of another arithmetic --------------------------------------------------------------------------
-
-
-def _foreign(anchor: rk.Anchor, arithmetic: str | None) -> rk.Anchor:
-    return rk.Anchor(
-        **anchor.pieces(),  # type: ignore[arg-type]
-        shape=anchor.shape,
-        weight_dtype=anchor.weight_dtype,
-        rank=anchor.rank,
-        energy=anchor.energy,
-        arithmetic=arithmetic,
-    )
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_a_foreign_block_is_reported_once(call: Call) -> None:
-    weight, anchor = anchored((20, 12), "block")
-    for arithmetic in ("triton:sm_90:float32", "torch:cpu:bfloat16", None):
-        foreign = _foreign(anchor, arithmetic)
-        assert foreign.block is not None
-        with pytest.warns(UserWarning, match=f"the anchor's block was computed by {arithmetic!r}") as found:
-            call([weight, weight], [anchor, foreign])
-        assert len(found) == 1 and found[0].filename == __file__
-        message = str(found[0].message)
-        assert message.startswith("weights[1]: ") and "is used by 'torch:cpu:float32'" in message
-        assert "of the order of 1.4e-14 ||B||_F^2" in message and "Anchors.load(path, model)" in message
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            call([weight, weight], [anchor, foreign])
-            call(weight, foreign)
-
-
-def test_every_foreign_anchor_is_reported() -> None:
-    # Though each may lie where the one before has lain.
-    weight, anchor = anchored((20, 12), "block")
-    for _ in range(20):
-        with pytest.warns(UserWarning, match="the anchor's block was computed by 'elsewhere'"):
-            rk.rotation_penalty(weight, _foreign(anchor, "elsewhere"))
-
-
-def test_foreign_blocks_of_a_module_are_named() -> None:
-    model, anchors = moved_model("cpu", keep_base=False)
-    foreign = {name: _foreign(anchor, "elsewhere") for name, anchor in anchors.items()}
-    with pytest.warns(UserWarning, match="computed by 'elsewhere'") as found:
-        rk.rotation_penalty(model, foreign)
-    assert sorted(str(one.message).split(":")[0] for one in found) == sorted(anchors)
-    assert {one.filename for one in found} == {__file__}
-
-
-def test_blocks_of_this_arithmetic_and_other_forms_are_not_reported(device: torch.device) -> None:
-    with warnings.catch_warnings():
-        # The package's own kind: Triton's interpreter has other warnings.
-        warnings.simplefilter("error", UserWarning)
-        for backend in BACKENDS:
-            with rk.use_backend(backend):
-                for form in ANCHOR_FORMS:
-                    rk.rotation_penalty(*anchored((20, 12), form, device=device))
-        weight, anchor = anchored((20, 12), "block")
-        rebuilt = _foreign(anchor, "elsewhere").rebuilt_block(weight)
-        rk.rotation_penalty(weight, rebuilt)
-
-
-def test_the_residual_of_a_foreign_block_is_of_the_order_reported(device: torch.device) -> None:
-    pretrained = random_matrix(96, 64, device=device)
-    with rk.use_backend("triton"):
-        anchor = rk.Anchor.from_weight(pretrained, 16, keep_base=False)
-        assert rk.rotation_penalty(pretrained, anchor).item() == 0.0
-    with rk.use_backend("torch"), pytest.warns(UserWarning, match="of the order of") as found:
-        value = rk.rotation_penalty(pretrained, anchor).item()
-    reported = float(str(found[0].message).split("of the order of ")[1].split(" ||B||_F^2")[0])
-    assert anchor.block is not None
-    assert 0 < value < 100 * reported * float(anchor.block.square().sum())
-
-
-def test_bases_need_not_be_orthonormal() -> None:
-    # project is linear algebra: nothing of it leans on U^T U = 1.
-    left, right = random_matrix(20, 3), orthonormal(12, 3, torch.float32)
-    weight = random_matrix(20, 12, seed=5)
-    exact = left.double().T @ weight.double() @ right.double()
-    assert relative_error(rk.project(weight, left, right), exact) < 1e-6

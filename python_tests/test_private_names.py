@@ -31,6 +31,7 @@ SOURCES = {
     "Module": "nn/modules/module.py",
     "torch.utils._python_dispatch": "utils/_python_dispatch.py",
     "TorchDispatchMode": "_subclasses/fake_tensor.py",
+    "torch.autograd.forward_ad": "autograd/forward_ad.py",
     "torch.distributed.distributed_c10d": "distributed/distributed_c10d.py",
     "DistributedDataParallel": "nn/parallel/distributed.py",
     "DeviceMesh": "distributed/device_mesh.py",

@@ -1,4 +1,4 @@
-"""Checks of arguments: weights, ranks and dtypes, before any operation sees them."""
+"""Checks of arguments: weights, ranks and dtypes. They raise before any operation is given the argument."""
 
 from __future__ import annotations
 
@@ -40,16 +40,18 @@ def check_weight(weight: object, name: str, dimensions: int = 2, sharded: bool =
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"bfloat16"`` for ``torch.bfloat16``."""
+    """Return a dtype's name without its module, such as ``"bfloat16"`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def check_rank(rank: object) -> None:
+    """Raise a ValueError unless ``rank`` is an int of at least 1."""
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank: got {rank!r}, expected an int of at least 1 (the paper takes 768)")
 
 
 def check_basis_dtype(dtype: torch.dtype, weight_dtype: torch.dtype, name: str) -> None:
+    """Raise a ValueError under ``name`` unless U and V may be kept in ``dtype`` for weights of ``weight_dtype``."""
     if dtype == torch.float16:
         raise ValueError(
             f"{name}: got float16, expected bfloat16 or float32: a drift of the first fine-tuning steps "
@@ -65,6 +67,7 @@ def check_basis_dtype(dtype: torch.dtype, weight_dtype: torch.dtype, name: str) 
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise a ValueError under ``name`` if the tensor holds NaN or infinity."""
     if not tensor.numel():
         return
     # aminmax propagates NaN, and needs no mask as large as the tensor.

@@ -1,4 +1,4 @@
-"""What the rotation penalty costs, from shapes alone: the form of an anchor, FLOPs, and bytes of anchors and of a step.
+"""Costs of the rotation penalty, from shapes alone: the form of an anchor, FLOPs, and bytes of anchors and of a step.
 
 Every count of the package, its reports and its benchmarks comes from here. Sizes are (m, n) of a weight or (r, c) of a
 rectangle of it; ``rank`` is k. The k x k products are counted on the shorter side, which is where they are computed.
@@ -22,7 +22,7 @@ class _Rectangle(Protocol):
 
 
 class Extent(Protocol):
-    """The facts of a shard that its costs depend on: see :class:`rpsft_kernels.distributed.Shard`."""
+    """The properties of a shard that its costs depend on: see :class:`rpsft_kernels.distributed.Shard`."""
 
     @property
     def shape(self) -> Shape: ...
@@ -60,7 +60,7 @@ def full_flops(elements: int) -> int:
 
 
 def step_flops(shape: Shape, rank: int) -> int:
-    """FLOPs of penalty and gradient of a whole weight (m, n), whichever form its anchor has."""
+    """FLOPs of penalty and gradient of a whole weight (m, n), for the form that its anchor has at this rank."""
     return full_flops(shape[0] * shape[1]) if is_full(shape, rank) else projected_flops(shape, rank)
 
 
@@ -72,7 +72,7 @@ def shard_flops(shard: Extent, rank: int) -> int:
 
 
 def drift_bytes(rank: int) -> int:
-    """Bytes of one C or B (k, k) in float32, as of all but float64 weights."""
+    """Bytes of one C or B (k, k) in float32, which all but float64 weights have."""
     return 4 * rank * rank
 
 
@@ -102,10 +102,10 @@ def anchor_bytes(
     basis_bytes: int = _BFLOAT16_BYTES,
     base_bytes: int = _BFLOAT16_BYTES,
 ) -> int:
-    """``Anchor.nbytes`` of a shard's anchor.
+    """Bytes of a shard's anchor, as ``Anchor.nbytes`` counts them.
 
     Args:
-        shard: elements of the weight that the anchor belongs to.
+        shard: the elements of the weight that the anchor belongs to.
         rank: k; from min(m, n) on the anchor has the full form.
         keep_base: base form (True) or block form.
         basis_bytes: bytes of an element of U and V.
@@ -115,9 +115,9 @@ def anchor_bytes(
 
 
 def step_bytes(shard: Extent, rank: int, keep_base: bool) -> int:
-    """Bytes that a step moves of a bfloat16 shard: its elements, and U and V read twice. C and B are left out.
+    """Bytes that a step moves for a bfloat16 shard: its elements, and U and V read twice. C and B are left out.
 
-    A full anchor's W and W0 are read for R and again for the gradient, those of the other forms once.
+    W and W0 of a full anchor are read for R and again for the gradient, those of the other forms once.
     """
     if is_full(shard.shape, rank):
         return elementwise_bytes(shard.numel, _BFLOAT16_BYTES, base_reads=2, weight_reads=2)
@@ -128,9 +128,9 @@ def elementwise_bytes(elements: int, weight_bytes: int, base_reads: int, weight_
     """Bytes that a step moves of W, W0 and the gradient.
 
     Args:
-        elements: how many of the weight's elements are worked on.
+        elements: number of the weight's elements that are worked on.
         weight_bytes: bytes of an element of the weight and of its gradient, which is read and written.
-        base_reads: how often W0, in bfloat16, is read.
-        weight_reads: how often W is read.
+        base_reads: number of times that W0, in bfloat16, is read.
+        weight_reads: number of times that W is read.
     """
     return elements * ((weight_reads + 2) * weight_bytes + base_reads * _BFLOAT16_BYTES)

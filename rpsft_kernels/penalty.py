@@ -11,6 +11,7 @@ from . import ops
 from .anchors.anchor import Anchor
 from .checks import check_weight
 from .evaluation.call import open_call
+from .evaluation.forward_mode import check_tangent
 from .evaluation.requests import AccumulationRequest, PenaltyRequest
 
 
@@ -20,7 +21,7 @@ def rotation_penalty(
     """The rotation penalty ``R = sum ||U^T (W - W0) V||_F^2`` of arXiv 2605.10973, differentiable in W.
 
     Args:
-        weights: one weight (m, n), a list of weights, or a module whose parameters are found by the anchors'
+        weights: one weight (m, n), a list of weights, or a module, whose parameters are looked up by the anchors'
             names. bfloat16, float16, float32 or float64; any strides.
         anchors: one :class:`Anchor`, a list of as many, or :class:`Anchors`, each on its weight's device.
 
@@ -30,27 +31,28 @@ def rotation_penalty(
         an empty list is 0.0, on the CPU.
 
     Raises:
-        ValueError: a weight is no dense 2-D floating tensor, has another shape or device than its anchor, was
-            anchored in float64 and is not float64 now, an anchored parameter is gone from the module, there is no
-            anchor at all for a module, or the requested backend cannot serve the device or dtype. Of sharded weights
-            also: a rank's weights are not finite, anchors differ between ranks or are of other parts than lie here,
-            or flat shards (FSDP1, ZeRO-3) would need a gradient.
+        ValueError: a weight is not a dense 2-D floating tensor, has another shape or device than its anchor, was
+            anchored in float64 and is not float64 now, or has a tangent of forward-mode differentiation; an anchored
+            parameter is gone from the module, there is no anchor at all for a module, or the requested backend cannot
+            serve the device or dtype. For sharded weights also: a rank's weights are not finite, anchors differ between
+            ranks or belong to other shards than this process holds, or flat shards (FSDP1, ZeRO-3) would need a
+            gradient.
         RuntimeError: a rank of the process group is gone; the message names it where that is known.
 
-    Of weights that lie over several processes every rank makes this call, and R is the same number on each. Parts are
-    found as they lie: DTensor (FSDP2, tensor parallel; lists of tensors too), and through a module
-    DistributedDataParallel and DeepSpeed ZeRO-1/2, whose weights are divided over ranks by cost: R's gradient on a rank
-    is then that of its own share, times the number of ranks, and exact once gradients are averaged. No weight is
-    gathered; the C of a bucket are summed by one all-reduce (docs of :mod:`rpsft_kernels.distributed.group_call` on its
-    order), and a rank that fails, or means another call, makes every rank raise. With FSDP2 on a GPU compute R after
-    the model's forward pass, not before it: its gradients then come before those that FSDP2 adds on another stream.
+    If weights lie over several processes, every rank makes this call, and R is the same number on each. Shards are
+    found in DTensors (FSDP2, tensor parallel; lists of tensors too), and, given a module, under DistributedDataParallel
+    and DeepSpeed ZeRO-1/2, whose weights are divided over ranks by cost: R's gradient on a rank is then that of its own
+    share, times the number of ranks, and exact once gradients are averaged. No weight is gathered; the C of a bucket
+    are summed by one all-reduce (:mod:`rpsft_kernels.distributed.group_call` documents the order), and a rank that
+    fails, or makes another call, makes every rank raise. With FSDP2 on a GPU compute R after the model's forward pass,
+    not before it: its gradients then come before those that FSDP2 adds on another stream.
 
     Multiply R by the paper's lambda: ``(task_loss + coeff * R).backward()``. The gradient ``2 U C V^T`` (full:
-    ``2 (W - W0)``) is computed in ``backward`` one bucket of weights at a time: where R has a backward pass of its
-    own (``(coeff * R).backward()``), no more than one bucket's gradients exist beside the ``.grad`` they are added to.
-    In one pass with the task loss, autograd sums the two before it touches ``.grad``: gradients that exist already
-    (of earlier micro-batches) then have a second set beside them, as large as the anchored weights.
-    :func:`accumulate_rotation_grad_` needs neither.
+    ``2 (W - W0)``) is computed in ``backward`` one bucket of weights at a time: if R has a backward pass of its own
+    (``(coeff * R).backward()``), no more than one bucket's gradients exist beside the ``.grad`` they are added to. In
+    one pass with the task loss, autograd sums the two before it adds to ``.grad``: gradients that exist already (from
+    earlier micro-batches) then have a second set beside them, as large as the anchored weights.
+    :func:`accumulate_rotation_grad_` needs neither. R has second derivatives, and no forward-mode differentiation.
     """
     call = open_call(weights, anchors, PenaltyRequest())
     if call is None:
@@ -69,12 +71,13 @@ def accumulate_rotation_grad_(
     """Add ``coeff * dR/dW`` to every weight's ``.grad`` without autograd; returns R (not multiplied by coeff).
 
     Call it once per optimizer step, after the last ``backward`` of its micro-batches (and after
-    ``GradScaler.unscale_``, where a scaler is used) and before gradient clipping and ``optimizer.step()``. Weights that
-    DistributedDataParallel keeps equal are the exception: there call it before the last ``backward``, the one that
-    averages (earlier micro-batches under ``no_sync()``): each rank adds its own share times the number of ranks.
+    ``GradScaler.unscale_``, if you use a scaler) and before gradient clipping and ``optimizer.step()``. Weights that
+    DistributedDataParallel keeps equal are the exception: for them call it before the last ``backward``, the one that
+    averages (earlier micro-batches under ``no_sync()``), because each rank adds its own share times the number of
+    ranks.
 
-    Sharded weights (DTensor, FSDP1's flat parameters, DeepSpeed ZeRO-3) are served on every rank, each adding to its
-    own part of the gradient; see :func:`rotation_penalty`. Nothing is added anywhere before all sums have arrived.
+    Sharded weights (DTensor, FSDP1's flat parameters, DeepSpeed ZeRO-3) are served too: every rank makes the call and
+    adds to its own shard of the gradient; see :func:`rotation_penalty`. No rank adds before all sums have arrived.
 
     Args:
         weights: as for :func:`rotation_penalty`; tensors must be leaves that require grad.
@@ -82,13 +85,13 @@ def accumulate_rotation_grad_(
         coeff: the paper's lambda, a finite number.
 
     Returns:
-        R as :func:`rotation_penalty` gives it, detached: the same bits, for the same weights, anchors, backend and
+        R, detached: the same bits as :func:`rotation_penalty` returns for the same weights, anchors, backend and
         machine.
 
     Raises:
-        ValueError: as :func:`rotation_penalty`; also where coeff is not finite, a tensor is not a leaf
-            that requires grad, every anchored weight of a module is frozen, a gradient is sparse or averaged over ranks
-            already, or DeepSpeed ZeRO-1/2 keeps it to itself. No gradient has changed then.
+        ValueError: as :func:`rotation_penalty`; also if coeff is not finite, a tensor is not a leaf that requires
+            grad, every anchored weight of a module is frozen, a gradient is sparse or averaged over ranks already, or
+            DeepSpeed ZeRO-1/2 keeps it to itself. No gradient has changed then.
         RuntimeError: as :func:`rotation_penalty`.
 
     The product is added inside the kernel, summed in float32 and rounded once to the gradient's own dtype; no tensor as
@@ -97,7 +100,7 @@ def accumulate_rotation_grad_(
 
     Nothing here waits for a GPU, and the call can be captured in a CUDA graph, once the same step has run outside of
     the capture (that loads kernels and sets pinned memory aside). A replay reads the weights and adds to the gradients
-    where they lay during the capture, with the ``coeff`` and the anchors of then. A ``.grad`` that the capture itself
+    at their addresses during the capture, with that ``coeff`` and those anchors. A ``.grad`` that the capture itself
     made lies in the graph's memory, and is written, not added to, at each replay. The same holds for
     :func:`rotation_penalty` and its backward pass. Weights over several processes are the exception: see
     :mod:`rpsft_kernels.distributed.group_call`.
@@ -114,11 +117,12 @@ def accumulate_rotation_grad_(
 
 
 def project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:
-    """The drift ``C = U^T (W - base) V`` of arXiv 2605.10973, differentiable in ``weight`` alone.
+    """Return the drift ``C = U^T (W - base) V`` of arXiv 2605.10973, differentiable in ``weight`` alone.
 
     Args:
         weight: W (m, n), bfloat16, float16, float32 or float64, any strides.
-        left: U (m, k). Bases in bfloat16 are used as they are, others in float32 (float64 with a float64 weight).
+        left: U (m, k). If U and V are in bfloat16 they are used as they are, else in float32 (float64 with a float64
+            weight).
         right: V (n, k).
         base: W0 (m, n), subtracted in float32 before anything is rounded; None projects W itself.
 
@@ -126,10 +130,11 @@ def project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None = N
         C (k, k) in float32 (float64 for a float64 weight).
 
     Raises:
-        ValueError: no dense 2-D floating tensor, shapes or devices that disagree, or left, right or base
-            require grad.
+        ValueError: an argument is not a dense 2-D floating tensor, shapes or devices disagree, left, right or base
+            require grad, or weight has a tangent of forward-mode differentiation.
     """
     check_weight(weight, "weight")
+    check_tangent(weight, "weight")
     for name, piece in (("left", left), ("right", right), ("base", base)):
         if piece is None:
             continue

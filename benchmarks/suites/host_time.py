@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import rpsft_kernels as rk
 from rpsft_kernels import ops
-from rpsft_kernels.evaluation import bucket
+from rpsft_kernels.ops import buckets
 from rpsft_kernels.ops.triton import launch
 from rpsft_kernels.tools.models import MODELS, ModelShape
 
@@ -82,12 +82,12 @@ def _no_launches() -> Iterator[list[int]]:
 
         return start
 
-    before = launch.find_start, bucket.CPU_LIMITS
-    launch.find_start, bucket.CPU_LIMITS = find_start, ops.BucketLimits()
+    before = launch.find_start, buckets.CPU_LIMITS
+    launch.find_start, buckets.CPU_LIMITS = find_start, ops.BucketLimits()
     try:
         yield count
     finally:
-        launch.find_start, bucket.CPU_LIMITS = before
+        launch.find_start, buckets.CPU_LIMITS = before
 
 
 @dataclass(frozen=True)

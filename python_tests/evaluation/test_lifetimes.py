@@ -74,7 +74,7 @@ def test_what_the_user_drops_is_gone(use: str, backend: str) -> None:
     del case
     gc.collect()
     assert [name for name, reference in references.items() if reference() is not None] == []
-    assert not plan._known
+    assert not plan._cache
     # Triton's: of the CPU, which has one stream.
     assert len(scratch._scratches) == 0
 
@@ -125,14 +125,14 @@ def test_plans_do_not_pile_up(backend: str) -> None:
     for _ in range(5):
         rk.rotation_penalty(weight, rk.Anchor.from_weight(weight, RANK))
     gc.collect()
-    assert not plan._known
+    assert not plan._cache
     anchor = rk.Anchor.from_weight(weight, RANK)
     for i in range(10):
         weight.requires_grad_(i % 2 == 0)
         weight.data = weight.data.to((torch.float32, torch.bfloat16)[i // 2 % 2])
         rk.rotation_penalty(weight, anchor)
-    (sightings,) = plan._known.values()
-    assert len(sightings) <= plan._MOST_SIGHTINGS
+    (sightings,) = plan._cache.values()
+    assert len(sightings) <= plan._MOST_PLANS_PER_KEY
 
 
 # -- threads ------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_lists_of_temporaries(backend: str) -> None:
         assert found == expected
         assert all(map(same, pulled, gradients))
         case.model.zero_grad()
-    assert len(plan._known) <= 2
+    assert len(plan._cache) <= 2
 
 
 def test_temporaries_use_one_plan() -> None:

@@ -26,6 +26,7 @@ from rpsft_kernels.distributed import GroupCall
 from rpsft_kernels.evaluation import bucket as buckets
 from rpsft_kernels.evaluation import plan
 from rpsft_kernels.ops import BucketLimits
+from rpsft_kernels.ops import buckets as ops_buckets
 from rpsft_kernels.private_names import default_store
 
 RANK = 8
@@ -146,7 +147,7 @@ def killed_before(wrapper: str, call: str) -> Outcome:
 def killed_inside(wrapper: str, call: str, bucket: int) -> Outcome:
     """The odd rank dies when it has sent the sums of ``bucket`` buckets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "CPU_LIMITS_OF_SHARDS", BucketLimits(drift_bytes=1, one_orientation=False))
+        patch.setattr(ops_buckets, "CPU_LIMITS_OF_SHARDS", BucketLimits(drift_bytes=1, one_orientation=False))
         model = ready(wrapper)
         if dist.get_rank() == ODD:
             project = buckets.Bucket.project

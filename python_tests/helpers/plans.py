@@ -34,7 +34,7 @@ class Layers(nn.Module):
 
 def forget() -> None:
     """Drop every plan: the next call prepares its own."""
-    plan._known.clear()
+    plan._cache.clear()
 
 
 @dataclass

@@ -21,6 +21,7 @@ from rpsft_kernels.distributed import GroupCall, PendingSum
 from rpsft_kernels.evaluation import bucket as buckets
 from rpsft_kernels.evaluation.pairing import pair
 from rpsft_kernels.ops import BucketLimits
+from rpsft_kernels.ops import buckets as ops_buckets
 
 # Whatever moves tensors or objects between ranks.
 _MOVERS = [
@@ -96,7 +97,7 @@ def sharded(drift_bytes: int) -> Counted:
     """The small Llama under FSDP2."""
     with pytest.MonkeyPatch.context() as patch:
         limits = BucketLimits(drift_bytes=drift_bytes, one_orientation=False)
-        patch.setattr(buckets, "CPU_LIMITS_OF_SHARDS", limits)
+        patch.setattr(ops_buckets, "CPU_LIMITS_OF_SHARDS", limits)
         model = wrapped(llama())
         anchors = rk.Anchors.from_model(model, RANK, progress=False, basis_dtype=torch.float32)
         task_loss(model, own_batch()).backward()

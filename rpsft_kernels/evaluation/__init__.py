@@ -1,1 +1,1 @@
-"""One call: weights paired with anchors, in buckets, projected, summed over ranks, pulled back."""
+"""One call: it pairs weights with anchors, sorts them into buckets, projects, sums over ranks and pulls back."""

@@ -1,8 +1,8 @@
-"""Weights of one form, dtype, device and group, which go through the two operations together."""
+"""Buckets of a call: weights of one form, dtype, device and process group, projected and pulled back together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,19 +14,13 @@ from ..distributed import ReplicatedWeight
 from .pairing import AnchoredWeight, Matrix
 from .projection import ProjectionFunction, gather_replicas
 
-# On the CPU nothing is gained by many weights in one call but the calls' own cost, which matters for small weights at
-# small ranks. The backward pass holds the gradients of a bucket. What travels between processes is better sent in few
-# pieces.
-CPU_LIMITS = ops.BucketLimits(weights=8, drift_bytes=1 << 20, elements=16 << 20, one_orientation=False)
-CPU_LIMITS_OF_SHARDS = ops.BucketLimits(weights=8, drift_bytes=16 << 20, one_orientation=False)
 
-
-class Gathered(NamedTuple):
-    """A bucket's tensors of one call.
+class BucketTensors(NamedTuple):
+    """A bucket's tensors in one call.
 
     Attributes:
         values: each busy weight's shard.
-        joint: what ties replicas together in the graph, where something must.
+        joint: an empty tensor that ties replicas together in the graph; None if nothing has to.
         operands: the matrices of all busy weights, with their anchors' tensors.
     """
 
@@ -37,15 +31,22 @@ class Gathered(NamedTuple):
 
 @dataclass
 class Bucket:
-    """Which weights, by their places in the call, and how they are computed.
+    """Places of some of a call's weights, and how this process computes them.
 
     Attributes:
-        busy: places of the weights that have work here; others' C and norms are another process's.
-        counts: of each busy weight, how many matrices make up its shard.
-        plain: each of them is one matrix, and its anchor's tensors are read as they are.
-        place: among the plan's buckets.
-        program, batch: what computes it, by its place in the plan, and its place there. None under a graph compiler and
-            for tensors without memory (fake ones, say), which take the torch operators.
+        place: of the bucket among the plan's.
+        members: places of the weights in the call.
+        backend: the name of the backend that computes the bucket.
+        device: where the weights are.
+        group_name: the process group of the weights, "" for none.
+        summed: whether C is summed over the ranks of the group.
+        full: whether the anchors are full.
+        busy: places of the weights that this process works on; another one computes C and norms of the others.
+        counts: for each busy weight, the number of matrices that make up its shard.
+        plain: whether each busy weight is one matrix that fits its anchor's tensors as they are.
+        program: index of the plan's program that computes the bucket. None under a graph compiler and for tensors
+            without memory (fake ones, say), which take the torch operators.
+        batch: place of the bucket in its program.
     """
 
     place: int
@@ -65,86 +66,108 @@ class Bucket:
     def matrices(self) -> int:
         return sum(self.counts)
 
-    def gather(self, weights: Sequence[AnchoredWeight]) -> Gathered:
-        """The tensors of this call, connected to the weights by autograd where gradients are on."""
+    def gather(self, weights: Sequence[AnchoredWeight]) -> BucketTensors:
+        """Collect the tensors of this call; autograd connects them to the weights if gradients are on."""
         busy = [weights[i] for i in self.busy]
         values, joint = self._values(weights)
         if self.plain:
-            return Gathered(values, joint, _plain_operands(busy, values))
-        found = [matrix for each, value in zip(busy, values, strict=True) for matrix in each.matrices(value)]
-        return Gathered(values, joint, operands_of(found))
+            return BucketTensors(values, joint, _plain_operands(busy, values))
+        matrices = [matrix for anchored, value in zip(busy, values, strict=True) for matrix in anchored.matrices(value)]
+        return BucketTensors(values, joint, _operands_of_matrices(matrices))
 
     def _values(self, weights: Sequence[AnchoredWeight]) -> tuple[list[Tensor], Tensor | None]:
-        """The busy weights' shards. Replicas are tied together in the graph, by an empty summand of the norms."""
+        """Return the busy weights' shards, and the empty summand of the norms that ties replicas together."""
         if self.group_name and torch.is_grad_enabled():
             members = [weights[i].weight for i in self.members]
             if isinstance(members[0], ReplicatedWeight) and any(weight.requires_grad for weight in members):
-                joint, shown = gather_replicas(members)
-                values = dict(zip(self.members, shown, strict=True))
+                joint, shards = gather_replicas(members)
+                values = dict(zip(self.members, shards, strict=True))
                 return [values[i] for i in self.busy], joint
         return [weights[i].weight.values() for i in self.busy], None
 
     def project(
-        self, program: ops.Program | None, run: ops.Run | None, gathered: Gathered, weights: Sequence[AnchoredWeight]
-    ) -> Projected:
-        """C (k, k) of each weight's shard, and the squared norms of the busy ones (of full anchors: of W - W0).
+        self,
+        program: ops.Program | None,
+        run: ops.Run | None,
+        tensors: BucketTensors,
+        weights: Sequence[AnchoredWeight],
+    ) -> ProjectedBucket:
+        """Compute C (k, k) of each weight's shard, and the squared norms of the busy ones (for full anchors, those of
+        W - W0).
 
-        C is (0, 0) where it is not needed: of full anchors, and of weights that another process works on alone.
+        C is (0, 0) where it is not needed: for full anchors, and for weights that another process works on alone.
+
+        Args:
+            program: the plan's program of this bucket.
+            run: the call's run of it, in which the projection is staged.
+            tensors: what :meth:`gather` has collected.
+            weights: the weights of the call.
         """
-        operands, values = gathered.operands, gathered.values
+        operands, values = tensors.operands, tensors.values
         first = weights[self.members[0]].weight
         dtype = ops.accumulation_dtype(first.dtype)
-        nothing = torch.empty((0, 0), dtype=dtype, device=first.device)
+        no_drift = torch.empty((0, 0), dtype=dtype, device=first.device)
         if not operands.weights:
             drifts: list[Tensor] = []
-            squares = nothing.new_zeros(0)
+            squares = no_drift.new_zeros(0)
         elif run is None or program is None:
             drifts, squares = ops.project_drift(operands, self.backend)
         elif torch.is_grad_enabled() and any(matrix.requires_grad for matrix in operands.weights):
             squares, *drifts = ProjectionFunction.apply(  # type: ignore[no-untyped-call, unused-ignore]
                 program, run, self.batch, self.backend, operands, *operands.weights
             )
-            drifts = drifts or [nothing] * len(operands.weights)
+            drifts = drifts or [no_drift] * len(operands.weights)
         else:
             drifts, squares = run.project(self.batch), run.squares_of(self.batch)
         if not self.plain:
             drifts, squares = self._add_up(drifts, squares, values, weights, dtype)
         if len(self.busy) < len(self.members):
             own = dict(zip(self.busy, drifts, strict=True))
-            drifts = [own.get(i, nothing) for i in self.members]
-        if gathered.joint is not None:
-            squares = torch.cat([squares, gathered.joint])
-        return Projected(self, drifts, squares)
+            drifts = [own.get(i, no_drift) for i in self.members]
+        if tensors.joint is not None:
+            squares = torch.cat([squares, tensors.joint])
+        return ProjectedBucket(self, drifts, squares)
 
     def _add_up(
         self,
-        found: Sequence[Tensor],
-        seen: Tensor,
+        matrix_drifts: Sequence[Tensor],
+        matrix_squares: Tensor,
         values: Sequence[Tensor],
         weights: Sequence[AnchoredWeight],
         dtype: torch.dtype,
     ) -> tuple[list[Tensor], Tensor]:
-        """C and norms of shards that are no rectangles or empty: matrix by matrix, then added in their order."""
-        drifts, squares, at = [], [], 0
+        """Add up C and norms of each shard's matrices, in their order; a shard may have any number of them, or none."""
+        drifts, squares, first = [], [], 0
         for i, count, value in zip(self.busy, self.counts, values, strict=True):
             anchor, summed = weights[i].anchor, weights[i].summed
-            own = found[at : at + count]
+            own = matrix_drifts[first : first + count]
             # An empty shard adds 0 but keeps the autograd edge, so that its (empty) gradient exists.
-            drift = own[0] if own else seen.new_zeros((anchor.rank,) * 2 if summed else (0, 0)) + value.sum()
+            drift = own[0] if own else matrix_squares.new_zeros((anchor.rank,) * 2 if summed else (0, 0)) + value.sum()
             for other in own[1:]:
                 drift = drift + other
             if anchor.block is not None and own:
                 drift = drift - anchor.block
             drifts.append(drift)
-            norm = seen[at : at + count].sum() + (0 if own else value.sum()) if self.full else drift.square().sum()
-            squares.append(norm)
-            at += count
-        return drifts, torch.stack(squares) if squares else seen.new_zeros(0)
+            if self.full:
+                square = matrix_squares[first : first + count].sum() + (0 if own else value.sum())
+            else:
+                square = drift.square().sum()
+            squares.append(square)
+            first += count
+        return drifts, torch.stack(squares) if squares else matrix_squares.new_zeros(0)
 
 
 @dataclass
-class Projected:
-    """A bucket's C and squared norms. ``flat`` holds all C behind each other while they are summed over ranks."""
+class ProjectedBucket:
+    """A bucket with its C and squared norms.
+
+    Attributes:
+        bucket: the bucket.
+        drifts: C of each of its members; empty while ``flat`` is summed.
+        squares: the squared norms of the busy weights.
+        flat: all C, one after the other, to be summed over ranks in one go.
+        pending: the sum of ``flat``.
+    """
 
     bucket: Bucket
     drifts: list[Tensor]
@@ -157,8 +180,8 @@ def _plain_operands(weights: Sequence[AnchoredWeight], values: list[Tensor]) -> 
     anchors = [weight.anchor for weight in weights]
     if not anchors:
         return ops.Operands()
+    # All anchors of a bucket have the same tensors as its first one.
     first = anchors[0]
-    # Forms are equal within a bucket.
     return ops.Operands(
         values,
         [] if first.left is None else [anchor.left for anchor in anchors],  # type: ignore[misc]
@@ -168,8 +191,8 @@ def _plain_operands(weights: Sequence[AnchoredWeight], values: list[Tensor]) -> 
     )
 
 
-def operands_of(matrices: Sequence[Matrix]) -> ops.Operands:
-    """The operands of matrices that are parts of shards: B is subtracted from the sum of their C, not here."""
+def _operands_of_matrices(matrices: Sequence[Matrix]) -> ops.Operands:
+    """Make operands of the matrices of several shards, without B: that is subtracted from the sum of a shard's C."""
     return ops.Operands(
         [m.values for m in matrices],
         [m.left for m in matrices if m.left is not None],
@@ -178,10 +201,10 @@ def operands_of(matrices: Sequence[Matrix]) -> ops.Operands:
     )
 
 
-def _specification(one: AnchoredWeight) -> ops.WeightSpec:
-    # Only facts of the whole weight that every rank shares, so that all ranks form the same buckets; and none of its
-    # gradient, so that R is summed in one order, with the same bits, whichever call computes it.
-    anchor, weight = one.anchor, one.weight
+def _specify(anchored: AnchoredWeight) -> ops.WeightSpec:
+    # It depends on facts of the whole weight alone, which every rank shares, so that all ranks form the same buckets;
+    # and not on the gradient, so that R is summed in one order, with the same bits, whichever call computes it.
+    anchor, weight = anchored.anchor, anchored.weight
     left, (rows, cols) = anchor.left, weight.shape
     key = (
         weight.device.type if weight.group is not None else weight.device,
@@ -190,39 +213,38 @@ def _specification(one: AnchoredWeight) -> ops.WeightSpec:
         None if left is None else left.dtype,
         anchor.block is not None,
         weight.group_name,
-        one.summed,
+        anchored.summed,
     )
     if left is None:
         return ops.WeightSpec(rows, cols, 0, key)
-    parts = 1 if anchor.block is None and left.dtype == torch.bfloat16 else 3
+    parts = ops.intermediate_parts(anchor.block is None, left.dtype == torch.bfloat16)
     return ops.WeightSpec(rows, cols, anchor.rank, key, parts)
 
 
 def make_buckets(weights: Sequence[AnchoredWeight]) -> list[Bucket]:
-    """The buckets of a call, each with the backend in force.
+    """Sort a call's weights into buckets, each with the backend in force.
 
     Raises:
         ValueError: the requested backend cannot serve a device or dtype.
     """
-    limits = None
-    if all(one.weight.device.type == "cpu" for one in weights):
-        limits = CPU_LIMITS_OF_SHARDS if any(one.summed for one in weights) else CPU_LIMITS
-    return list(_make(weights, ops.plan_buckets([_specification(one) for one in weights], limits)))
+    device_types = [anchored.weight.device.type for anchored in weights]
+    limits = ops.limits_of(device_types, any(anchored.summed for anchored in weights))
+    planned = ops.plan_buckets([_specify(anchored) for anchored in weights], limits)
+    return [_make_bucket(weights, place, members) for place, members in enumerate(planned)]
 
 
-def _make(weights: Sequence[AnchoredWeight], planned: Sequence[list[int]]) -> Iterator[Bucket]:
-    for place, members in enumerate(planned):
-        first = weights[members[0]]
-        busy = [i for i in members if weights[i].weight.shard.numel or not weights[i].weight.shard.unsharded]
-        yield Bucket(
-            place=place,
-            members=members,
-            backend=ops.resolve_backend(first.weight.device, first.weight.dtype),
-            device=first.weight.device,
-            group_name=first.weight.group_name,
-            summed=first.summed,
-            full=first.anchor.form == "full",
-            busy=busy,
-            counts=[len(weights[i].weight.shard.rects) for i in busy],
-            plain=all(weights[i].is_one_matrix for i in busy),
-        )
+def _make_bucket(weights: Sequence[AnchoredWeight], place: int, members: list[int]) -> Bucket:
+    first = weights[members[0]]
+    busy = [i for i in members if weights[i].weight.shard.numel or not weights[i].weight.shard.unsharded]
+    return Bucket(
+        place=place,
+        members=members,
+        backend=ops.resolve_backend(first.weight.device, first.weight.dtype),
+        device=first.weight.device,
+        group_name=first.weight.group_name,
+        summed=first.summed,
+        full=first.anchor.form == "full",
+        busy=busy,
+        counts=[len(weights[i].weight.shard.rects) for i in busy],
+        plain=all(weights[i].is_one_matrix for i in busy),
+    )

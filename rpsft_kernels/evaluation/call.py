@@ -1,8 +1,7 @@
-"""One call: its weights found, checked and staged; agreed on by all ranks; projected, summed, pulled back."""
+"""One call, from its weights and anchors to R and the gradients: find, check, stage, agree, project, sum, pull back."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,104 +11,107 @@ from torch import Tensor, nn
 from .. import ops
 from ..distributed import GroupCall, find_parameters
 from .agreement import digest, gradient_checksum, members_of
-from .bucket import Bucket, Gathered, Projected
-from .foreign_blocks import foreign_blocks
-from .gradients import AlikeGradients, Gradients
-from .plan import Found, groups_of, known, prepare
+from .bucket import Bucket, BucketTensors, ProjectedBucket
+from .foreign_blocks import warn_of_foreign_blocks
+from .forward_mode import check_tangents
+from .gradients import Gradients, PullBack
+from .plan import PlannedWeights, groups_of, prepare, recall
 from .reduce import GroupReduction, start_drifts
 from .requests import AccumulationRequest, Request
 
 
 class Call:
-    """A call that every rank has checked, and in which all ranks agree. Nothing is computed before :meth:`penalty` or
-    :meth:`accumulate_`; :meth:`close` ends it.
+    """A call that every rank has checked, and on which all ranks agree.
+
+    Nothing is computed before :meth:`penalty` or :meth:`accumulate_`. :meth:`close` ends the call.
     """
 
-    def __init__(self, found: Found, request: Request) -> None:
-        self.weights, self._plan = found
+    def __init__(self, planned: PlannedWeights, request: Request) -> None:
+        self.weights, self._plan = planned
         self._coeff = float(request.coeff) if isinstance(request, AccumulationRequest) else None
         self.group_calls: dict[str, GroupCall] = {}
         self.gradients = Gradients(self.weights, self._coeff or 0.0, self._plan.tied)
         self._runs: list[ops.Run] = []
         buckets = self._plan.buckets
-        # C of weights that lie over several processes travel while the rest is computed.
+        # The C of weights over several processes are summed while the rest is computed.
         self._shared = [bucket for bucket in buckets if bucket.group_name]
         self._local = [bucket for bucket in buckets if not bucket.group_name]
-        self._gathered: dict[int, Gathered] = {}
-        self._pulls: dict[int, list[AlikeGradients]] = {}
+        # By place of the bucket.
+        self._tensors: dict[int, BucketTensors] = {}
+        self._pulls: dict[int, list[PullBack]] = {}
         self._staged: dict[int, list[Any]] = {}
         self._checksums: dict[str, int] = {}
 
-    def _run(self, bucket: Bucket) -> ops.Run | None:
+    def _run_of(self, bucket: Bucket) -> ops.Run | None:
         return None if bucket.program is None else self._runs[bucket.program]
 
     # -- before ranks agree -----------------------------------------------------------------------------------
 
     def stage(self) -> None:
-        """Take the tensors of this call. Gradients that do not exist are made, unset.
+        """Collect the tensors of this call and prepare its operations. Gradients that do not exist are made, unset.
 
         Raises:
-            NoKernel, ValueError: an operation cannot be computed here. Nothing has been computed.
+            NoKernel, ValueError: an operation cannot be computed on this machine. Nothing has been computed.
         """
         for program in self._plan.programs:
             self._runs.append(program.begin())
         if self._coeff is not None:
-            # Before new gradients, of zeros, are among them.
+            # These come before new gradients are made, which would be among them.
             for name in self._plan.descriptions:
                 self._checksums[name] = gradient_checksum(members_of(self.weights, name))
         for bucket in (*self._shared, *self._local):
-            gathered = self._gathered[bucket.place] = bucket.gather(self.weights)
-            run = self._run(bucket)
+            tensors = self._tensors[bucket.place] = bucket.gather(self.weights)
+            run = self._run_of(bucket)
             if run is not None:
                 keep = bool(bucket.group_name) or (self._coeff is None and torch.is_grad_enabled())
-                run.stage_projection(bucket.batch, gathered.operands, keep)
+                run.stage_projection(bucket.batch, tensors.operands, keep)
                 if self._coeff is None and torch.is_grad_enabled():
-                    self._stage_backward(run, bucket, gathered)
+                    self._stage_backward(run, bucket, tensors)
             if self._coeff is not None:
-                self._stage_gradients(run, bucket, gathered)
+                self._stage_gradients(run, bucket, tensors)
         for run in self._runs:
             run.send()
 
-    def _stage_backward(self, run: ops.Run, bucket: Bucket, gathered: Gathered) -> None:
-        """A backward pass may find no kernel: better to hear of it now."""
-        matrices = gathered.operands.weights
+    def _stage_backward(self, run: ops.Run, bucket: Bucket, tensors: BucketTensors) -> None:
+        """Look up the kernels of the backward pass, so that a missing one is an error of this call and not of that."""
+        matrices = tensors.operands.weights
         wanted = [j for j, matrix in enumerate(matrices) if matrix.requires_grad]
         if wanted:
-            operands = gathered.operands.pick(wanted) if len(wanted) < len(matrices) else gathered.operands
+            operands = tensors.operands.pick(wanted) if len(wanted) < len(matrices) else tensors.operands
             run.prepare_gradients(bucket.batch, wanted, operands, matrices[0].dtype)
 
-    def _stage_gradients(self, run: ops.Run | None, bucket: Bucket, gathered: Gathered) -> None:
+    def _stage_gradients(self, run: ops.Run | None, bucket: Bucket, tensors: BucketTensors) -> None:
         if self.gradients.are_copies(bucket):
             if run is not None and bucket.matrices:
                 dtype = self.weights[bucket.busy[0]].weight.gradient_dtype
-                everything = range(bucket.matrices)
-                run.prepare_gradients(bucket.batch, everything, gathered.operands.for_pull_back(), dtype, True)
+                members, operands = range(bucket.matrices), tensors.operands.for_pull_back()
+                run.prepare_gradients(bucket.batch, members, operands, dtype, accumulate=True)
             return
-        pulls = self._pulls[bucket.place] = list(self.gradients.pull_backs(bucket, gathered))
+        pulls = self._pulls[bucket.place] = list(self.gradients.pull_backs(bucket, tensors))
         if run is not None:
             self._staged[bucket.place] = [pull.stage(run, bucket, None) for pull in pulls]
 
     def close(self) -> None:
-        """Let go of what the call uses; gradients that it has made go again where none was computed."""
+        """Release everything that the call uses, and remove gradients that it has made and not computed."""
         self.gradients.drop_made()
         for program, run in zip(self._plan.programs, self._runs, strict=False):
             program.end(run)
         self._runs = []
-        # An exception that is raised may hold this call for a while.
-        self._gathered, self._pulls, self._staged = {}, {}, {}
+        # An exception that is being raised may keep this call alive for a while.
+        self._tensors, self._pulls, self._staged = {}, {}, {}
 
     # -- between ranks ------------------------------------------------------------------------------------------
 
     def agree(self, group_call: GroupCall) -> None:
-        """Go on only if all ranks of a group mean the same call.
+        """Check that all ranks of a group make the same call.
 
         Raises:
-            ValueError: they do not, or another rank has refused.
+            ValueError: they do not, another rank has refused, or gradients are averaged over ranks already.
         """
         name = group_call.group.group_name
         members = members_of(self.weights, name)
-        # A weight may be listed under one name only: those of lists are numbered.
-        shards = {one.name: one.weight.shard for one in members}
+        # Names are unique: weights of a list are numbered.
+        shards = {anchored.name: anchored.weight.shard for anchored in members}
         described = digest(self._plan.descriptions.get(name, b""), members, self._coeff)
         checksums = group_call.check_consistent(described, shards, self._checksums.get(name, 0))
         if checksums[0] and len(set(checksums)) == 1:
@@ -123,25 +125,25 @@ class Call:
     # -- the computation ------------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """R, connected to the weights by autograd where gradients are on."""
+        """Return R; autograd connects it to the weights if gradients are on."""
         _, summands = self._project_shared()
         squares = [self._project(bucket).squares for bucket in self._local]
         return self._total(squares + summands)
 
     def accumulate_(self) -> Tensor:
-        """R; adds ``coeff * dR/dW`` to the gradients, after all sums have arrived and are known to be finite."""
+        """Add ``coeff * dR/dW`` to the gradients and return R. All sums have arrived and are finite before that."""
         shared, summands = self._project_shared()
         self._pull_back_shared(shared)
         squares = [self._project_and_pull_back(bucket) for bucket in self._local]
         self.gradients.keep_made()
         return self._total(squares + summands)
 
-    def _project(self, bucket: Bucket) -> Projected:
+    def _project(self, bucket: Bucket) -> ProjectedBucket:
         program = None if bucket.program is None else self._plan.programs[bucket.program]
-        return bucket.project(program, self._run(bucket), self._gathered[bucket.place], self.weights)
+        return bucket.project(program, self._run_of(bucket), self._tensors[bucket.place], self.weights)
 
-    def _project_shared(self) -> tuple[list[Projected], list[Tensor]]:
-        """The buckets whose weights lie over several processes, and R of these in summands."""
+    def _project_shared(self) -> tuple[list[ProjectedBucket], list[Tensor]]:
+        """Project the buckets whose weights lie over several processes; returns them, and their R in summands."""
         shared = []
         for bucket in self._shared:
             projected = self._project(bucket)
@@ -155,30 +157,33 @@ class Call:
                 reductions.append(GroupReduction.start(group_call, members, shared, self.weights))
         for reduction in reductions:
             reduction.finish()
-        # Where one group's ranks refuse, none waits for them in another.
+        # All groups have finished before one raises, so that no rank waits in another group for those that raise.
         for reduction in reductions:
             reduction.check_health()
         return shared, [summand for reduction in reductions for summand in reduction.summands(self.weights)]
 
-    def _pull_back_shared(self, shared: Sequence[Projected]) -> None:
+    def _pull_back_shared(self, shared: Sequence[ProjectedBucket]) -> None:
         staged: dict[int, list[Any]] = {}
         for projected in shared:
-            bucket, run = projected.bucket, self._run(projected.bucket)
+            bucket, run = projected.bucket, self._run_of(projected.bucket)
             if run is not None and bucket.place in self._pulls:
                 pulls = self._pulls[bucket.place]
                 staged[bucket.place] = [pull.stage(run, bucket, projected.drifts) for pull in pulls]
         for run in self._runs:
             run.send()
         for projected in shared:
-            bucket, run = projected.bucket, self._run(projected.bucket)
+            bucket, run = projected.bucket, self._run_of(projected.bucket)
             if bucket.place in staged and run is not None:
                 self._pull_back(run, bucket, staged[bucket.place])
             else:
                 self._pull_back_one_by_one(run, bucket, projected.drifts)
 
     def _project_and_pull_back(self, bucket: Bucket) -> Tensor:
-        """Squares of a bucket that lies whole here; its C are gone before the next bucket's are made."""
-        run = self._run(bucket)
+        """Project and pull back a bucket that lies whole on this process; returns its squares.
+
+        Its C are freed before those of the next bucket are computed.
+        """
+        run = self._run_of(bucket)
         if run is None:
             projected = self._project(bucket)
             self._pull_back_one_by_one(None, bucket, projected.drifts)
@@ -194,15 +199,15 @@ class Call:
     def _pull_back(self, run: ops.Run, bucket: Bucket, staged: Sequence[Any]) -> None:
         for pull, operation in zip(self._pulls[bucket.place], staged, strict=True):
             run.pull_back_(operation, pull.scales)
-            # Autograd must see that a tensor which it has saved is another one now.
+            # Autograd must see that the values of a tensor which it may have saved are others now.
             torch.autograd.graph.increment_version(pull.targets)
             self._write_back(pull)
 
     def _pull_back_one_by_one(self, run: ops.Run | None, bucket: Bucket, drifts: Sequence[Tensor] | None) -> None:
-        """Gradients that are copies, each of which is written back before the next is taken; and all of them where
-        nothing could be prepared. ``drifts``: None for those that the projection leaves.
+        """Compute gradients that are copies, each written back before the next is taken; or those of a bucket that has
+        no program. With ``drifts`` of None the run takes those that the projection has left in it.
         """
-        pulls = self._pulls.get(bucket.place) or self.gradients.pull_backs(bucket, self._gathered[bucket.place])
+        pulls = self._pulls.get(bucket.place) or self.gradients.pull_backs(bucket, self._tensors[bucket.place])
         for pull in pulls:
             if run is not None:
                 operation = pull.stage(run, bucket, drifts)
@@ -215,28 +220,28 @@ class Call:
                 ops.pull_back_(pull.targets, pull.operands, chosen, scales, pull.accumulate, bucket.backend)
             self._write_back(pull)
 
-    def _write_back(self, pull: AlikeGradients) -> None:
+    def _write_back(self, pull: PullBack) -> None:
         self.gradients.keep_made(pull.weights)
         for i, grad in zip(pull.weights, pull.grads, strict=True):
             self.weights[i].weight.write_back(grad)
 
     def _total(self, summands: Sequence[Tensor]) -> Tensor:
         device = self.weights[0].weight.device
-        # One concatenation and one sum, in a fixed order.
+        # One concatenation and one sum keep the order fixed.
         return torch.cat([summand.reshape(-1).to(device) for summand in summands]).sum()
 
 
 def open_call(weights: object, anchors: object, request: Request) -> Call | None:
-    """The call, checked by every rank and agreed on by all; None for an empty list of weights.
+    """Check a call on every rank, and return it once all ranks agree; None for an empty list of weights.
 
     Raises:
-        ValueError: what pairing and the request's check raise; or another rank refused, or ranks differ in their
-            anchors; or what Triton compiles here for the GPU may compute wrong numbers. Nothing has changed.
+        ValueError: pairing or the request's check has failed; or another rank refused, or ranks differ in their
+            anchors; or the kernels that Triton compiles on this machine may compute wrong numbers. Nothing has changed.
     """
-    seen = known(weights, anchors)
+    recalled = recall(weights, anchors)
     parameters = None
-    if seen is not None:
-        groups = seen[1]
+    if recalled is not None:
+        groups = recalled[1]
     else:
         parameters = find_parameters(weights) if isinstance(weights, nn.Module) else None
         groups = groups_of(weights, parameters)
@@ -244,21 +249,21 @@ def open_call(weights: object, anchors: object, request: Request) -> Call | None
     failure: Exception | None = None
     call: Call | None = None
     try:
-        found = prepare(weights, anchors, parameters, groups) if seen is None else seen[0]
-        request.check(found.weights)
-        if found.weights:
-            call = Call(found, request)
+        planned = prepare(weights, anchors, parameters, groups) if recalled is None else recalled[0]
+        check_tangents(planned.weights)
+        request.check(planned.weights)
+        if planned.weights:
+            call = Call(planned, request)
             call.group_calls = group_calls
             call.stage()
-            for message in foreign_blocks(found):
-                # For the caller of the public function that calls this one.
-                warnings.warn(message, UserWarning, stacklevel=3)
+            # Warned of before ranks agree: where warnings are errors, the other ranks must learn of this one.
+            warn_of_foreign_blocks(planned)
     except Exception as error:
         failure = error
     try:
         _propagate_refusals(call, group_calls, failure)
     except BaseException:
-        # What is raised holds this frame.
+        # The exception keeps this frame alive.
         failure = None
         if call is not None:
             call.close()
@@ -267,8 +272,10 @@ def open_call(weights: object, anchors: object, request: Request) -> Call | None
 
 
 def _propagate_refusals(call: Call | None, group_calls: dict[str, GroupCall], failure: Exception | None) -> None:
-    """Raise on every rank where one has to. Ranks of several groups carry a refusal of one into the others: those hear
-    of it the second time at the latest.
+    """Raise on every rank if one has to.
+
+    A rank of several groups carries the refusal of one group into the others, which learn of it in the second round at
+    the latest.
     """
     for _ in range(min(2, len(group_calls))):
         for group_call in group_calls.values():
@@ -283,5 +290,5 @@ def _propagate_refusals(call: Call | None, group_calls: dict[str, GroupCall], fa
         try:
             raise failure
         finally:
-            # Else it would hold itself, by this frame.
+            # Without this the exception would keep itself alive through this frame.
             failure = None

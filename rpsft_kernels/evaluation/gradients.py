@@ -1,4 +1,4 @@
-"""The gradients that a call adds to: which exist, which are made, and which go through one launch."""
+"""Gradients that a call adds to: it takes those that exist, makes the others, and sorts them into pull-backs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .bucket import Bucket, Gathered
+from .bucket import Bucket, BucketTensors
 from .pairing import AnchoredWeight
 
 
-class AlikeGradients(NamedTuple):
-    """Weights of a bucket whose gradients are of one dtype and are all new or all there already.
+class PullBack(NamedTuple):
+    """Weights of a bucket that are pulled back together: their gradients have one dtype, and all exist or all are new.
 
     Attributes:
-        weights: places in the call; ``grads``: what each one's gradient was given as.
-        members: of each of their matrices, its place among the bucket's.
-        owners: of each matrix, the place of its weight among ``Bucket.members``.
-        operands, targets, scales: of each matrix.
+        weights: places of the weights in the call.
+        grads: their gradients, as :meth:`LocalWeight.gradient` returned them.
+        members: for each matrix of these weights, its place among the bucket's matrices.
+        owners: for each matrix, the place of its weight among ``Bucket.members``.
+        operands: the matrices' operands.
+        targets: for each matrix, the view of its weight's gradient that it is added to or written over.
+        scales: for each matrix, what its pull-back is multiplied by.
+        accumulate: whether the gradients exist and are added to.
     """
 
     weights: list[int]
@@ -33,29 +37,47 @@ class AlikeGradients(NamedTuple):
     accumulate: bool
 
     def stage(self, run: ops.Run, bucket: Bucket, drifts: Sequence[Tensor] | None) -> Any:
-        """Stage it; ``drifts``: C of each of ``Bucket.members``, or None for those that a projection leaves."""
-        given = None if drifts is None else [drifts[i] for i in self.owners]
+        """Stage the pull-back in a run; returns what its ``pull_back_`` takes.
+
+        Args:
+            run: the call's run of the bucket's program.
+            bucket: the bucket of the weights.
+            drifts: C of each of ``Bucket.members``; None takes those that the bucket's projection leaves in the run.
+        """
         return run.stage_pull_back(
-            bucket.batch, self.members, self.operands, self.targets, self.scales, self.accumulate, given
+            bucket.batch,
+            self.members,
+            self.operands,
+            grads=self.targets,
+            scales=self.scales,
+            accumulate=self.accumulate,
+            drifts=None if drifts is None else [drifts[i] for i in self.owners],
         )
 
 
 class Gradients:
-    """The gradients of one call, by bucket. Those that it has made go again where the call fails."""
+    """The gradients of one call, by bucket. Gradients that it has made are removed again if the call fails.
+
+    Args:
+        weights: the weights of the call.
+        coeff: the factor of R in the objective.
+        tied: whether one and the same weight is listed twice.
+    """
 
     def __init__(self, weights: Sequence[AnchoredWeight], coeff: float, tied: bool) -> None:
         self._weights, self._coeff, self._tied = weights, coeff, tied
         self._made: list[int] = []
-        # Identities of weights that an earlier launch of this call gives a gradient.
-        self._given: set[int] = set()
+        # Identities of weights whose gradient an earlier pull-back of this call computes.
+        self._pulled: set[int] = set()
 
     def are_copies(self, bucket: Bucket) -> bool:
-        """Whether a bucket's gradients are copies, to be taken one launch at a time."""
+        """Whether a bucket's gradients are copies, of which only one pull-back's are held at a time."""
         return any(self._weights[i].weight.copies_gradient for i in bucket.busy)
 
-    def pull_backs(self, bucket: Bucket, gathered: Gathered) -> Iterator[AlikeGradients]:
-        """What computes a bucket's gradients, in order; makes those that do not exist. To be called for the buckets in
-        the order in which they are pulled back.
+    def pull_backs(self, bucket: Bucket, tensors: BucketTensors) -> Iterator[PullBack]:
+        """Yield a bucket's pull-backs in order, and make the gradients that do not exist.
+
+        It has to be called for the buckets in the order in which they are pulled back.
         """
         wanted, first = [], 0
         for i, count in zip(bucket.busy, bucket.counts, strict=True):
@@ -69,16 +91,16 @@ class Gradients:
             if i not in bucket.busy and self._weights[i].weight.requires_grad:
                 self._ensure(i)
         places = {i: place for place, i in enumerate(bucket.members)}
-        for kind in self._kinds(wanted):
-            yield self._pull_back(bucket, gathered, places, *kind)
+        for chosen, accumulate in self._split(wanted):
+            yield self._make_pull_back(bucket, tensors, places, chosen, accumulate)
 
     def drop_made(self) -> None:
-        """Take the gradients away that this call has made: none of them was computed."""
+        """Remove the gradients that this call has made and not computed."""
         for i in self._made:
             self._weights[i].weight.drop_gradient()
 
     def keep_made(self, computed: Sequence[int] | None = None) -> None:
-        """Those of the weights at these places are computed; None: all are."""
+        """Keep the gradients of the weights at these places, which are computed now; None keeps all."""
         self._made = [] if computed is None else [i for i in self._made if i not in computed]
 
     def _ensure(self, i: int) -> None:
@@ -88,40 +110,40 @@ class Gradients:
             if weight.parameter.grad is not None:
                 self._made.append(i)
 
-    def _kinds(self, wanted: list[tuple[int, range]]) -> Iterator[tuple[list[tuple[int, range]], bool]]:
-        """Weights for one launch each, and whether their gradients exist."""
+    def _split(self, wanted: list[tuple[int, range]]) -> Iterator[tuple[list[tuple[int, range]], bool]]:
+        """Split weights, each with the range of its matrices, into pull-backs; yields whether their gradients exist."""
         while wanted:
-            chosen, left = wanted, []
+            chosen, rest = wanted, []
             if self._tied:
-                # A weight that is listed twice has one gradient, which no launch may write twice.
+                # A weight that is listed twice has one gradient, which no pull-back may write twice.
                 firsts: dict[int, int] = {}
                 for i, _ in wanted:
                     firsts.setdefault(self._weights[i].weight.identity, i)
-                chosen = [each for each in wanted if firsts[self._weights[each[0]].weight.identity] == each[0]]
-                left = [each for each in wanted if each not in chosen]
+                chosen = [entry for entry in wanted if firsts[self._weights[entry[0]].weight.identity] == entry[0]]
+                rest = [entry for entry in wanted if entry not in chosen]
             kinds: dict[tuple[bool, torch.dtype], list[tuple[int, range]]] = {}
-            for each in chosen:
-                weight = self._weights[each[0]].weight
-                exists = weight.must_accumulate or (self._tied and weight.identity in self._given)
-                kinds.setdefault((exists, weight.gradient_dtype), []).append(each)
-            for (exists, _), alike in kinds.items():
-                yield alike, exists
+            for entry in chosen:
+                weight = self._weights[entry[0]].weight
+                exists = weight.must_accumulate or (self._tied and weight.identity in self._pulled)
+                kinds.setdefault((exists, weight.gradient_dtype), []).append(entry)
+            for (exists, _), entries in kinds.items():
+                yield entries, exists
             if self._tied:
-                self._given |= {self._weights[i].weight.identity for i, _ in chosen}
-            wanted = left
+                self._pulled |= {self._weights[i].weight.identity for i, _ in chosen}
+            wanted = rest
 
-    def _pull_back(
+    def _make_pull_back(
         self,
         bucket: Bucket,
-        gathered: Gathered,
+        tensors: BucketTensors,
         places: dict[int, int],
         chosen: list[tuple[int, range]],
         accumulate: bool,
-    ) -> AlikeGradients:
+    ) -> PullBack:
         indices = [i for i, _ in chosen]
         members = [j for _, matrices in chosen for j in matrices]
-        grads = [self._gradient(i) for i in indices]
-        operands = gathered.operands.for_pull_back()
+        grads = [self._take_gradient(i) for i in indices]
+        operands = tensors.operands.for_pull_back()
         if len(members) < bucket.matrices:
             operands = operands.pick(members)
         if bucket.plain:
@@ -130,16 +152,24 @@ class Gradients:
         else:
             owners, targets, scales = [], [], []
             for (i, matrices), grad in zip(chosen, grads, strict=True):
-                found = self._weights[i].matrices(grad)
-                targets += [matrix.values for matrix in found]
+                targets += [matrix.values for matrix in self._weights[i].matrices(grad)]
                 owners += [places[i]] * len(matrices)
                 scales += [2.0 * self._coeff * self._weights[i].weight.grad_scale] * len(matrices)
-        return AlikeGradients(indices, grads, members, owners, operands, targets, scales, accumulate)
+        return PullBack(
+            weights=indices,
+            grads=grads,
+            members=members,
+            owners=owners,
+            operands=operands,
+            targets=targets,
+            scales=scales,
+            accumulate=accumulate,
+        )
 
-    def _gradient(self, i: int) -> Tensor:
+    def _take_gradient(self, i: int) -> Tensor:
         weight = self._weights[i].weight
         made = weight.parameter.grad is None
-        found = weight.gradient()
+        gradient = weight.gradient()
         if made:
             self._made.append(i)
-        return found
+        return gradient

@@ -1,4 +1,4 @@
-"""Weights paired with their anchors, and checked."""
+"""Pairs each weight with its anchor, and checks that they fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anchors.anchor import Anchor
-from ..checks import check_weight
+from ..checks import check_weight, dtype_name
 from ..distributed import (
     LocalWeight,
     ParameterRef,
@@ -22,7 +22,7 @@ from ..distributed import (
 
 
 class Matrix(NamedTuple):
-    """A matrix of a weight with its rows of U and V, and of W0."""
+    """One matrix of a weight, with the rows of U, V and W0 that belong to it."""
 
     values: Tensor
     left: Tensor | None
@@ -44,27 +44,27 @@ class AnchoredWeight:
         return self.weight.group is not None and self.anchor.form != "full" and not self.weight.shard.unsharded
 
     def matrices(self, values: Tensor) -> list[Matrix]:
-        """The matrices that make up ``values`` (of ``weight.shard.local_shape``): one for each rectangle."""
+        """Split ``values``, of shape ``weight.shard.local_shape``, into one matrix for each rectangle of the shard."""
         anchor, shard, held = self.anchor, self.weight.shard, self.anchor.held
-        bases: list[Tensor | None] = [None] * len(shard.rects)
+        pretrained: list[Tensor | None] = [None] * len(shard.rects)
         if anchor.base is not None:
             local = anchor.base if anchor.part is not None else shard.of(anchor.base)
-            bases = [view for _, view in shard.views(local)]
-        found = []
-        for (rect, view), base in zip(shard.views(values), bases, strict=True):
+            pretrained = [view for _, view in shard.views(local)]
+        matrices = []
+        for (rect, view), base in zip(shard.views(values), pretrained, strict=True):
             left, right = anchor.left, anchor.right
             rows, cols = rect.within(held.bounds)
-            # Slices of everything are left out: torch.compile traces fewer operations, and tensors stay themselves.
+            # Slices that cover all rows are left out: torch.compile traces less, and tensors stay the anchor's own.
             if left is not None and rect.shape[0] != left.shape[0]:
                 left = left[rows]
             if right is not None and rect.shape[1] != right.shape[0]:
                 right = right[cols]
-            found.append(Matrix(view, left, right, base))
-        return found
+            matrices.append(Matrix(view, left, right, base))
+        return matrices
 
     @property
     def is_one_matrix(self) -> bool:
-        """Whether :meth:`matrices` gives the values themselves with the anchor's tensors themselves."""
+        """Whether :meth:`matrices` would return the values and the anchor's tensors unsliced."""
         shard, anchor = self.weight.shard, self.anchor
         return shard.flat is None and shard.numel > 0 and (anchor.part is not None or shard.is_whole)
 
@@ -72,17 +72,23 @@ class AnchoredWeight:
 def pair(
     weights: object, anchors: object, parameters: Mapping[str, ParameterRef] | None = None
 ) -> list[AnchoredWeight]:
-    """Every accepted way to say which weights and which anchors, checked and as one list.
+    """Pair weights with anchors, whichever accepted form they are given in, and check every pair.
 
     Args:
-        parameters: those of a module, where they have been found already.
+        weights: a tensor, a sequence of tensors or a module.
+        anchors: an Anchor, a sequence of as many, or a mapping from a module's parameter names.
+        parameters: the module's parameters, if the caller has found them already.
+
+    Raises:
+        ValueError: a type is wrong, lengths differ, an anchored parameter is missing, or a weight does not fit its
+            anchor.
     """
     if isinstance(weights, nn.Module):
         return _pair_by_name(anchors, find_parameters(weights) if parameters is None else parameters)
     if isinstance(weights, Tensor):
         if not isinstance(anchors, Anchor):
             raise ValueError(f"anchors: got {type(anchors).__name__}, expected one Anchor for one weight tensor")
-        return [_anchor_weight("weights", weights, anchors)]
+        return [_pair_tensor("weights", weights, anchors)]
     if not isinstance(weights, Sequence):
         raise ValueError(
             f"weights: got {type(weights).__name__}, expected a tensor, a list of tensors or a torch.nn.Module"
@@ -96,14 +102,14 @@ def pair(
     for i, anchor in enumerate(anchors):
         if not isinstance(anchor, Anchor):
             raise ValueError(f"anchors[{i}]: got {type(anchor).__name__}, expected an Anchor")
-    return [_anchor_weight(f"weights[{i}]", w, a) for i, (w, a) in enumerate(zip(weights, anchors, strict=True))]
+    return [_pair_tensor(f"weights[{i}]", w, a) for i, (w, a) in enumerate(zip(weights, anchors, strict=True))]
 
 
-def _anchor_weight(name: str, weight: object, anchor: Anchor) -> AnchoredWeight:
+def _pair_tensor(name: str, weight: object, anchor: Anchor) -> AnchoredWeight:
     check_weight(weight, name, sharded=True)
-    term = AnchoredWeight(name, locate_tensor(weight, name), anchor)  # type: ignore[arg-type]
-    _check(term)
-    return term
+    anchored = AnchoredWeight(name, locate_tensor(weight, name), anchor)  # type: ignore[arg-type]
+    _check(anchored)
+    return anchored
 
 
 def _pair_by_name(anchors: object, parameters: Mapping[str, ParameterRef]) -> list[AnchoredWeight]:
@@ -117,77 +123,72 @@ def _pair_by_name(anchors: object, parameters: Mapping[str, ParameterRef]) -> li
             "anchors: got none, expected at least one Anchor: nothing would be regularised "
             "(Anchors.from_model(model, rank) makes them)"
         )
-    # By key: torch.compile of torch 2.6 does not trace the items() that a Mapping inherits.
+    # Looked up by key, because torch.compile of torch 2.6 does not trace the items() that a Mapping inherits.
     named = {name: anchors[name] for name in anchors}
     for name, anchor in named.items():
         if not isinstance(anchor, Anchor):
             raise ValueError(f"anchors[{name!r}]: got {type(anchor).__name__}, expected an Anchor")
-    gone = [name for name in anchors if name not in parameters]
-    if gone:
-        shown = ", ".join(map(repr, gone[:5])) + (", ..." if len(gone) > 5 else "")
+    missing = [name for name in anchors if name not in parameters]
+    if missing:
+        shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise ValueError(
-            f"model: {len(gone)} of {len(anchors)} anchored parameters are gone: {shown}; expected a parameter of each "
-            "anchor's name: anchor this model (Anchors.from_model), or leave them out of the anchors"
+            f"model: {len(missing)} of {len(anchors)} anchored parameters are gone: {shown}; expected a parameter of "
+            "each anchor's name: anchor this model (Anchors.from_model), or leave them out of the anchors"
         )
-    terms = []
+    paired = []
     for name, anchor in named.items():
-        found = parameters[name]
-        # A shard is of any shape; what matters is the whole.
-        check_weight(
-            found.parameter, name, dimensions=found.parameter.ndim if len(found.shape) == 2 else 2, sharded=True
-        )
-        terms.append(AnchoredWeight(name, found.locate(name), anchor))
-    terms = _assign_work(terms)
-    for term in terms:
-        _check(term)
-    return terms
+        parameter = parameters[name]
+        # A shard may have any number of dimensions; only the whole weight has to be a matrix.
+        dimensions = parameter.parameter.ndim if len(parameter.shape) == 2 else 2
+        check_weight(parameter.parameter, name, dimensions=dimensions, sharded=True)
+        paired.append(AnchoredWeight(name, parameter.locate(name), anchor))
+    paired = _assign_work(paired)
+    for anchored in paired:
+        _check(anchored)
+    return paired
 
 
-def _assign_work(terms: list[AnchoredWeight]) -> list[AnchoredWeight]:
-    """Replicated weights get their parts: what their anchors are of, or a fresh division where those are whole."""
-    weights = assign_shards({t.name: t.weight for t in terms}, {t.name: t.anchor.rank for t in terms})
-    divided = []
-    for term in terms:
-        weight = weights[term.name]
-        divided.append(AnchoredWeight(term.name, weight.with_work(term.anchor.part), term.anchor))
-    return divided
+def _assign_work(weights: list[AnchoredWeight]) -> list[AnchoredWeight]:
+    """Give each replicated weight its shard: that of its anchor, or one of a new division where the anchor is whole."""
+    divided = assign_shards({w.name: w.weight for w in weights}, {w.name: w.anchor.rank for w in weights})
+    return [AnchoredWeight(w.name, divided[w.name].with_work(w.anchor.part), w.anchor) for w in weights]
 
 
-def _check(term: AnchoredWeight) -> None:
-    weight, anchor = term.weight, term.anchor
+def _check(anchored: AnchoredWeight) -> None:
+    name, weight, anchor = anchored.name, anchored.weight, anchored.anchor
     if tuple(weight.shape) != tuple(anchor.shape):
         raise ValueError(
-            f"{term.name}: got shape {tuple(weight.shape)}, expected {tuple(anchor.shape)}: the weight has changed "
+            f"{name}: got shape {tuple(weight.shape)}, expected {tuple(anchor.shape)}: the weight has changed "
             "its shape since it was anchored; anchor it again"
         )
     if anchor.weight_dtype == torch.float64 != weight.dtype:
-        # Its pieces are in float64, which no kernel reads.
+        # The anchor's tensors are float64 then, which no kernel reads.
         raise ValueError(
-            f"{term.name}: got {str(weight.dtype).removeprefix('torch.')}, expected float64 like the weight that was "
+            f"{name}: got {dtype_name(weight.dtype)}, expected float64 like the weight that was "
             "anchored; anchor it again in the dtype that is trained"
         )
     if weight.device != anchor.device:
         raise ValueError(
-            f"{term.name}: got a weight on {weight.device} and its anchor on {anchor.device}, expected one device; "
+            f"{name}: got a weight on {weight.device} and its anchor on {anchor.device}, expected one device; "
             f"move the anchor: anchors.to({str(weight.device)!r})"
         )
     if anchor.part is not None and (anchor.part != weight.shard or weight.group is None):
         raise ValueError(
-            f"{term.name}: got an anchor of {_describe(anchor.part)}, expected one of {_describe(weight.shard)}, which "
+            f"{name}: got an anchor of {_describe(anchor.part)}, expected one of {_describe(weight.shard)}, which "
             "lies here: pass the model as it was wrapped when it was anchored, or load the anchors with this one "
             "(Anchors.load(path, model))"
         )
     if anchor.part is None and anchor.form == "block" and not weight.shard.is_whole:
         raise ValueError(
-            f"{term.name}: got the block of a whole weight, expected that of the part that lies here: only that "
+            f"{name}: got the block of a whole weight, expected that of the part that lies here: only that "
             "cancels exactly; anchor the sharded model (Anchors.from_model), or load the anchors with the pretrained "
             "one (Anchors.load(path, model))"
         )
 
 
-def _describe(part: Shard) -> str:
-    if not part.numel:
+def _describe(shard: Shard) -> str:
+    if not shard.numel:
         return "nothing"
-    if part.flat is not None:
-        return f"elements {part.flat[0]}:{part.flat[1]}"
-    return f"rows {part.rows[0]}:{part.rows[1]}, columns {part.cols[0]}:{part.cols[1]}"
+    if shard.flat is not None:
+        return f"elements {shard.flat[0]}:{shard.flat[1]}"
+    return f"rows {shard.rows[0]}:{shard.rows[1]}, columns {shard.cols[0]}:{shard.cols[1]}"

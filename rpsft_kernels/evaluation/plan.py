@@ -1,6 +1,7 @@
-"""What a set of weights and anchors needs, prepared once; a call with the same ones only looks whether they are.
+"""Plans: the buckets and programs of a set of weights and anchors, prepared once. The next call with the same ones only
+verifies that they are the same.
 
-A plan keeps nothing alive that its user has dropped: neither weights nor anchors nor modules.
+The cache of plans keeps nothing alive that the user has dropped: neither weights nor anchors nor modules.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..anchors.anchor import Anchor
-from ..distributed import LocalWeight, ModuleSnapshot, ParameterRef, find_parameters, locate_tensor
+from ..distributed import LocalWeight, ModuleSnapshot, ParameterRef, locate_tensor
 from ..distributed.dtensor import is_dtensor
 from ..private_names import is_traced
 from .agreement import describe_call
@@ -34,38 +35,39 @@ class Group(NamedTuple):
 
 
 class Plan:
-    """Buckets and programs for weights and anchors of these facts.
+    """The buckets and programs of a set of weights and anchors.
 
     Attributes:
-        facts: what they were made for.
+        facts: everything about the weights that the plan depends on.
         buckets: in the order of their first weights.
-        descriptions: by the name of a process group, the digest of everything about its weights that all ranks must
+        programs: one for each device and backend; a bucket has its program's index.
+        descriptions: for each process group, by name, the digest of everything about its weights that all ranks must
             share.
-        tied: whether a weight is listed twice, by identity.
-        looked_for_foreign_blocks: whether a call with this plan has.
+        tied: whether one and the same weight is listed twice.
+        looked_for_foreign_blocks: whether a call with this plan has searched for them.
     """
 
     def __init__(self, weights: Sequence[AnchoredWeight], facts: Hashable) -> None:
         self.facts = facts
         self.buckets = make_buckets(weights)
-        self.tied = len({one.weight.identity for one in weights}) < len(weights)
+        self.tied = len({anchored.weight.identity for anchored in weights}) < len(weights)
         self.programs: list[ops.Program] = []
         self.looked_for_foreign_blocks = False
         if not torch.compiler.is_compiling():
-            # Another anchor may have the address of one that is gone.
-            self._anchors = [weakref.ref(one.anchor) for one in weights]
+            # By reference, not by id: a new anchor may have the address of one that is gone.
+            self._anchors = [weakref.ref(anchored.anchor) for anchored in weights]
             for bucket in self.buckets:
-                # Here, where all ranks hear of a failure, not in the middle of a step.
+                # A failure is raised here, where all ranks learn of it, and not in the middle of a step.
                 ops.make_ready(bucket.backend, bucket.device)
-            if not is_traced() and all(_has_memory(one.weight) for one in weights):
+            if not is_traced() and all(_has_memory(anchored.weight) for anchored in weights):
                 self._prepare_programs()
-        names = dict.fromkeys(one.weight.group_name for one in weights if one.weight.group is not None)
+        names = dict.fromkeys(anchored.weight.group_name for anchored in weights if anchored.weight.group is not None)
         self.descriptions = {name: describe_call(weights, self.buckets, name) for name in names}
 
     def serves(self, weights: Sequence[AnchoredWeight], facts: Hashable) -> bool:
-        """Whether it was made for these very anchors, and for weights like these."""
+        """Whether the plan was made for these very anchors, and for weights of the same facts."""
         return facts == self.facts and all(
-            reference() is one.anchor for reference, one in zip(self._anchors, weights, strict=True)
+            reference() is anchored.anchor for reference, anchored in zip(self._anchors, weights, strict=True)
         )
 
     def _prepare_programs(self) -> None:
@@ -81,37 +83,40 @@ class Plan:
 
 
 def _has_memory(weight: LocalWeight) -> bool:
-    """Whether kernels can be given addresses: not of tensors that only stand for others, such as fake ones."""
+    """Whether kernels can read the weight at its address; they cannot if its tensor only stands for another, as fake
+    tensors do.
+    """
     try:
         values = weight.values().detach()
-        # A view that stands for its memory's negative is read by operators alone.
+        # Only torch's operators know that the memory of such a view holds the negative of its values.
         return (values.data_ptr() != 0 or not values.numel()) and not values.is_neg()
     except RuntimeError:
         return False
 
 
-class Sighting:
-    """How a plan's weights were found, and what each was like."""
+class CachedPlan:
+    """A plan with the weights and anchors it served last, so that a later call can recognise them."""
 
-    def __init__(self, weights: object, found: Sequence[AnchoredWeight], plan: Plan, groups: Sequence[Group]) -> None:
+    def __init__(self, weights: object, paired: Sequence[AnchoredWeight], plan: Plan, groups: Sequence[Group]) -> None:
         self.plan, self.groups = plan, list(groups)
         self.watches: list[weakref.ref[Any]] = []
-        # How FSDP1 and ZeRO-3 hold a weight changes within a step.
-        self._lasting = all(one.weight.lasting for one in found)
+        # FSDP1 and ZeRO-3 change how they hold a weight within a step: such weights are paired at every call.
+        self._lasting = all(anchored.weight.lasting for anchored in paired)
         if not self._lasting:
             return
-        self._names = [one.name for one in found]
-        self._weights = [one.weight.without_parameter() for one in found]
-        # No weak references: torch cannot swap a tensor that has one, which is how ``model.to`` converts DTensors. One
-        # that is at the address of another, of its type and in its state, is as good to the plan.
-        parameters = [one.weight.parameter for one in found]
+        self._names = [anchored.name for anchored in paired]
+        self._weights = [anchored.weight.without_parameter() for anchored in paired]
+        # Parameters are known by id, without weak references: torch cannot swap a tensor that has one, which is how
+        # ``model.to`` converts DTensors. Another tensor at the same address serves as well, if its type and state are
+        # equal.
+        parameters = [anchored.weight.parameter for anchored in paired]
         self._ids, self._types = list(map(id, parameters)), list(map(type, parameters))
-        self._anchors = [weakref.ref(one.anchor) for one in found]
-        self._states = [one.weight.state() for one in found]
+        self._anchors = [weakref.ref(anchored.anchor) for anchored in paired]
+        self._states = [anchored.weight.state() for anchored in paired]
         self._snapshot = ModuleSnapshot(weights, parameters) if isinstance(weights, nn.Module) else None
 
-    def find(self, weights: object, anchors: object) -> list[AnchoredWeight] | None:
-        """The same weights and anchors as they are now; None where anything differs that the plan rests on."""
+    def match(self, weights: object, anchors: object) -> list[AnchoredWeight] | None:
+        """Return the same weights and anchors as they are now; None if anything differs that the plan depends on."""
         if not self._lasting:
             return None
         parameters: Sequence[Tensor] | None
@@ -121,20 +126,20 @@ class Sighting:
             parameters = [weights] if isinstance(weights, Tensor) else list(weights)  # type: ignore[call-overload]
         if parameters is None or list(map(id, parameters)) != self._ids or list(map(type, parameters)) != self._types:
             return None
-        found_anchors = self._find_anchors(anchors)
-        if found_anchors is None:
+        same_anchors = self._match_anchors(anchors)
+        if same_anchors is None:
             return None
-        found = [
+        paired = [
             AnchoredWeight(name, weight.with_parameter(parameter), anchor)
             for name, weight, parameter, anchor in zip(
-                self._names, self._weights, parameters, found_anchors, strict=True
+                self._names, self._weights, parameters, same_anchors, strict=True
             )
         ]
-        if [one.weight.state() for one in found] != self._states:
+        if [anchored.weight.state() for anchored in paired] != self._states:
             return None
-        return found
+        return paired
 
-    def _find_anchors(self, anchors: object) -> list[Anchor] | None:
+    def _match_anchors(self, anchors: object) -> list[Anchor] | None:
         if self._snapshot is not None:
             assert isinstance(anchors, Mapping)
             if list(anchors) != self._names:
@@ -144,84 +149,91 @@ class Sighting:
             given = [anchors] if isinstance(anchors, Anchor) else list(anchors)  # type: ignore[call-overload]
         if len(given) != len(self._anchors):
             return None
-        return given if all(reference() is one for reference, one in zip(self._anchors, given, strict=True)) else None
+        return (
+            given
+            if all(reference() is anchor for reference, anchor in zip(self._anchors, given, strict=True))
+            else None
+        )
 
 
-class Found(NamedTuple):
+class PlannedWeights(NamedTuple):
     """A call's weights and their plan."""
 
     weights: list[AnchoredWeight]
     plan: Plan
 
 
-# The newest first. All of a key go with the first anchor or module of any that goes.
-_known: OrderedDict[Hashable, list[Sighting]] = OrderedDict()
+# Plans by the objects that they were made for, the newest first. As soon as an anchor or the module of any plan is
+# gone, all plans of that key are dropped.
+_cache: OrderedDict[Hashable, list[CachedPlan]] = OrderedDict()
 _lock = threading.Lock()
-# A list of anchors has plans of its own; so many may be in use at a time.
-_MOST = 1024
+# Every list of anchors has plans of its own; up to this many may be in use at a time.
+_MOST_KEYS = 1024
 # FSDP2 shows sharded and gathered parameters in turn; adapters are switched on and off.
-_MOST_SIGHTINGS = 4
+_MOST_PLANS_PER_KEY = 4
 
 
-def known(weights: object, anchors: object) -> tuple[Found, list[Group]] | None:
-    """The plan of an earlier call with the same weights and anchors, if they are still the same."""
+def recall(weights: object, anchors: object) -> tuple[PlannedWeights, list[Group]] | None:
+    """Return the plan of an earlier call with these weights and anchors, unless they have changed since."""
     key = _key(weights, anchors)
     if key is None:
         return None
-    for sighting in _sightings_of(key):
-        found = sighting.find(weights, anchors)
-        if found is not None:
-            return Found(found, sighting.plan), sighting.groups
+    for cached in _cached_plans(key):
+        paired = cached.match(weights, anchors)
+        if paired is not None:
+            return PlannedWeights(paired, cached.plan), cached.groups
     return None
 
 
 def prepare(
     weights: object, anchors: object, parameters: Mapping[str, ParameterRef] | None, groups: Sequence[Group]
-) -> Found:
-    """Pair weights with anchors and plan their computation, or take the plan of an earlier call of equal facts.
+) -> PlannedWeights:
+    """Pair weights with anchors and plan their computation, or take the plan of an earlier call with equal facts.
 
     Args:
-        parameters: those of a module.
+        parameters: a module's parameters.
+        groups: the process groups that hold shards of the weights.
 
     Raises:
         ValueError: weights and anchors do not match, or a backend cannot serve them.
         RuntimeError: the GPU's kernels have failed their self-test.
     """
-    found = pair(weights, anchors, parameters)
+    paired = pair(weights, anchors, parameters)
     key = _key(weights, anchors)
-    if key is None or not found:
-        return Found(found, Plan(found, None))
-    facts = _facts(found)
-    same = [sighting.plan for sighting in _sightings_of(key) if sighting.plan.serves(found, facts)]
-    plan = same[0] if same else Plan(found, facts)
-    _remember(key, Sighting(weights, found, plan, groups), weights, found)
-    return Found(found, plan)
+    if key is None or not paired:
+        return PlannedWeights(paired, Plan(paired, None))
+    facts = _facts(paired)
+    same = [cached.plan for cached in _cached_plans(key) if cached.plan.serves(paired, facts)]
+    plan = same[0] if same else Plan(paired, facts)
+    _remember(key, CachedPlan(weights, paired, plan, groups), weights, paired)
+    return PlannedWeights(paired, plan)
 
 
 def _facts(weights: Sequence[AnchoredWeight]) -> Hashable:
-    found = []
+    facts = []
     firsts: dict[int, int] = {}
-    for i, one in enumerate(weights):
-        weight = one.weight
+    for i, anchored in enumerate(weights):
+        weight = anchored.weight
         place = type(weight), weight.shard, weight.group_name, weight.grad_scale
-        # Which weights are tied, not which they are.
+        # The index of the first weight that is the same one says which weights are tied, without their identities.
+        first = firsts.setdefault(weight.identity, i)
         kind = type(weight.parameter), _has_memory(weight)
-        found.append((one.name, firsts.setdefault(weight.identity, i), kind, place, weight.state()))
-    return tuple(found)
+        facts.append((anchored.name, first, kind, place, weight.state()))
+    return tuple(facts)
 
 
-def _sightings_of(key: Hashable) -> list[Sighting]:
-    return list(_known.get(key, ()))
+def _cached_plans(key: Hashable) -> list[CachedPlan]:
+    return list(_cache.get(key, ()))
 
 
 def _key(weights: object, anchors: object) -> Hashable:
-    """By which objects a call is known; None where it must be looked at anew."""
+    """Return the objects that a call is recognised by, as a key; None if a call must be prepared anew."""
     if torch.compiler.is_compiling() or is_traced():
         return None
     try:
         requested = ops.requested_backend()
     except ValueError:
-        # Preparing says so, where all ranks hear of it.
+        # Preparing raises it again, where all ranks learn of it.
         return None
     if isinstance(weights, nn.Module):
         return (id(weights), id(anchors), requested) if isinstance(anchors, Mapping) else None
@@ -229,35 +241,35 @@ def _key(weights: object, anchors: object) -> Hashable:
         return (id(anchors), requested) if isinstance(anchors, Anchor) else None
     if not isinstance(weights, Sequence) or not isinstance(anchors, Sequence):
         return None
-    # Not by the weights, which may be others at every step.
+    # The weights are left out: they may be new tensors at every step.
     return tuple(map(id, anchors)), requested
 
 
-def _remember(key: Hashable, sighting: Sighting, weights: object, found: Sequence[AnchoredWeight]) -> None:
+def _remember(key: Hashable, cached: CachedPlan, weights: object, paired: Sequence[AnchoredWeight]) -> None:
     def forget(_: object) -> None:
-        _known.pop(key, None)
+        _cache.pop(key, None)
 
-    owners: list[Any] = [one.anchor for one in found]
+    owners: list[Any] = [anchored.anchor for anchored in paired]
     owners += [weights] if isinstance(weights, nn.Module) else []
-    sighting.watches = [weakref.ref(owner, forget) for owner in owners]
+    cached.watches = [weakref.ref(owner, forget) for owner in owners]
     with _lock:
-        # What is forgotten is forgotten at any moment, without the lock: it may be this thread that collects garbage.
-        _known[key] = [sighting, *_known.pop(key, ())][:_MOST_SIGHTINGS]
-        while len(_known) > _MOST:
-            _known.popitem(last=False)
+        # ``forget`` may run at any moment, without the lock: this very thread may be the one that collects garbage.
+        _cache[key] = [cached, *_cache.pop(key, ())][:_MOST_PLANS_PER_KEY]
+        while len(_cache) > _MOST_KEYS:
+            _cache.popitem(last=False)
 
 
 def groups_of(weights: object, parameters: Mapping[str, ParameterRef] | None) -> list[Group]:
-    """Every process group that holds shards of the weights, in the same order on every rank.
+    """Return every process group that holds shards of the weights, in the same order on every rank.
 
-    They are those of all weights, not only of anchored ones: a rank that raises must still answer where others wait.
+    The groups of weights without anchors are among them: a rank that raises must still answer where others wait.
     """
     groups: dict[str, Group] = {}
     if not (dist.is_available() and dist.is_initialized()):
         return []
     # Weights that are placed alike on one mesh have one group.
     seen: set[Any] = set()
-    for name, tensor, locate in _located(weights, parameters):
+    for name, tensor, locate in _locators(weights, parameters):
         kind = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else id(tensor)  # type: ignore[attr-defined]
         if kind in seen:
             continue
@@ -265,25 +277,22 @@ def groups_of(weights: object, parameters: Mapping[str, ParameterRef] | None) ->
         try:
             weight = locate(name)
         except ValueError:
-            # Pairing says what is wrong with it, where it has an anchor.
+            # Pairing raises the error again if the weight has an anchor.
             continue
         if weight.group is not None and weight.group_name not in groups:
             groups[weight.group_name] = Group(weight.group, weight.device)
     return list(groups.values())
 
 
-def _located(
+def _locators(
     weights: object, parameters: Mapping[str, ParameterRef] | None
 ) -> Iterable[tuple[str, Tensor, Callable[[str], LocalWeight]]]:
-    """Name and tensor of each weight that may lie on several ranks, and a function that finds out."""
+    """Yield each weight that may lie on several ranks: its name, its tensor, and the function that locates it."""
     if parameters is not None:
-        for name, found in parameters.items():
-            if len(found.shape) == 2 and found.dtype.is_floating_point:
-                yield name, found.parameter, found.locate
+        for name, parameter in parameters.items():
+            if len(parameter.shape) == 2 and parameter.dtype.is_floating_point:
+                yield name, parameter.parameter, parameter.locate
         return
     for tensor in weights if isinstance(weights, Sequence) else [weights]:
         if isinstance(tensor, Tensor) and is_dtensor(tensor):
             yield "weights", tensor, partial(locate_tensor, tensor)
-
-
-__all__ = ["Found", "Group", "Plan", "find_parameters", "groups_of", "known", "prepare"]

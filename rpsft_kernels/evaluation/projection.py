@@ -1,8 +1,9 @@
-"""A bucket's projection as a node of the autograd graph, and what ties replicas together in it."""
+"""Nodes of the autograd graph: the projection of a bucket, and one that ties replicas together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from ..distributed import LocalWeight, ReplicatedWeight
 
 
 class ProjectionFunction(torch.autograd.Function):
-    """Squares, and drifts of anchors that are not full, of a batch that is staged in ``run``; the backward pass runs
-    the same program.
+    """Projects a batch that is staged in ``run``: returns its squares and, unless the anchors are full, its drifts.
+
+    The backward pass begins a run of its own of the same program.
     """
 
     @staticmethod
@@ -27,52 +29,51 @@ class ProjectionFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.program, ctx.batch, ctx.backend = program, batch, backend
         ctx.dtype, ctx.full, ctx.count = weights[0].dtype, operands.full, len(weights)
-        # Only the full form's gradient reads the weight again; for the others it is not kept alive.
+        # Only the full form's gradient reads the weight again; the other forms do not keep it alive.
         ctx.subspaces = operands.for_pull_back() if not operands.full else None
         ctx.save_for_backward(*drifts, *((*weights, *operands.pretrained) if operands.full else ()))
         return squares, *drifts
 
     @staticmethod
     def backward(ctx: Any, grad_squares: Tensor | None, *grad_drifts: Tensor | None) -> Any:  # type: ignore[override]
-        count, saved = ctx.count, ctx.saved_tensors
-        if ctx.full:
-            operands = ops.Operands(weights=saved[:count], pretrained=saved[count:])
-            drifts = [saved[0].new_empty((0, 0), dtype=ops.accumulation_dtype(ctx.dtype))] * count
-        else:
-            operands, drifts = ctx.subspaces, list(saved)
-        wanted = [i for i in range(count) if ctx.needs_input_grad[5 + i]]
-        grads: list[Tensor | None] = [None] * count
-        if wanted and not (grad_squares is None and all(grad is None for grad in grad_drifts)):
-            scales = drifts[0].new_zeros((count,)) if grad_squares is None else 2 * grad_squares
-            # Not scales[wanted]: an index by a list is sent to the GPU, which has to be waited for.
-            factors = scales if len(wanted) == count else torch.stack([scales[i] for i in wanted])
-            chosen = [drifts[i] for i in wanted]
-            if not ctx.full:
-                chosen, factors = ops.mix_drifts(chosen, [grad_drifts[i] for i in wanted], factors)
-            pulled = _pull_back(ctx, wanted, operands.pick(wanted), chosen, factors)
-            for i, grad in zip(wanted, pulled, strict=True):
-                grads[i] = grad
+        needed = ctx.needs_input_grad[-ctx.count :]
+        grads = ops.differentiate_projection(
+            needed, grad_drifts, grad_squares, partial(_restore, ctx), partial(_pull_back, ctx)
+        )
         return None, None, None, None, None, *grads
 
 
+def _restore(ctx: Any) -> tuple[ops.Operands, list[Tensor]]:
+    count, saved = ctx.count, ctx.saved_tensors
+    if not ctx.full:
+        return ctx.subspaces, list(saved)
+    drifts = [saved[0].new_empty((0, 0), dtype=ops.accumulation_dtype(ctx.dtype))] * count
+    return ops.Operands(weights=saved[:count], pretrained=saved[count:]), drifts
+
+
 def _pull_back(
-    ctx: Any, wanted: Sequence[int], operands: ops.Operands, drifts: Sequence[Tensor], factors: Tensor
+    ctx: Any, wanted: Sequence[int], operands: ops.Operands, drifts: Sequence[Tensor], scales: Tensor
 ) -> list[Tensor]:
     if torch.is_grad_enabled():
-        # A gradient of the gradient is wanted: the operator has one.
-        return ops.pull_back(operands, drifts, factors, ctx.dtype, ctx.backend)
+        # The gradient is to be differentiated itself, which only the operator can.
+        return ops.pull_back(operands, drifts, scales, ctx.dtype, ctx.backend)
     grads = ops.empty_grads(operands, ctx.dtype)
     with ops.running(ctx.program) as run:
-        staged = run.stage_pull_back(ctx.batch, wanted, operands, grads, factors, False, drifts)
+        staged = run.stage_pull_back(
+            ctx.batch, wanted, operands, grads=grads, scales=scales, accumulate=False, drifts=drifts
+        )
         run.send()
-        run.pull_back_(staged, factors)
+        run.pull_back_(staged, scales)
     return grads
 
 
-class _Together(torch.autograd.Function):
-    """Tensors as they are, after an empty one. Their gradients are passed on together and in their order, on every
-    rank alike whatever it works on: DeepSpeed ZeRO-2 averages gradients in the order in which they come. With
-    ``complete`` none is missing."""
+class _TieTogether(torch.autograd.Function):
+    """Returns an empty tensor, then the given ones as they are.
+
+    Their gradients are passed on together and in their order, on every rank alike whichever weights it works on:
+    DeepSpeed ZeRO-2 averages gradients in the order in which they arrive. With ``complete``, zeros stand for those that
+    are missing.
+    """
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, complete: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -82,19 +83,19 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, joint: Tensor | None, *grads: Tensor | None) -> Any:  # type: ignore[override]
-        found = list(grads)
+        passed = list(grads)
         for i, (shape, dtype, device) in enumerate(ctx.kinds):
-            if found[i] is None and ctx.needs_input_grad[i + 2]:
-                # One zero, seen as many.
-                found[i] = torch.zeros((), dtype=dtype, device=device).expand(shape)
-        return None, None, *found
+            if passed[i] is None and ctx.needs_input_grad[i + 2]:
+                # One zero, expanded, takes the memory of one.
+                passed[i] = torch.zeros((), dtype=dtype, device=device).expand(shape)
+        return None, None, *passed
 
 
 def gather_replicas(weights: Sequence[LocalWeight]) -> tuple[Tensor, list[Tensor]]:
-    """An empty tensor that ties the weights together in the graph, and each one's shard."""
-    joint, *shown = _Together.apply(  # type: ignore[no-untyped-call, unused-ignore]
+    """Return each weight's shard, and before them an empty tensor that ties the weights together in the graph."""
+    joint, *tied = _TieTogether.apply(  # type: ignore[no-untyped-call, unused-ignore]
         ops.accumulation_dtype(weights[0].dtype),
         any(isinstance(weight, ReplicatedWeight) and bool(weight.gradient_error) for weight in weights),
         *[weight.parameter for weight in weights],
     )
-    return joint, [weight.shard.of(tensor) for weight, tensor in zip(weights, shown, strict=True)]
+    return joint, [weight.shard.of(tensor) for weight, tensor in zip(weights, tied, strict=True)]

@@ -1,4 +1,4 @@
-"""Sums of C and of R over the ranks of process groups, and their place in the autograd graph."""
+"""Sums of C and of R over the ranks of process groups, connected to the autograd graph."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..distributed import GroupCall, PendingSum
-from .bucket import Projected
+from .bucket import ProjectedBucket
 from .pairing import AnchoredWeight
 
 
 class _AllReduce(torch.autograd.Function):
-    """``local`` replaced by its sum over ranks. Its gradient is the sum's, times ``grad_scale``: each rank's shard of W
-    reaches R through its own summand alone."""
+    """Replaces ``local`` by its sum over ranks. The gradient of ``local`` is that of the sum, times ``grad_scale``: a
+    rank's shard of W reaches R through its own summand alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, reduced: Tensor, grad_scale: float) -> Tensor:
@@ -28,31 +29,34 @@ class _AllReduce(torch.autograd.Function):
         return grad * ctx.grad_scale, None, None
 
 
-def _all_reduced(local: Tensor, reduced: Tensor, grad_scale: float) -> Tensor:
+def _replace_by_sum(local: Tensor, reduced: Tensor, grad_scale: float) -> Tensor:
     result: Tensor = _AllReduce.apply(local, reduced, grad_scale)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
 
-def start_drifts(projected: Projected, group_call: GroupCall) -> None:
-    """Begin to sum a bucket's C over the ranks of its group."""
+def start_drifts(projected: ProjectedBucket, group_call: GroupCall) -> None:
+    """Start the sum of a bucket's C over the ranks of its group."""
     projected.flat = torch.cat([drift.reshape(-1) for drift in projected.drifts])
-    # Summed in place: nothing before it in the graph needs these numbers.
+    # The sum may be formed in place, because no earlier node of the graph has saved these numbers.
     projected.drifts = []
     projected.pending = group_call.start(projected.flat.detach())
 
 
 @dataclass
 class GroupReduction:
-    """The sums of one process group on their way.
+    """The sums of one process group, started and not yet finished.
 
     Attributes:
+        group_call: carries the sums.
         members: the buckets whose weights lie in the group.
-        local: R of the weights that each rank computes whole, where there are any.
-        scalars: summed over ranks: ``local``, then a number of each rank that is finite where its weights are.
+        grad_scale: multiplies the gradient of a rank's own summand.
+        local: R of the weights that a rank works on alone; None if there are none.
+        scalars: ``local``, followed by one number of each rank, finite if that rank's weights are; summed over ranks.
+        pending: the sum of ``scalars``.
     """
 
     group_call: GroupCall
-    members: list[Projected]
+    members: list[ProjectedBucket]
     grad_scale: float
     local: Tensor | None
     scalars: Tensor
@@ -62,30 +66,35 @@ class GroupReduction:
     def start(
         cls,
         group_call: GroupCall,
-        members: list[Projected],
-        everything: Sequence[Projected],
+        members: list[ProjectedBucket],
+        shared: Sequence[ProjectedBucket],
         weights: Sequence[AnchoredWeight],
     ) -> GroupReduction:
-        """Begin to sum. ``everything``: all that this rank shares with others, so that every group of a rank hears of
-        its NaN.
+        """Start the sums.
+
+        Args:
+            group_call: carries them.
+            members: the buckets whose weights lie in the group.
+            shared: all buckets that this rank shares with others, so that each of its groups learns of its NaN.
+            weights: the weights of the call.
         """
-        own = [each.squares.sum() for each in members if each.pending is None]
-        dtype = max((each.squares.dtype for each in members), key=lambda dtype: dtype.itemsize)
+        own = [projected.squares.sum() for projected in members if projected.pending is None]
+        dtype = max((projected.squares.dtype for projected in members), key=lambda dtype: dtype.itemsize)
         scalars = torch.zeros(1 + group_call.size, dtype=dtype, device=group_call.device)
         local = None
         if own:
             local = torch.stack(own).to(group_call.device, dtype).sum()
             scalars[0] = local.detach()
-        seen = [each.squares.detach().sum().to(group_call.device, dtype) for each in everything]
-        scalars[1 + group_call.rank] = torch.stack(seen).sum()
+        sums = [projected.squares.detach().sum().to(group_call.device, dtype) for projected in shared]
+        scalars[1 + group_call.rank] = torch.stack(sums).sum()
         grad_scale = weights[members[0].bucket.members[0]].weight.grad_scale
         return cls(group_call, members, grad_scale, local, scalars, group_call.start(scalars))
 
     def finish(self) -> None:
         """Wait for the sums."""
-        for each in self.members:
-            if each.pending is not None:
-                self.group_call.finish(each.pending)
+        for projected in self.members:
+            if projected.pending is not None:
+                self.group_call.finish(projected.pending)
         self.group_call.finish(self.pending)
 
     def check_health(self) -> None:
@@ -93,15 +102,15 @@ class GroupReduction:
         self.group_call.check_health(self.scalars[1:].tolist())
 
     def summands(self, weights: Sequence[AnchoredWeight]) -> list[Tensor]:
-        """R of the group's weights, in summands; the drifts of ``members`` become the sums over ranks."""
+        """Return R of the group's weights, in summands; store the sums of C as the drifts of ``members``."""
         first = self.scalars[0]
-        found = [first if self.local is None else _all_reduced(self.local, first, self.grad_scale)]
-        for each in self.members:
-            if each.pending is None or each.flat is None:
+        summands = [first if self.local is None else _replace_by_sum(self.local, first, self.grad_scale)]
+        for projected in self.members:
+            if projected.pending is None or projected.flat is None:
                 continue
-            reduced = _all_reduced(each.flat, each.pending.tensor, self.grad_scale)
-            found.append(reduced.square().sum())
-            ranks = [weights[i].anchor.rank for i in each.bucket.members]
-            pieces = torch.split(reduced.detach(), [rank * rank for rank in ranks])
-            each.drifts = [piece.view(rank, rank) for piece, rank in zip(pieces, ranks, strict=True)]
-        return found
+            reduced = _replace_by_sum(projected.flat, projected.pending.tensor, self.grad_scale)
+            summands.append(reduced.square().sum())
+            anchor_ranks = [weights[i].anchor.rank for i in projected.bucket.members]
+            drifts = torch.split(reduced.detach(), [rank * rank for rank in anchor_ranks])
+            projected.drifts = [drift.view(rank, rank) for drift, rank in zip(drifts, anchor_ranks, strict=True)]
+        return summands

@@ -5,13 +5,13 @@
 few launches.
 """
 
-from .buckets import BucketLimits, WeightSpec, plan_buckets
+from .buckets import BucketLimits, WeightSpec, intermediate_parts, limits_of, plan_buckets
 from .dispatch import arithmetic_id, available_backends, requested_backend, resolve_backend, use_backend
 from .operands import Operands
 from .programs import prepare_program
 from .reference import accumulation_dtype
 from .runs import Program, Run, running
-from .torch_ops import empty_grads, make_ready, mix_drifts, project_drift, pull_back, pull_back_
+from .torch_ops import differentiate_projection, empty_grads, make_ready, project_drift, pull_back, pull_back_
 
 __all__ = [
     "BucketLimits",
@@ -22,9 +22,11 @@ __all__ = [
     "accumulation_dtype",
     "arithmetic_id",
     "available_backends",
+    "differentiate_projection",
     "empty_grads",
+    "intermediate_parts",
+    "limits_of",
     "make_ready",
-    "mix_drifts",
     "plan_buckets",
     "prepare_program",
     "project_drift",

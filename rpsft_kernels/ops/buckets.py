@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -11,7 +11,7 @@ class WeightSpec:
     """One weight as the planner sees it: ``rows`` x ``cols`` at ``rank`` (0 for a full anchor).
 
     ``key`` names what must be equal for weights to share a launch (form, dtypes, device). ``parts`` is how many
-    bfloat16 numbers make up one of an intermediate's: 1 in the base form with U and V in bfloat16, else 3.
+    bfloat16 parts hold one number of an intermediate (:func:`intermediate_parts`).
     """
 
     rows: int
@@ -49,6 +49,36 @@ class BucketLimits:
     workspace_bytes: int = 192 << 20
     drift_bytes: int = 192 << 20
     one_orientation: bool = True
+
+
+# On the CPU many weights in one call save only the cost of the calls themselves, which matters for small weights at
+# small ranks. The backward pass holds the gradients of a bucket.
+CPU_LIMITS = BucketLimits(weights=8, drift_bytes=1 << 20, elements=16 << 20, one_orientation=False)
+# Drifts that are summed over processes are better sent in few pieces.
+CPU_LIMITS_OF_SHARDS = BucketLimits(weights=8, drift_bytes=16 << 20, one_orientation=False)
+
+
+def limits_of(device_types: Iterable[str], summed: bool) -> BucketLimits:
+    """Return the limits of one call's buckets.
+
+    Devices decide them, not backends: all ranks must form the same buckets, and each may have a backend of its own.
+
+    Args:
+        device_types: the type of each weight's device.
+        summed: whether drifts of some of the weights are summed over processes.
+    """
+    if all(device_type == "cpu" for device_type in device_types):
+        return CPU_LIMITS_OF_SHARDS if summed else CPU_LIMITS
+    return BucketLimits()
+
+
+def intermediate_parts(subtracts_base: bool, bfloat16_subspaces: bool) -> int:
+    """Return how many bfloat16 parts hold one number of an intermediate in the Triton kernels.
+
+    Those need the most workspace of all backends, and all ranks must form the same buckets, whichever they run. One
+    part is enough where the intermediate is as small as the drift.
+    """
+    return 1 if subtracts_base and bfloat16_subspaces else 3
 
 
 def plan_buckets(specs: Sequence[WeightSpec], limits: BucketLimits | None = None) -> list[list[int]]:

@@ -167,7 +167,45 @@ def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tenso
     _save(ctx, output[0], *operands.for_pull_back())
 
 
-def mix_drifts(
+def differentiate_projection(
+    needed: Sequence[bool],
+    grad_drifts: Sequence[Tensor | None],
+    grad_squares: Tensor | None,
+    restore: Callable[[], tuple[Operands, list[Tensor]]],
+    pull: Callable[[list[int], Operands, list[Tensor], Tensor], Sequence[Tensor]],
+) -> list[Tensor | None]:
+    """Turn gradients of a projection's outputs into gradients of its N weights.
+
+    Both ways to project differentiate here: the operator, and the programs of a plan.
+
+    Args:
+        needed: whether each weight needs a gradient.
+        grad_drifts: of each drift; not read for full anchors, whose drifts are empty.
+        grad_squares: (N,), of the squared norms.
+        restore: returns the operands for ``pull_back`` and the drifts of all N weights. It is called only if there is
+            a gradient to compute, and so are saved tensors only read then.
+        pull: pulls some of the weights back, given their places, operands, drifts and scales.
+
+    Returns:
+        N gradients, None for those that are not needed or zero.
+    """
+    grads: list[Tensor | None] = [None] * len(needed)
+    wanted = [i for i, need in enumerate(needed) if need]
+    if not wanted or (grad_squares is None and all(g is None for g in grad_drifts)):
+        return grads
+    operands, drifts = restore()
+    scales = drifts[0].new_zeros((len(drifts),)) if grad_squares is None else 2 * grad_squares
+    # scales[wanted] would send the list to the GPU as an index, and wait for it.
+    factors = scales if len(wanted) == len(drifts) else torch.stack([scales[i] for i in wanted])
+    chosen = [drifts[i] for i in wanted]
+    if not operands.full:
+        chosen, factors = _mix_drifts(chosen, [grad_drifts[i] for i in wanted], factors)
+    for i, grad in zip(wanted, pull(wanted, operands.pick(wanted), chosen, factors), strict=True):
+        grads[i] = grad
+    return grads
+
+
+def _mix_drifts(
     drifts: list[Tensor], grad_drifts: Sequence[Tensor | None], scales: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """Combine the gradients of both outputs into one gradient of C, as drifts and scales for ``pull_back``."""
@@ -183,22 +221,16 @@ def mix_drifts(
 def _backward_of_projection(
     ctx: Any, grad_drifts: Sequence[Tensor | None], grad_squares: Tensor | None
 ) -> tuple[Any, ...]:
-    grads, *nothing = [[None] * size for size in ctx.sizes]
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[0]) if needed]
-    if not wanted or (grad_squares is None and all(g is None for g in grad_drifts)):
-        return (grads, *nothing, None)
-    drifts, *fields = _restore(ctx)
-    operands = Operands(*fields).pick(wanted)
-    scales = drifts[0].new_zeros((len(drifts),)) if grad_squares is None else 2 * grad_squares
-    # scales[wanted] would send the list to the GPU as an index, and wait for it.
-    factors = scales if len(wanted) == len(drifts) else torch.stack([scales[i] for i in wanted])
-    chosen = [drifts[i] for i in wanted]
-    if not operands.full:
-        chosen, factors = mix_drifts(chosen, [grad_drifts[i] for i in wanted], factors)
-    pulled: list[Any] = _pull_back(*_leading_lists(operands), chosen, factors, ctx.dtype, ctx.backend)
-    for i, grad in zip(wanted, pulled, strict=True):
-        grads[i] = grad
-    return (grads, *nothing, None)
+    def restore() -> tuple[Operands, list[Tensor]]:
+        drifts, *fields = _restore(ctx)
+        return Operands(*fields), drifts
+
+    def pull(_: list[int], operands: Operands, drifts: list[Tensor], scales: Tensor) -> list[Tensor]:
+        return pull_back(operands, drifts, scales, ctx.dtype, ctx.backend)
+
+    grads = differentiate_projection(ctx.needs_input_grad[0], grad_drifts, grad_squares, restore, pull)
+    # The backend's name has no gradient, and the anchors' tensors are constants.
+    return (grads, *([None] * size for size in ctx.sizes[1:]), None)
 
 
 def _save_pull(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

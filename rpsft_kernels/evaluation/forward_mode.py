@@ -1,0 +1,32 @@
+"""Tangents of forward-mode differentiation are refused: the operations would lose them, and the derivative be zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..private_names import in_forward_mode
+from .pairing import AnchoredWeight
+
+
+def check_tangents(weights: Sequence[AnchoredWeight]) -> None:
+    """Raise a ValueError if a weight has a tangent."""
+    # Whether any tensor may have one is asked once, so that a step does not look at each weight.
+    if torch.compiler.is_compiling() or not in_forward_mode():
+        return
+    for anchored in weights:
+        check_tangent(anchored.weight.parameter, anchored.name)
+
+
+def check_tangent(tensor: Tensor, name: str) -> None:
+    """Raise a ValueError under ``name`` if the tensor has a tangent."""
+    if torch.compiler.is_compiling() or not in_forward_mode():
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call, unused-ignore]
+        raise ValueError(
+            f"{name}: got a tensor with a tangent of forward-mode differentiation, expected one without: only backward "
+            "passes are implemented; torch.autograd.functional.jvp computes the same derivative from those"
+        )
