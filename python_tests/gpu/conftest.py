@@ -20,7 +20,7 @@ def _a_gpu() -> None:
 
 @pytest.fixture(autouse=True)
 def _memory_is_given_back() -> Iterator[None]:
-    """What one test has held must be there for the next test of another process."""
+    """Free the memory of each test for the next test of another process."""
     yield
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

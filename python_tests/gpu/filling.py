@@ -70,7 +70,7 @@ def make_inputs(
             for bases, size in ((inputs.lefts, m), (inputs.rights, n)):
                 bases.append(torch.linalg.qr(normal(size, case.rank, 1.0)).Q.contiguous().to(case.basis))
         if case.form == "block":
-            # As anchors make it: of the weight as it lies.
+            # Anchors make the block of the weight in the same layout.
             lies = [laid_out(pretrained, case.layout)]
             (block,), _ = ops.project_drift(ops.Operands(lies, inputs.lefts[-1:], inputs.rights[-1:]), "triton")
             inputs.blocks.append(block)
@@ -91,7 +91,7 @@ def step(inputs: Inputs) -> tuple[list[Tensor], Tensor]:
 
 
 def findings(case: Case, inputs: Inputs, drifts: Sequence[Tensor], squares: Tensor) -> Iterator[str]:
-    """What of a step's results is not what float64 makes of the same inputs."""
+    """The results of a step that differ from those of float64 for the same inputs."""
     for i, weight in enumerate(inputs.weights):
         base = inputs.bases[i].to(case.dtype) if inputs.bases else None
         moved = weight.double() if base is None else weight.double() - base.double()

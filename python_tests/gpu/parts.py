@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# What a command ends with that found nothing to do here, and said why in its last line.
+# The status of a command that has nothing to do here; its last line says why.
 SKIPPED = 77
-# How long a process that is told to end may take to say how far it came.
+# Seconds that a terminated process has to say how far it came.
 _GRACE = 8.0
 _POLL = 0.1
 Result = Literal["passed", "failed", "timed out", "stopped", "skipped"]
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a JUnit file counts, and why tests were skipped."""
+    """The counts of a JUnit file, and the reasons why tests were skipped."""
 
     passed: int
     failed: int
@@ -53,7 +53,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended; ``note`` is the last line that it printed."""
+    """The result of a part; ``note`` is the last line that it printed."""
 
     part: Part
     result: Result
@@ -126,9 +126,13 @@ def run_part(part: Part, folder: Path, stop: threading.Event) -> Outcome:
         try:
             # A session of its own: what the part has started ends with it.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env={**os.environ, **dict(part.environment)}, start_new_session=True,
-            )  # fmt: skip
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **dict(part.environment)},
+                start_new_session=True,
+            )
         except OSError as error:
             output.write(f"{command[0]}: {error.strerror}\n")
             process = None
@@ -175,7 +179,7 @@ def last_line(log: Path) -> str:
 
 
 def read_counts(report: Path) -> Counts | None:
-    """What a JUnit file counts; None where there is none that can be read."""
+    """The counts of a JUnit file; None if it cannot be read."""
     try:
         root = ElementTree.parse(report).getroot()
     except (OSError, ElementTree.ParseError):
@@ -186,9 +190,7 @@ def read_counts(report: Path) -> Counts | None:
             total[name] += int(suite.get(name, "0"))
     reasons = Counter(skip.get("message", "") for skip in root.iter("skipped"))
     failed = total["failures"] + total["errors"]
-    return Counts(
-        total["tests"] - failed - total["skipped"], failed, total["skipped"], tuple(sorted(reasons.items()))
-    )  # fmt: skip
+    return Counts(total["tests"] - failed - total["skipped"], failed, total["skipped"], tuple(sorted(reasons.items())))
 
 
 # -- what is told ------------------------------------------------------------------------------------------

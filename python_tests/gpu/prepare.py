@@ -1,4 +1,4 @@
-"""What a run on a GPU needs built, inside the working tree: the native module, and kernels that belong to its sources.
+"""Builds what a run on a GPU needs inside the working tree: the native module, and the kernels of its sources.
 
     python python_tests/gpu/prepare.py native | kernels
 
@@ -61,7 +61,7 @@ def kernels() -> str:
 
 
 def stale(folder: Path, capability: int) -> str:
-    """Why a folder's kernels are not all that this GPU and these sources ask for; "" where they are."""
+    """Why a folder's kernels are not all that this GPU and these sources ask for; "" if they are."""
     from rpsft_kernels.ops.triton.aot.library import Library
 
     try:

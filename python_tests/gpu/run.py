@@ -50,11 +50,9 @@ def parts(cpu_tests: bool = False) -> list[Part]:
         Part("quick self-test", (*package, "selftest", "--device", "cuda", "--quick"), 60, alone=True),
         Part("self-test", (*package, "selftest", "--device", "cuda"), 120, alone=True),
         pytest_part("tests of GPUs", 150, str(HERE), "-n", "3"),
-        pytest_part(
-            "tests of every device", 150, "python_tests", f"--ignore={HERE}", "--device-tests=only", "-n", "8"
-        ),
+        pytest_part("tests of every device", 150, "python_tests", f"--ignore={HERE}", "--device-tests=only", "-n", "8"),
         *map(sanitizer_part, ("memcheck", "initcheck", "racecheck")),
-    ]  # fmt: skip
+    ]
     if cpu_tests:
         found.append(pytest_part("tests of CPUs", 600, "python_tests", "--device-tests=none", "-n", "8"))
     return found

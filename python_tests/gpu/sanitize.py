@@ -21,9 +21,9 @@ from pathlib import Path
 SKIPPED = 77
 HERE = Path(__file__).resolve().parent
 TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "initcheck": [], "synccheck": []}
-# Where a toolkit puts it that has not put it onto the PATH.
+# The place of a toolkit that is not on the PATH.
 _PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
-# Of the tool's own: a report of a kernel ends the program with it, and anything else that goes wrong does not.
+# The tool ends with this status after a report about a kernel, and with another one after any other failure.
 _REPORTED = 9
 # PyTorch has a reduce_kernel too, inside a namespace and with template arguments.
 _OURS = re.compile(r"(?<![\w:])(?:project|drift|reduce|squares|pull|gradient|full_drift|full_gradient)_kernel(?![\w<])")
@@ -55,7 +55,7 @@ def reports(lines: Iterable[str]) -> Iterator[Report]:
 
 
 def _is_report(block: Sequence[str]) -> bool:
-    # What frames the run ("COMPUTE-SANITIZER", "ERROR SUMMARY: ...", "RACECHECK SUMMARY: ...") stands alone.
+    # Lines that frame the run ("COMPUTE-SANITIZER", "ERROR SUMMARY: ...", "RACECHECK SUMMARY: ...") stand alone.
     return not re.match(r"COMPUTE-SANITIZER|\w+ SUMMARY|Target application|end$", block[0])
 
 

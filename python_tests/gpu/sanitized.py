@@ -1,4 +1,4 @@
-"""What sanitize.py runs under compute-sanitizer: every group of variants once, at small odd shapes, on the GPU at hand.
+"""The program that sanitize.py runs under compute-sanitizer: every group of variants once, at small odd shapes.
 
 The most used come first; after as many seconds as its argument says no more begin, and the last line says how many ran.
 """
@@ -70,11 +70,17 @@ def run(case: Case, device: torch.device, backend: str = "triton") -> None:
     """Every launch of one case; results are looked at elsewhere."""
     problems = [
         make_problem(
-            case.form, (m, n), k, case.dtype, basis_dtype=case.basis, base_dtype=case.base, layout=case.layout,
+            case.form,
+            (m, n),
+            k,
+            case.dtype,
+            basis_dtype=case.basis,
+            base_dtype=case.base,
+            layout=case.layout,
             device=device,
         )
         for m, n, k in case.shapes
-    ]  # fmt: skip
+    ]
     operands = operands_of(problems)
     drifts, squares = ops.project_drift(operands, backend)
     grads = [

@@ -22,7 +22,7 @@ with rk.use_backend("triton"):
 
 
 def said(cache: Path, **variables: str) -> str:
-    """What a process prints that makes one step; its records of self-tests are in ``cache``."""
+    """Run a process that makes one step, with records of self-tests in ``cache``; returns what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "RPSFT_SELFTEST"}
     environment |= {"XDG_CACHE_HOME": str(cache), **variables}
     command = [sys.executable, "-c", PROGRAM]

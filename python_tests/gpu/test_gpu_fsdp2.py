@@ -160,5 +160,5 @@ def test_training_stays_with_the_unsharded_model(kind: str, call: str, group: st
     for name, value in alone.items():
         distance = (value - start[name]).norm()
         assert float(distance) > 0
-        # Of the penalty's gradient alone a hundredth may differ, and it is a part of the whole.
+        # The penalty's gradient alone may differ by a hundredth, and it is only one summand.
         assert float((found[name] - value).norm()) < 0.01 * float(distance), name

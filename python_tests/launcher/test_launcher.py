@@ -37,7 +37,7 @@ def native() -> str:
 
 
 def run(*arguments: str | Path, driver: str | Path) -> str:
-    """What a fresh interpreter prints; the driver is chosen once per process."""
+    """Run a fresh interpreter, because the driver is chosen once per process; returns what it prints."""
     environment = {**os.environ, "RPSFT_CUDA_DRIVER": str(driver)}
     done = subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

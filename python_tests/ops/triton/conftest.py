@@ -19,7 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @pytest.fixture(autouse=True)
 def _poisoned_workspaces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # What other tests have left holds their numbers.
+    # Memory that other tests have freed still holds their numbers.
     monkeypatch.setattr(scratch, "_scratches", weakref.WeakValueDictionary())
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

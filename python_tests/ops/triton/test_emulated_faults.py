@@ -1,4 +1,4 @@
-"""That the emulator sees what would be wrong in the kernels: waits, barriers and stores taken out of their PTX, plans
+"""The emulator sees faults in the kernels: waits, barriers and stores taken out of their PTX, plans
 that do not pad, alignment that is only claimed, and what older compilers make of them.
 """
 

@@ -32,9 +32,17 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Ten weights of different shapes and ranks in one launch: nothing divides a tile, both orientations, every tile class.
 TEN = (
-    (1, 1, 1), (5, 3, 1), (5, 3, 3), (33, 257, 1), (33, 257, 17),
-    (200, 64, 3), (200, 64, 48), (576, 49, 17), (576, 49, 48), (140, 150, 130),
-)  # fmt: skip
+    (1, 1, 1),
+    (5, 3, 1),
+    (5, 3, 3),
+    (33, 257, 1),
+    (33, 257, 17),
+    (200, 64, 3),
+    (200, 64, 48),
+    (576, 49, 17),
+    (576, 49, 48),
+    (140, 150, 130),
+)
 FEW = ((33, 257, 17), (200, 64, 48), (64, 96, 32), (5, 3, 2))
 
 
@@ -151,12 +159,12 @@ def check_gradients(
 def test_full_anchors(dtype: torch.dtype, layout: Layout, device: torch.device) -> None:
     shapes = ((1, 1, 0), (5, 3, 0), (33, 257, 0), (64, 96, 0))
     problems = problems_of(shapes, "full", dtype, device, layout=layout)
-    weights, _, _, bases, _ = operands_of(problems)
+    weights, _, _, pretrained, _ = operands_of(problems)
     drifts, squares = project(problems)
     scales = torch.linspace(0.5, 2.0, len(shapes), device=device)
     before = [random_matrix(m, n, dtype, seed=i, device=device) for i, (m, n, _) in enumerate(shapes)]
     grads = [laid_out(grad, layout) for grad in before]
-    ops.pull_back_(grads, ops.Operands(weights, pretrained=bases), drifts, scales, True, "triton")
+    ops.pull_back_(grads, ops.Operands(weights, pretrained=pretrained), drifts, scales, True, "triton")
     for i, problem in enumerate(problems):
         moved = exact_drift(problem.weight, problem)
         assert drifts[i].shape == (0, 0)
@@ -168,17 +176,17 @@ def test_full_anchors(dtype: torch.dtype, layout: Layout, device: torch.device) 
 
 
 def test_gradients_of_another_dtype_than_the_drift(device: torch.device) -> None:
-    weights, _, _, bases, _ = operands_of(problems_of(((33, 40, 0),), "full", torch.bfloat16, device))
+    weights, _, _, pretrained, _ = operands_of(problems_of(((33, 40, 0),), "full", torch.bfloat16, device))
     grads = [torch.zeros(33, 40, device=device)]
     ops.pull_back_(
         grads,
-        ops.Operands(weights, pretrained=bases),
+        ops.Operands(weights, pretrained=pretrained),
         [torch.empty(0, 0)],
         torch.ones(1, device=device),
         True,
         "triton",
     )
-    assert relative_error(grads[0], weights[0].double() - bases[0].double()) <= 1e-6
+    assert relative_error(grads[0], weights[0].double() - pretrained[0].double()) <= 1e-6
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
@@ -208,14 +216,14 @@ def test_aligned_operands_take_the_vector_and_descriptor_paths(
 def test_phases_with_different_tiles_leave_no_gaps(
     coarse: tuple[str, str], monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    """What one phase writes of T and P covers what the next one reads, whatever the tables say."""
+    """One phase writes all of T and P that the next one reads, whatever the tables say."""
     shipped = variants.tile_config
 
-    def mixed(architecture: str, phase: str, rank: int, operands: str) -> TileConfig:
+    def mix_tiles(architecture: str, phase: str, rank: int, operands: str) -> TileConfig:
         edge = 64 if phase in coarse else 32
         return replace(shipped(architecture, phase, rank, operands), block_m=edge, block_n=edge, block_k=edge)
 
-    monkeypatch.setattr(variants, "tile_config", mixed)
+    monkeypatch.setattr(variants, "tile_config", mix_tiles)
     for plan in (project_drift.plan_forward, pull_back.plan_backward):
         plan.cache_clear()
     shapes = ((20, 70, 16), (70, 20, 5), (40, 33, 32), (33, 130, 33))
@@ -237,13 +245,13 @@ def test_split_sums(device: torch.device) -> None:
 
 def test_empty_weights_and_groups(device: torch.device) -> None:
     problems = problems_of(((5, 3, 2), (4, 6, 3)), "base", torch.float32, device)
-    weights, lefts, rights, bases, _ = operands_of(problems)
+    weights, lefts, rights, pretrained, _ = operands_of(problems)
     for lost in ((0, 3, 2), (5, 0, 2)):
         m, n, k = lost
         empty = [torch.empty(m, n, device=device), *weights]
         us = [torch.ones(m, k, dtype=torch.bfloat16, device=device), *lefts]
         vs = [torch.ones(n, k, dtype=torch.bfloat16, device=device), *rights]
-        drifts, squares = ops.project_drift(ops.Operands(empty, us, vs, [empty[0], *bases]), "triton")
+        drifts, squares = ops.project_drift(ops.Operands(empty, us, vs, [empty[0], *pretrained]), "triton")
         assert not drifts[0].any()
         assert squares[0] == 0
         check_drifts(problems, drifts[1:], squares[1:])
@@ -278,21 +286,21 @@ def test_inputs_are_not_written(device: torch.device) -> None:
 def test_blocks_and_drifts_may_lie_anywhere(device: torch.device) -> None:
     """At any address, they give the bits that they give at a multiple of 16 bytes."""
 
-    def moved(matrix: Tensor) -> Tensor:
-        lies = torch.empty(matrix.numel() + 1, device=device)[1:].view(matrix.shape).copy_(matrix)
-        assert lies.data_ptr() % 16 != 0
-        return lies
+    def misalign(matrix: Tensor) -> Tensor:
+        copy = torch.empty(matrix.numel() + 1, device=device)[1:].view(matrix.shape).copy_(matrix)
+        assert copy.data_ptr() % 16 != 0
+        return copy
 
     weights, lefts, rights, _, blocks = operands_of(
         problems_of(((33, 257, 16), (200, 64, 48)), "block", HALF[0], device)
     )
     drifts, squares = ops.project_drift(ops.Operands(weights, lefts, rights, [], blocks), "triton")
     others, _ = ops.project_drift(
-        ops.Operands(weights, lefts, rights, [], [moved(block) for block in blocks]), "triton"
+        ops.Operands(weights, lefts, rights, [], [misalign(block) for block in blocks]), "triton"
     )
     grads = ops.pull_back(ops.Operands(lefts=lefts, rights=rights), drifts, squares, HALF[0], "triton")
     pulled = ops.pull_back(
-        ops.Operands(lefts=lefts, rights=rights), [moved(drift) for drift in drifts], squares, HALF[0], "triton"
+        ops.Operands(lefts=lefts, rights=rights), [misalign(drift) for drift in drifts], squares, HALF[0], "triton"
     )
     for one, other in zip(drifts + grads, others + pulled, strict=True):
         assert torch.equal(one, other)

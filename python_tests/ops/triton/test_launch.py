@@ -20,7 +20,7 @@ ARGUMENTS = tuple(torch.zeros(4) for _ in range(3))
 
 
 class Kernels:
-    """What is found for a launch, one after the other: functions that start it, or errors."""
+    """The results of looking for a launch's kernel, one after the other: functions that start it, or errors."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: list[Any] = []

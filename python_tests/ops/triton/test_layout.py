@@ -31,6 +31,6 @@ def test_the_drift_is_from_the_base_as_the_weight_would_hold_it(
     scales = torch.full((1,), 2.0, device=device)
     ops.pull_back_([grad], Operands([weight], pretrained=[base]), empty, scales, False, "triton")
     torch.testing.assert_close(grad, 2 * (weight.float() - held.float()), rtol=1e-6, atol=0)
-    # Where the model was only cast there is no drift at all.
+    # A model that was only cast has no drift at all.
     (drift,), squares = ops.project_drift(Operands([held], [left], [right], [base]), "triton")
     assert not drift.any() and not squares.any()

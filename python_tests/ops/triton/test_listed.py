@@ -1,4 +1,4 @@
-"""What the operations ask the launcher for, against the list of kernels that are compiled ahead of time: both ways.
+"""The operations ask for exactly the kernels that are listed, and so compiled ahead of time.
 
 The operations are called with everything that anchors, ``project`` and their gradients call them with; the launches are
 only written down.
@@ -20,7 +20,7 @@ import rpsft_kernels as rk
 from planned import planned_for
 from rpsft_kernels import ops
 from rpsft_kernels.anchors.anchor import Anchor
-from rpsft_kernels.anchors.tensors import computed_block, padded
+from rpsft_kernels.anchors.tensors import compute_block, pad_rows
 from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.ops.triton import backend as triton_backend
 from rpsft_kernels.ops.triton.aot.targets import DESCRIPTORS
@@ -103,8 +103,8 @@ def lying(shape: tuple[int, int], dtype: torch.dtype, kind: str) -> Tensor:
 
 
 def basis(rows: int, rank: int, dtype: torch.dtype) -> Tensor:
-    """As anchors hold them where vectors can read that, else with rows of an odd length."""
-    return torch.empty(rows, rank, dtype=dtype) if rank % 4 else padded(torch.empty(rows, rank, dtype=dtype))
+    """A basis as anchors hold it where vectors can read that, else with rows of an odd length."""
+    return torch.empty(rows, rank, dtype=dtype) if rank % 4 else pad_rows(torch.empty(rows, rank, dtype=dtype))
 
 
 def all_calls() -> Iterator[tuple[Any, Callable[[], object]]]:
@@ -208,7 +208,7 @@ def test_every_form_is_anchored_evaluated_and_pulled_back(
                 penalty = rk.rotation_penalty(weight, anchor)
                 (gradient,) = torch.autograd.grad(penalty, weight, create_graph=True)
                 gradient.square().sum().backward()
-                # Of a sum the incoming gradient is one number, seen as many.
+                # The gradient of a sum is one number, expanded to a matrix.
                 (gradient,) = torch.autograd.grad(rk.rotation_penalty(weight, anchor), weight, create_graph=True)
                 gradient.sum().backward()
     assert {"project", "drift", "pull", "gradient"} <= {variant.kernel for variant in one_of_each.by}
@@ -231,17 +231,20 @@ def test_parts_of_weights(one_of_each: Asked, keep_base: bool) -> None:
     """Rows, columns, both, and flat ranges: their blocks when they are anchored, and each of their matrices later."""
     shape, rank = (48, 80), 16
     parts = [
-        Shard.rectangle(shape, (0, 24), (0, 80)), Shard.rectangle(shape, (0, 48), (40, 80)),
-        Shard.rectangle(shape, (13, 14), (3, 80)), Shard.range(shape, 0, 48 * 40), Shard.range(shape, 7, 48 * 40 + 13),
+        Shard.rectangle(shape, (0, 24), (0, 80)),
+        Shard.rectangle(shape, (0, 48), (40, 80)),
+        Shard.rectangle(shape, (13, 14), (3, 80)),
+        Shard.range(shape, 0, 48 * 40),
+        Shard.range(shape, 7, 48 * 40 + 13),
         Shard.range(shape, 165, 170),
-    ]  # fmt: skip
+    ]
     with ops.use_backend("triton"):
         for part, dtype, basis_dtype in product(parts, DTYPES, BASES):
             one_of_each.call = (part, dtype, basis_dtype)
             local = torch.randn(part.local_shape).to(dtype)
             held = part.bounds.shape
-            left, right = (padded(torch.randn(size, rank).to(basis_dtype)) for size in held)
-            block, _ = computed_block(local, left, right, part)
+            left, right = (pad_rows(torch.randn(size, rank).to(basis_dtype)) for size in held)
+            block, _ = compute_block(local, left, right, part)
             for tile, view in part.views(local):
                 rows, cols = tile.within(part.bounds)
                 bases = [view.clone()] if keep_base else []
@@ -273,7 +276,7 @@ def test_project_takes_bases_of_any_dtype(one_of_each: Asked) -> None:
 
 
 def test_the_operations_take_bases_of_two_dtypes(one_of_each: Asked) -> None:
-    """As the other backends do: both are read as float32."""
+    """Both are read as float32, as the other backends do it."""
     weight, left, right = torch.zeros(20, 24), torch.zeros(20, 8).half(), torch.zeros(24, 8).bfloat16()
     drifts, squares = ops.project_drift(ops.Operands([weight], [left], [right]), "triton")
     ops.pull_back_([weight], ops.Operands(lefts=[left], rights=[right]), drifts, squares, True, "triton")

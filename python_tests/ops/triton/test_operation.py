@@ -1,4 +1,4 @@
-"""What staging an operation again costs: nothing, columns of the table, or a new plan; on the CPU, nothing launched."""
+"""The cost of staging an operation again: nothing, columns of the table, or a new plan. Nothing is launched."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RANK = 8
 
 
 class Bench:
-    """A table of its own and scratch memory, and what preparing and changing cost."""
+    """A table and scratch memory; counts the launches that are prepared and the columns that change."""
 
     def __init__(self) -> None:
         self.table = Table(CPU, 16)
@@ -47,7 +47,7 @@ class Bench:
         self.table.send()
 
     def changed(self) -> set[str]:
-        """Columns that differ from when this was last asked, on the device."""
+        """The columns on the device that differ from those of the last call."""
         used = self.table._used
         now = self.table.memory.numpy().reshape(self.table.host.shape)[:used].copy()
         assert np.array_equal(now, self.table.host[:used]), "everything was sent"
@@ -108,8 +108,10 @@ def test_rows_are_in_the_order_of_the_groups(bench: Bench) -> None:
     assert bench.column(operation, "WEIGHT") == [addresses[i] for i in (0, 2, 1)]
     assert bench.column(operation, "NUMBER") == [2, 4, 3], "squares lie by the weights' places, from the batch's first"
     assert bench.column(operation, "LEFT") == [
-        operands.lefts[0].data_ptr(), operands.lefts[2].data_ptr(), operands.rights[1].data_ptr()
-    ]  # fmt: skip
+        operands.lefts[0].data_ptr(),
+        operands.lefts[2].data_ptr(),
+        operands.rights[1].data_ptr(),
+    ]
 
 
 def test_other_weights_that_lie_alike_move_their_column_alone(bench: Bench) -> None:
@@ -167,7 +169,7 @@ def test_what_lies_otherwise_is_planned_anew_on_the_same_rows(what: str, bench: 
 
 
 def test_casts_of_an_anchor_are_made_anew_and_live_until_the_next(bench: Bench) -> None:
-    """What the kernels cannot read as it is; only columns of the table change with it."""
+    """Kernels cannot read these anchors as they are; the casts change only columns of the table."""
     operation = projection(bench)
     operands = anchored(matrices(), basis=torch.float16, base=torch.float64)
     operation.stage(operands, None)

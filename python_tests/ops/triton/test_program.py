@@ -55,7 +55,7 @@ def check_step(program: TritonProgram, given: Operands, grow: Callable[[], None]
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each copy of a table had."""
+    """The numbers of rows of all copies of a table."""
     found: list[int] = []
 
     def copy_rows(source: Any, target: Tensor) -> None:
@@ -159,7 +159,7 @@ def test_runs_at_a_time_have_tables_and_squares_of_their_own(device: torch.devic
 
 
 def test_another_profile_makes_other_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a driver has refused the kernels of a tile table."""
+    """So it is after a driver has refused the kernels of a tile table."""
     program = TritonProgram(device, [len(SMALL)])
     with running(program) as first:
         pass

@@ -52,7 +52,7 @@ def test_a_stream_has_one_as_long_as_it_is_used() -> None:
 
 
 def test_no_memory_leaves_nothing_that_looks_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was bound to the buffers that are gone is stale, and the same request may succeed later."""
+    """Launches that were bound to freed buffers are stale, and the same request may succeed later."""
     scratch = Scratch(CPU)
     scratch.reserve(Sizes(planes=100, slots=10))
     empty = scratch._empty

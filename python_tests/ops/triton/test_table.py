@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each copy had."""
+    """The numbers of rows of all copies."""
     found: list[int] = []
 
     def copy_rows(source: np.ndarray, target: torch.Tensor) -> None:
@@ -91,7 +91,7 @@ def test_scales_are_float32_numbers_of_the_rows() -> None:
     rows.write(SCALE, float_bits(scales))
     numbers = place_scales(rows, [0, 1, 2], None)
     table.send()
-    # As a kernel reads them: by the row's number, from the argument ``scales``.
+    # A kernel reads them like this: by the row's number, from the argument ``scales``.
     assert numbers[column(rows, "NUMBER")].tolist() == torch.tensor(scales).tolist()
     assert numbers.data_ptr() % 16 == 0
 

@@ -32,8 +32,15 @@ def test_every_table_answers_every_question(architecture: str) -> None:
 def test_a_device_takes_the_newest_table_that_is_not_newer() -> None:
     found = {capability: cuda_architecture(capability) for capability in (80, 86, 89, 90, 100, 103, 120, 121)}
     assert found == {
-        80: "sm_80", 86: "sm_86", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100", 120: "sm_120", 121: "sm_120"
-    }  # fmt: skip
+        80: "sm_80",
+        86: "sm_86",
+        89: "sm_86",
+        90: "sm_90",
+        100: "sm_100",
+        103: "sm_100",
+        120: "sm_120",
+        121: "sm_120",
+    }
     with pytest.raises(ValueError, match=r"compute capability 7\.5.*8\.0"):
         cuda_architecture(75)
 

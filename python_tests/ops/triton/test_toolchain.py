@@ -1,4 +1,4 @@
-"""What compiling and starting kernels takes, found without importing triton."""
+"""The requirements of compiling and starting kernels are found without importing triton."""
 
 from __future__ import annotations
 

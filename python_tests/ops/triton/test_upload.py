@@ -57,7 +57,7 @@ class Memory:
 
 
 class Gpu:
-    """What is queued, and on which stream; pinned memory that no capture may ask for."""
+    """Records the copies and their streams; no capture may ask for pinned memory."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.queued: list[tuple[str, str, Any]] = []

@@ -75,7 +75,7 @@ class Hopper(World):
         self.monkeypatch.setattr(jit, "_refusals", {})
 
     def start(self, name: str, arguments: tuple[torch.Tensor, ...] | None = None) -> str:
-        """What the error says; "" where it was launched."""
+        """The error's message; "" where the kernel was launched."""
         variant = VARIANTS[name]
         try:
             launch(variant, 3, DEVICE, *(arguments or tuple(torch.zeros(8) for _ in ARGUMENTS[name])))

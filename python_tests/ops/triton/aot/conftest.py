@@ -23,7 +23,7 @@ ONLY = (
 
 @pytest.fixture(autouse=True)
 def _fresh(_chosen_by_the_test: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the environment asks for, and what was logged or decided before, must not decide what a test tests."""
+    """Tests do not depend on the environment, or on what was logged or decided before."""
     for name in ("RPSFT_AOT", "RPSFT_AOT_KERNELS", "RPSFT_CUDA_ARCHS", "RPSFT_STRICT", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(aot_dispatch, "_logged", set())

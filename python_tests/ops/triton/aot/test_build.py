@@ -1,4 +1,4 @@
-"""What a build writes, and that it writes the same again. Its kernels are checked in test_check.py."""
+"""A build writes what it promises, and the same again. Its kernels are checked in test_check.py."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_ptx_is_kept_of_the_newest_architecture_whose_ptx_others_can_take(kernel
         assert ("ptx" in entry) == (entry["arch"] == "sm_80")
         if "ptx" in entry:
             text = (kernels / entry["ptx"]["file"]).read_text()
-            # What drivers of CUDA 12.0 read already.
+            # Drivers of CUDA 12.0 read this version already.
             assert entry["ptx"]["isa"] == "8.0"
             assert re.search(r"^\.version 8\.0$", text, re.M)
             assert re.search(r"^\.target sm_80$", text, re.M)
@@ -159,12 +159,19 @@ def test_other_options_of_the_compiler_are_another_kernel(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("made_for", "capability", "how"),
     [
-        ("sm_80", 86, "compatible"), ("sm_86", 86, "exact"), ("sm_86", 80, None), ("sm_80", 90, None),
+        ("sm_80", 86, "compatible"),
+        ("sm_86", 86, "exact"),
+        ("sm_86", 80, None),
+        ("sm_80", 90, None),
         # Tegra's are like no other's, in either direction.
-        ("sm_80", 87, None), ("sm_86", 87, None), ("sm_87", 89, None), ("sm_87", 87, "exact"),
-        ("sm_100a", 101, None), ("sm_100a", 110, None),
+        ("sm_80", 87, None),
+        ("sm_86", 87, None),
+        ("sm_87", 89, None),
+        ("sm_87", 87, "exact"),
+        ("sm_100a", 101, None),
+        ("sm_100a", 110, None),
     ],
-)  # fmt: skip
+)
 def test_which_machine_code_runs_where(made_for: str, capability: int, how: str | None) -> None:
     row = BY_ARCH[made_for]
     cubin, ptx = row.cubin_compatibility(capability), row.ptx_compatibility(capability)
@@ -187,7 +194,7 @@ def test_a_build_replaces_builds_only(tmp_path: Path, capsys: pytest.CaptureFixt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"]
     with pytest.raises(SystemExit, match=r"got '7\.0'"):
         main(["kernels", "--build", "7.0"])
-    # As an installation that only root may write.
+    # This is an installation that only root may write.
     with pytest.raises(SystemExit, match=r"folder: .*mine/kernels cannot be written \(.*name another one \(--output\)"):
         main(["kernels", "--build", "8.0", "--output", str(tmp_path / "mine" / "kernels"), "--only", "squares*"])
 
@@ -208,7 +215,7 @@ def test_a_build_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_native_launcher_takes_every_kernel(kernels: Path) -> None:
-    """What needs no driver: the layouts are accepted, and a grid of nothing is done."""
+    """Without a driver, layouts are accepted and an empty grid is launched."""
     launcher = getattr(pytest.importorskip("rpsft_kernels._native"), "cuda", None)
     if launcher is None:
         pytest.skip("the native module has no CUDA launcher")

@@ -124,7 +124,7 @@ def take_what_breaks_its_rules(folder: Path, entries: list[dict[str, Any]]) -> N
     write(folder, of_arch(entries, "sm_90a"), cubin("3.8.0", "gradient"))
 
 
-def say(name: str, value: Any, kernel: str = "gradient") -> Change:
+def claim(name: str, value: Any, kernel: str = "gradient") -> Change:
     def change(folder: Path, entries: list[dict[str, Any]]) -> None:
         of_arch(entries, "sm_90a", kernel)[name] = value
 
@@ -154,15 +154,15 @@ def say(name: str, value: Any, kernel: str = "gradient") -> Change:
             take_what_breaks_its_rules,
             r"\(gradient, sm_90a\): may compute wrong numbers: gradient_kernel: .* writes R.* while HGMMA",
         ),
-        (say("registers", 300), r"300 registers a thread, of 255"),
-        (say("registers", 8), r"registers: \w+\.cubin has \d+, the manifest says 8"),
-        (say("spilled", 16), r"spills 16 bytes a thread into local memory"),
-        (say("threads", 64), r"threads of a block: \w+\.cubin has \d+, the manifest says 64"),
-        (say("shared", 300 << 10), r"307200 bytes of shared memory, of 232448 that a block has"),
-        (say("blocks_per_sm", 5), r"blocks_per_sm is 5, expected \d"),
-        (say("constants", {}), r"constants is \{\}, expected \{'GRAD_TYPE'"),
+        (claim("registers", 300), r"300 registers a thread, of 255"),
+        (claim("registers", 8), r"registers: \w+\.cubin has \d+, the manifest says 8"),
+        (claim("spilled", 16), r"spills 16 bytes a thread into local memory"),
+        (claim("threads", 64), r"threads of a block: \w+\.cubin has \d+, the manifest says 64"),
+        (claim("shared", 300 << 10), r"307200 bytes of shared memory, of 232448 that a block has"),
+        (claim("blocks_per_sm", 5), r"blocks_per_sm is 5, expected \d"),
+        (claim("constants", {}), r"constants is \{\}, expected \{'GRAD_TYPE'"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_named(change: Change, finding: str, kernels: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     shutil.copytree(kernels, folder)
@@ -176,9 +176,14 @@ def test_what_is_wrong_is_named(change: Change, finding: str, kernels: Path, tmp
 
 def test_residents_must_fit_together() -> None:
     good: dict[str, Any] = {
-        "arch": "sm_90a", "registers": 128, "spilled": 0, "maximal_registers": 128, "threads": 256, "blocks_per_sm": 2,
+        "arch": "sm_90a",
+        "registers": 128,
+        "spilled": 0,
+        "maximal_registers": 128,
+        "threads": 256,
+        "blocks_per_sm": 2,
         "shared": 113 << 10,
-    }  # fmt: skip
+    }
     assert list(check_limits(good)) == []
     for change, message in (
         ({"shared": 114 << 10}, "2 resident blocks take 235520 bytes of shared memory, of 233472 of a multiprocessor"),
@@ -239,7 +244,7 @@ def test_what_a_gpu_has_not_is_left_out(
     assert reason.startswith(f"left out of the sm_86 kernels: {left_out['reason']}")
     with pytest.raises(SystemExit, match="RPSFT_AOT_PREBUILT: .* leaves 1 kernels out, expected none"):
         build([*command, "--prebuilt", str(tmp_path / "kernels"), "--strict"])
-    # As long as something asks for it.
+    # A kernel may be left out only if something asks for it.
     manifest["left_out"].append(left_out | {"id": "0" * 20})
     manifest["kernels"].append(manifest["kernels"][0] | {"id": left_out["id"]})
     (tmp_path / "kernels" / aot_library.MANIFEST).write_text(json.dumps(manifest))
@@ -250,9 +255,14 @@ def test_what_a_gpu_has_not_is_left_out(
 
 def test_code_that_breaks_the_rules_of_its_registers_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     good: dict[str, Any] = {
-        "arch": "sm_90a", "registers": 128, "spilled": 0, "maximal_registers": 128, "threads": 256, "blocks_per_sm": 1,
+        "arch": "sm_90a",
+        "registers": 128,
+        "spilled": 0,
+        "maximal_registers": 128,
+        "threads": 256,
+        "blocks_per_sm": 1,
         "shared": 0,
-    }  # fmt: skip
+    }
     monkeypatch.setattr(aot_compile, "scan_cubin", lambda image: [f"{image.decode()} is written", "another"])
     assert list(aot_compile._faults(good, b"R24")) == [
         "its machine code may compute wrong numbers: R24 is written (and 1 more of the kind)"

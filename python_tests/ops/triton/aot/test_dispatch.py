@@ -78,7 +78,7 @@ def test_what_runs_nowhere_near_is_left_to_triton(world: World) -> None:
 
 
 def test_a_driver_translates_no_ptx_of_products_that_run_on(world: World) -> None:
-    """What it makes of them cannot be looked at."""
+    """The code that it makes of them cannot be scanned."""
     world.install(world.entry(SQUARES, "sm_90a", ptx=True))
     world.native.refused["sm_90a.cubin"] = "no kernel image"
     assert world.launch() == "jit"

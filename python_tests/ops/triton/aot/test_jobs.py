@@ -1,4 +1,4 @@
-"""What a build takes of a machine, and that nothing of its environment gets into the kernels."""
+"""A build takes what a machine can give, and nothing of its environment gets into the kernels."""
 
 from __future__ import annotations
 
@@ -58,10 +58,20 @@ def test_a_container_has_less_memory_than_its_machine(tmp_path: Path) -> None:
 
 def test_variables_that_change_code_are_told_from_paths_of_tools() -> None:
     changing = (
-        "TRITON_INTERPRET", "TRITON_F32_DEFAULT", "TRITON_KERNEL_OVERRIDE", "TRITON_OVERRIDE_ARCH", "PTXAS_OPTIONS",
-        "DISABLE_PTXAS_OPT", "DISABLE_LLVM_OPT", "LLVM_PASS_PLUGIN_PATH", "TRITON_PLUGIN_PATHS", "MLIR_ENABLE_DUMP",
-        "AMDGCN_USE_BUFFER_OPS", "TRITON_MOCK_PTX_VERSION", "DISABLE_MMA_V3",
-    )  # fmt: skip
+        "TRITON_INTERPRET",
+        "TRITON_F32_DEFAULT",
+        "TRITON_KERNEL_OVERRIDE",
+        "TRITON_OVERRIDE_ARCH",
+        "PTXAS_OPTIONS",
+        "DISABLE_PTXAS_OPT",
+        "DISABLE_LLVM_OPT",
+        "LLVM_PASS_PLUGIN_PATH",
+        "TRITON_PLUGIN_PATHS",
+        "MLIR_ENABLE_DUMP",
+        "AMDGCN_USE_BUFFER_OPS",
+        "TRITON_MOCK_PTX_VERSION",
+        "DISABLE_MMA_V3",
+    )
     assert [name for name in changing if not changes_code(name)] == []
     kept = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_HOME", "PATH", "HOME", "CC", "MAX_JOBS")
     assert [name for name in kept if changes_code(name)] == []
@@ -82,10 +92,16 @@ def test_kernels_do_not_depend_on_the_environment(tmp_path: Path, monkeypatch: p
     only = "squares*;pull(basis_type=bf16, aligned=True*"
     build_kernels("8.0", tmp_path / "plain", ranks=(32,), jobs=1, only=only)
     for name, value in (
-        ("DISABLE_PTXAS_OPT", "1"), ("PTXAS_OPTIONS", "-O1"), ("TRITON_INTERPRET", "1"), ("DISABLE_LLVM_OPT", "1"),
-        ("TRITON_F32_DEFAULT", "ieee"), ("TRITON_DISABLE_LINE_INFO", "0"), ("TRITON_DEFAULT_FP_FUSION", "1"),
-        ("TRITON_KERNEL_DUMP", "1"), ("TRITON_DUMP_DIR", str(tmp_path / "dump")),
-    ):  # fmt: skip
+        ("DISABLE_PTXAS_OPT", "1"),
+        ("PTXAS_OPTIONS", "-O1"),
+        ("TRITON_INTERPRET", "1"),
+        ("DISABLE_LLVM_OPT", "1"),
+        ("TRITON_F32_DEFAULT", "ieee"),
+        ("TRITON_DISABLE_LINE_INFO", "0"),
+        ("TRITON_DEFAULT_FP_FUSION", "1"),
+        ("TRITON_KERNEL_DUMP", "1"),
+        ("TRITON_DUMP_DIR", str(tmp_path / "dump")),
+    ):
         monkeypatch.setenv(name, value)
     build_kernels("8.0", tmp_path / "other", ranks=(32,), jobs=1, only=only)
     plain, other = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("plain", "other"))

@@ -32,7 +32,7 @@ ARCHITECTURES = {"sm_80": "8.0", "sm_90": "9.0"}
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the process launched, what the driver saw, and the kernels that were built for it: exactly these."""
+    """The launches of the process, those that the driver saw, and the kernels that were built for it: they agree."""
     table: str = request.param
     folder = tmp_path_factory.mktemp("launches")
     asked: list[Variant] = []
@@ -141,7 +141,7 @@ def test_every_kernel_is_loaded_once(served: dict[str, Any]) -> None:
 
 
 def test_tables_point_at_the_weights(served: dict[str, Any]) -> None:
-    """What the table argument's memory holds: the addresses of the tensors that the operation was called with."""
+    """The memory of the table argument holds the addresses of the tensors that the operation was called with."""
     seen: dict[str, set[int]] = {}
     for launch in served["launches"]:
         kernel = served["variants"][launch["label"]].kernel

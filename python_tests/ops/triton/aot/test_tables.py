@@ -85,9 +85,15 @@ def step(world: World) -> list[str]:
     ],
 )
 def test_kernels_that_run_on_a_device_serve_all_its_launches(
-    held: str, capability: int, table: str, file: str, said: str, triton: str | None, world: World,
+    held: str,
+    capability: int,
+    table: str,
+    file: str,
+    said: str,
+    triton: str | None,
+    world: World,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     caplog.set_level(logging.INFO, "rpsft_kernels")
     world.monkeypatch.setattr("rpsft_kernels.ops.triton.toolchain.triton_missing", lambda: triton)
     wheel(world, *held.split())
@@ -139,7 +145,7 @@ def test_tuning_is_about_the_own_table(world: World, tmp_path: Path) -> None:
     assert triton_device.device_profile(DEVICE).architecture == "sm_86"
     assert step(world) == ["sm_80.cubin"], "what both tables have in common"
     assert any(variant.kernel == "project" and variant.stages == 2 for variant in world.compiled)
-    # Of the table that kernels were compiled of, they are no longer.
+    # The kernels no longer belong to the table that they were compiled for.
     (tmp_path / "other.json").write_text(json.dumps(table | {"architecture": "sm_80"}))
     world.monkeypatch.setenv("RPSFT_TILES", str(tmp_path / "other.json"))
     assert triton_device.device_profile(DEVICE).architecture == "sm_86"

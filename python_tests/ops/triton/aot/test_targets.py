@@ -19,12 +19,12 @@ def test_architectures_are_read_as_torch_writes_them() -> None:
     def read(text: str) -> list[tuple[str, str, bool]]:
         return [(target.arch, target.table, target.ptx) for target in parse_architectures(text)]
 
-    assert read("8.0;9.0;10.0") == [
-        ("sm_80", "sm_80", True), ("sm_90a", "sm_90", False), ("sm_100a", "sm_100", False)
-    ]  # fmt: skip
+    assert read("8.0;9.0;10.0") == [("sm_80", "sm_80", True), ("sm_90a", "sm_90", False), ("sm_100a", "sm_100", False)]
     assert read("gfx942 10.0a, 8.9") == [
-        ("sm_89", "sm_86", True), ("sm_100a", "sm_100", False), ("gfx942", "gfx942", False)
-    ]  # fmt: skip
+        ("sm_89", "sm_86", True),
+        ("sm_100a", "sm_100", False),
+        ("gfx942", "gfx942", False),
+    ]
     assert read("8.0;9.0") == read("8.0 9.0") == read("8.0,9.0") == read(" 8.0; 9.0 ;")
     assert read("9.0 9.0+PTX 9.0a") == [("sm_90a", "sm_90", True)]
     assert read("8.6 8.0+PTX") == [("sm_80", "sm_80", True), ("sm_86", "sm_86", True)]

@@ -12,7 +12,7 @@ from rpsft_kernels.ops.triton.aot import devices as aot_devices
 from rpsft_kernels.ops.triton.aot.devices import NoDevices, compute_capabilities
 from rpsft_kernels.ops.triton.aot.wanted import is_strict, parse_wanted, wanted_targets
 
-# As NVIDIA's images set it.
+# NVIDIA's images set the variable to this list.
 CONTAINER = {"TORCH_CUDA_ARCH_LIST": "7.5 8.0 8.6 9.0 10.0 12.0+PTX"}
 
 
@@ -44,11 +44,12 @@ def test_kernels_are_for_the_gpus_of_this_machine(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("RPSFT_CUDA_DRIVER", fake_driver(tmp_path, 90, 75, 80, 90))
     assert compute_capabilities() == [75, 80, 90]
     found = wanted_targets(CONTAINER)
-    # What fails is no reason not to install; nothing here reads PTX.
+    # A failure does not prevent the installation; nothing here reads PTX.
     assert (found.words, found.required, found.launchable) == ("native", False, True)
     assert [(target.arch, target.table, target.ptx) for target in found.targets] == [
-        ("sm_80", "sm_80", False), ("sm_90a", "sm_90", False)
-    ]  # fmt: skip
+        ("sm_80", "sm_80", False),
+        ("sm_90a", "sm_90", False),
+    ]
     assert found.notes == ("no kernels are compiled for this machine's GPU of compute capability 7.5",)
     assert wanted_targets({"RPSFT_CUDA_ARCHS": "native"}) == found._replace(required=True)
     assert wanted_targets({"RPSFT_STRICT": "1"}) == found._replace(required=True)

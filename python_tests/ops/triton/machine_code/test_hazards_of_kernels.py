@@ -44,9 +44,9 @@ def test_the_good_kernel_is_as_the_faults_take_it_to_be() -> None:
 @pytest.mark.parametrize(
     ("text", "writes"),
     [
-        # Of the very next instruction.
+        # A register of the very next instruction.
         (put(GOOD, "MOV R156, RZ", behind=SECOND), "MOV R156"),
-        # By the width of a load that begins before it.
+        # The width of a load that begins before it reaches the register.
         (put(GOOD, "LDS.128 R158, [R0]", behind=DEPBAR), "LDS.128 R158"),
         (put(GOOD, "LDS.64 R158, [R0]", behind=DEPBAR), None),
         # Two waits on, the newest group is pending still: around the loop.

@@ -19,7 +19,7 @@ def _split(text: str) -> list[str]:
 
 
 def between(instruction: str) -> list[str]:
-    """What is found with an instruction between a product and the wait for it; nothing is with it behind the wait."""
+    """The findings with an instruction between a product and its wait; behind the wait there are none."""
     assert find_hazards(program(PRODUCT, WAIT, instruction)) == []
     return find_hazards(program(PRODUCT, instruction, WAIT))
 
@@ -71,17 +71,25 @@ def test_what_touches_nothing_of_it_is_left_alone(instruction: str) -> None:
 @pytest.mark.parametrize(
     ("instruction", "how"),
     [
-        ("FADD R2, R24, R3", "reads R24"), ("HADD2.F32 R2, -RZ, R39.H0_H0", "reads R39"),
+        ("FADD R2, R24, R3", "reads R24"),
+        ("HADD2.F32 R2, -RZ, R39.H0_H0", "reads R39"),
         ("STS.128 [R2], R36", "reads R36-R39"),
-        ("STG.E.128 desc[UR4][R2.64], R21", "reads R24"), ("STSM.16.M88.4 [R2], R21", "reads R24"),
-        ("IMAD.WIDE R2, R4, R5, R23", "reads R24"), ("LDG.E R2, desc[UR4][R24.64]", "reads R24-R25"),
-        ("@!P3 F2FP.BF16.F32.PACK_AB R2, R31, R30", "reads R30-R31"), ("R2UR UR4, R38", "reads R38"),
-        ("HMMA.16816.F32.BF16 R4, R8, R23, R4", "reads R24-R26"), ("ISETP.GE.AND P0, PT, R39, R2, PT", "reads R39"),
-        ("CS2R R38, SRZ", "writes R38-R39"), ("LDS.64 R22, [R25]", "reads R25"), ("LDS.128 R21, [R2]", "writes R24"),
-        ("SYNCS.ARRIVE.TRANS64 RZ, [UR4], R39", "reads R39"), ("SHFL.BFLY PT, R2, R39, 0x1, 0x1f", "reads R39"),
+        ("STG.E.128 desc[UR4][R2.64], R21", "reads R24"),
+        ("STSM.16.M88.4 [R2], R21", "reads R24"),
+        ("IMAD.WIDE R2, R4, R5, R23", "reads R24"),
+        ("LDG.E R2, desc[UR4][R24.64]", "reads R24-R25"),
+        ("@!P3 F2FP.BF16.F32.PACK_AB R2, R31, R30", "reads R30-R31"),
+        ("R2UR UR4, R38", "reads R38"),
+        ("HMMA.16816.F32.BF16 R4, R8, R23, R4", "reads R24-R26"),
+        ("ISETP.GE.AND P0, PT, R39, R2, PT", "reads R39"),
+        ("CS2R R38, SRZ", "writes R38-R39"),
+        ("LDS.64 R22, [R25]", "reads R25"),
+        ("LDS.128 R21, [R2]", "writes R24"),
+        ("SYNCS.ARRIVE.TRANS64 RZ, [UR4], R39", "reads R39"),
+        ("SHFL.BFLY PT, R2, R39, 0x1, 0x1f", "reads R39"),
         ("ATOMG.E.CAS.STRONG.GPU PT, R4, desc[UR4][R2.64], R23, R6", "reads R24-R26"),
     ],
-)  # fmt: skip
+)
 def test_accumulators_are_neither_read_nor_written(instruction: str, how: str) -> None:
     assert any(f"{instruction} at 0x10 {how} while" in each for each in between(instruction))
 
@@ -89,12 +97,17 @@ def test_accumulators_are_neither_read_nor_written(instruction: str, how: str) -
 @pytest.mark.parametrize(
     ("product", "last"),
     [
-        ("HGMMA.64x8x8.F32.TF32", 27), ("HGMMA.64x32x16.F32", 39), ("HGMMA.64x32x16.F16", 31),
+        ("HGMMA.64x8x8.F32.TF32", 27),
+        ("HGMMA.64x32x16.F32", 39),
+        ("HGMMA.64x32x16.F16", 31),
         ("HGMMA.64x256x16.F32.BF16", 151),
-        ("QGMMA.64x32x32.F32.E4M3.E5M2", 39), ("QGMMA.64x32x32.F16.E4M3.E4M3", 31), ("IGMMA.64x32x32.S8.S8", 39),
-        ("IGMMA.64x32x32.U8.S8.SAT", 39), ("BGMMA.64x16x256.AND.POPC", 31),
+        ("QGMMA.64x32x32.F32.E4M3.E5M2", 39),
+        ("QGMMA.64x32x32.F16.E4M3.E4M3", 31),
+        ("IGMMA.64x32x32.S8.S8", 39),
+        ("IGMMA.64x32x32.U8.S8.SAT", 39),
+        ("BGMMA.64x16x256.AND.POPC", 31),
     ],
-)  # fmt: skip
+)
 def test_how_many_accumulators_a_shape_has(product: str, last: int) -> None:
     product = f"{product} R24, gdesc[UR12], R24, gsb0"
     assert find_hazards(program(product, f"MOV R{last + 1}, RZ", WAIT)) == []
@@ -127,7 +140,7 @@ def test_a_sum_without_what_was_there_and_a_sparse_product_are_read_too() -> Non
         ("HGMMA.64x32x16.F32.BF16 R64, gdesc[UR8], R24, gsb0", "reads R24-R39 while"),
         ("HGMMA.64x32x16.F32.BF16 R64, R76, gdesc[UR8], R64, gsb0", "reads R76-R79 while it accumulates there"),
     ],
-)  # fmt: skip
+)
 def test_a_product_may_follow_on_the_same_accumulators_in_the_same_shape(second: str, finding: str | None) -> None:
     found = find_hazards(program(PRODUCT, second, WAIT))
     assert [each for each in found if finding is None or finding not in each] == []
@@ -167,16 +180,35 @@ CASES: dict[str, tuple[list[str], str | None]] = {
         "gsb0, 0x0, lies between",
     ),
     "around a loop, two buffers": (
-        [".L_x_0:", WRITE, PRODUCT, "WARPGROUP.DEPBAR.LE gsb0, 0x1", "MOV R60, RZ", SECOND,
-         "WARPGROUP.DEPBAR.LE gsb0, 0x1", LOOP, WAIT],
+        [
+            ".L_x_0:",
+            WRITE,
+            PRODUCT,
+            "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+            "MOV R60, RZ",
+            SECOND,
+            "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+            LOOP,
+            WAIT,
+        ],
         None,
     ),
     "around a loop, by a branch inside": (
-        [".L_x_0:", "@P1 BRA `(.L_x_1)", WAIT, ".L_x_1:", WRITE, PRODUCT, LOOP, WAIT], "writes R51",
+        [".L_x_0:", "@P1 BRA `(.L_x_1)", WAIT, ".L_x_1:", WRITE, PRODUCT, LOOP, WAIT],
+        "writes R51",
     ),
     "more groups than any wait leaves": (
-        [PRODUCT, ".L_x_0:", SECOND, "WARPGROUP.DEPBAR.LE gsb0, 0x2", "@P0 BRA `(.L_x_0)", "BRA `(.L_x_1)", ".L_x_1:",
-         WRITE, WAIT],
+        [
+            PRODUCT,
+            ".L_x_0:",
+            SECOND,
+            "WARPGROUP.DEPBAR.LE gsb0, 0x2",
+            "@P0 BRA `(.L_x_0)",
+            "BRA `(.L_x_1)",
+            ".L_x_1:",
+            WRITE,
+            WAIT,
+        ],
         "writes R51",
     ),
     "a loop without any wait": ([".L_x_0:", SECOND, LOOP, "MOV R60, RZ"], "writes R60"),
@@ -185,31 +217,62 @@ CASES: dict[str, tuple[list[str], str | None]] = {
         "writes R51",
     ),
     "a function behind the wait": (
-        [PRODUCT, WAIT, "MOV R2, 0x40", "CALL.REL.NOINC `(f)", "EXIT", "f:", WRITE, "RET.REL.NODEC R2 `(made)"], None,
+        [PRODUCT, WAIT, "MOV R2, 0x40", "CALL.REL.NOINC `(f)", "EXIT", "f:", WRITE, "RET.REL.NODEC R2 `(made)"],
+        None,
     ),
     "a function that begins a product": (
-        ["MOV R2, 32@lo((made + .L_x_1@srel))", "CALL.REL.NOINC `(f)", ".L_x_1:", WRITE, WAIT, "EXIT", "f:", PRODUCT,
-         "RET.REL.NODEC R2 `(made)"],
+        [
+            "MOV R2, 32@lo((made + .L_x_1@srel))",
+            "CALL.REL.NOINC `(f)",
+            ".L_x_1:",
+            WRITE,
+            WAIT,
+            "EXIT",
+            "f:",
+            PRODUCT,
+            "RET.REL.NODEC R2 `(made)",
+        ],
         "writes R51",
     ),
     "a function that waits": (
-        [PRODUCT, "MOV R2, 0x30", "CALL.REL.NOINC `(f)", WRITE, "EXIT", "f:", WAIT, "RET.REL.NODEC R2 `(made)"], None,
+        [PRODUCT, "MOV R2, 0x30", "CALL.REL.NOINC `(f)", WRITE, "EXIT", "f:", WAIT, "RET.REL.NODEC R2 `(made)"],
+        None,
     ),
     "a region's end": (
         ["BSSY B0, `(.L_x_0)", "@P0 BRA `(.L_x_1)", PRODUCT, "BSYNC B0", ".L_x_1:", "BSYNC B0", ".L_x_0:", WRITE, WAIT],
         "writes R51",
     ),
     "a region's end elsewhere": (
-        ["BSSY B0, `(.L_x_0)", PRODUCT, "BSYNC B0", WAIT, "EXIT", ".L_x_0:", WRITE, WAIT], "writes R51",
+        ["BSSY B0, `(.L_x_0)", PRODUCT, "BSYNC B0", WAIT, "EXIT", ".L_x_0:", WRITE, WAIT],
+        "writes R51",
     ),
     "two regions on one barrier": (
-        ["BSSY B0, `(.L_x_0)", "BSYNC B0", ".L_x_0:", WRITE, PRODUCT, "BSSY B0, `(.L_x_1)", "BSYNC B0", ".L_x_1:",
-         WAIT],
+        [
+            "BSSY B0, `(.L_x_0)",
+            "BSYNC B0",
+            ".L_x_0:",
+            WRITE,
+            PRODUCT,
+            "BSSY B0, `(.L_x_1)",
+            "BSYNC B0",
+            ".L_x_1:",
+            WAIT,
+        ],
         None,
     ),
     "a barrier from a register": (
-        ["BSSY B0, `(.L_x_0)", "BSYNC B0", ".L_x_0:", WRITE, PRODUCT, "BSSY B0, `(.L_x_1)", "BMOV.32 B0, R3",
-         "BSYNC B0", ".L_x_1:", WAIT],
+        [
+            "BSSY B0, `(.L_x_0)",
+            "BSYNC B0",
+            ".L_x_0:",
+            WRITE,
+            PRODUCT,
+            "BSSY B0, `(.L_x_1)",
+            "BMOV.32 B0, R3",
+            "BSYNC B0",
+            ".L_x_1:",
+            WAIT,
+        ],
         "writes R51",
     ),
     "one of several jumps": (
@@ -217,14 +280,24 @@ CASES: dict[str, tuple[list[str], str | None]] = {
         "writes R51",
     ),
     "several jumps": (
-        [PRODUCT, 'BRX R4 -0x30 (*"BRANCH_TARGETS .L_x_0,.L_x_1"*)', ".L_x_0:", WAIT, WRITE, "EXIT", ".L_x_1:", WAIT,
-         WRITE],
+        [
+            PRODUCT,
+            'BRX R4 -0x30 (*"BRANCH_TARGETS .L_x_0,.L_x_1"*)',
+            ".L_x_0:",
+            WAIT,
+            WRITE,
+            "EXIT",
+            ".L_x_1:",
+            WAIT,
+            WRITE,
+        ],
         None,
     ),
     "threads gathered elsewhere": (
-        [PRODUCT, "WARPSYNC.COLLECTIVE R3, `(.L_x_0)", WAIT, ".L_x_0:", WRITE], "writes R51",
+        [PRODUCT, "WARPSYNC.COLLECTIVE R3, `(.L_x_0)", WAIT, ".L_x_0:", WRITE],
+        "writes R51",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
