@@ -58,7 +58,7 @@ def _pull_back(
         # The gradient is to be differentiated itself, which only the operator can.
         return ops.pull_back(operands, drifts, scales, ctx.dtype, ctx.backend)
     grads = ops.empty_grads(operands, ctx.dtype)
-    with ops.running(ctx.program) as run:
+    with ops.open_run(ctx.program) as run:
         staged = run.stage_pull_back(
             ctx.batch, wanted, operands, grads=grads, scales=scales, accumulate=False, drifts=drifts
         )

@@ -10,7 +10,7 @@ from .dispatch import arithmetic_id, available_backends, requested_backend, reso
 from .operands import Operands
 from .programs import prepare_program
 from .reference import accumulation_dtype
-from .runs import Program, Run, running
+from .runs import Program, Run, open_run
 from .torch_ops import differentiate_projection, empty_grads, make_ready, project_drift, pull_back, pull_back_
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "intermediate_parts",
     "limits_of",
     "make_ready",
+    "open_run",
     "plan_buckets",
     "prepare_program",
     "project_drift",
@@ -34,6 +35,5 @@ __all__ = [
     "pull_back_",
     "requested_backend",
     "resolve_backend",
-    "running",
     "use_backend",
 ]

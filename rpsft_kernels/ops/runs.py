@@ -74,7 +74,7 @@ class Program(Protocol):
 
 
 @contextmanager
-def running(program: Program) -> Iterator[Run]:
+def open_run(program: Program) -> Iterator[Run]:
     """Begin a run of a program, and give it back at the end of the ``with`` block."""
     run = program.begin()
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.operands import Operands
-from ..ops.runs import running
+from ..ops.runs import open_run
 from ..ops.triton.device import own_profile
 from ..ops.triton.program import TritonProgram
 from ..ops.triton.project_drift import plan_forward
@@ -133,7 +133,7 @@ def _workload(
         program = TritonProgram(device, [len(shapes)])
 
         def run() -> None:
-            with running(program) as step:
+            with open_run(program) as step:
                 step.stage_projection(0, operands, keep=False)
                 step.send()
                 step.project(0)
@@ -144,7 +144,7 @@ def _workload(
         program = TritonProgram(device, [len(shapes)])
 
         def run() -> None:
-            with running(program) as step:
+            with open_run(program) as step:
                 staged = step.stage_pull_back(
                     0, range(len(shapes)), operands.for_pull_back(), grads, scales, True, drifts
                 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rpsft_kernels as rk
-from rpsft_kernels.ops import Operands, reference, running
+from rpsft_kernels.ops import Operands, open_run, reference
 from rpsft_kernels.ops.triton import launch as triton_launch
 from rpsft_kernels.ops.triton import program as programs
 from rpsft_kernels.ops.triton import table as tables
@@ -40,7 +40,7 @@ def check_step(program: TritonProgram, given: Operands, grow: Callable[[], None]
     expected = [grad.clone() for grad in grads]
     scales = [0.5 + i for i in range(len(grads))]
     reference.pull_back_into(expected, given.for_pull_back(), drifts, torch.tensor(scales), True)
-    with running(program) as run:
+    with open_run(program) as run:
         run.stage_projection(0, given, keep=False)
         pull = run.stage_pull_back(0, range(len(grads)), given.for_pull_back(), grads, scales, True)
         run.send()
@@ -84,7 +84,7 @@ def test_all_that_is_staged_is_sent_at_once(device: torch.device, sent: list[int
     batches = [operands(SMALL, device=device), operands(LARGE, device=device), operands(SMALL, "full", device=device)]
     program = TritonProgram(device, [len(each.weights) for each in batches])
     for turn in range(3):
-        with running(program) as run:
+        with open_run(program) as run:
             pulls = []
             grads = [[torch.zeros_like(weight) for weight in each.weights] for each in batches]
             for i, each in enumerate(batches):
@@ -142,7 +142,7 @@ def test_a_step_that_is_run_again_prepares_nothing(device: torch.device, prepare
 def test_runs_at_a_time_have_tables_and_squares_of_their_own(device: torch.device) -> None:
     program = TritonProgram(device, [len(SMALL)])
     one, other = operands(SMALL, device=device), operands(SMALL, seed=9, device=device)
-    with running(program) as first, running(program) as second:
+    with open_run(program) as first, open_run(program) as second:
         assert first is not second
         for run, given in ((first, one), (second, other)):
             run.stage_projection(0, given, keep=True)
@@ -154,28 +154,28 @@ def test_runs_at_a_time_have_tables_and_squares_of_their_own(device: torch.devic
         torch.testing.assert_close(squares, totals, rtol=0.02, atol=1e-5)
         for drift, exact in zip(drifts, expected, strict=True):
             torch.testing.assert_close(drift, exact, rtol=0.02, atol=1e-3)
-    with running(program) as again:
+    with open_run(program) as again:
         assert again in (first, second), "they are used again"
 
 
 def test_another_profile_makes_other_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """So it is after a driver has refused the kernels of a tile table."""
     program = TritonProgram(device, [len(SMALL)])
-    with running(program) as first:
+    with open_run(program) as first:
         pass
     profile = programs.devices.device_profile(device)
-    with running(program) as second:
+    with open_run(program) as second:
         assert second is first
     changed = programs.devices.Profile(profile.architecture, profile.multiprocessors + 1, profile.descriptors)
     monkeypatch.setattr(programs.devices, "device_profile", lambda _: changed)
-    with running(program) as third:
+    with open_run(program) as third:
         assert third is not first
 
 
 def test_drifts_that_are_kept_are_in_memory_of_their_own(device: torch.device) -> None:
     program, given = TritonProgram(device, [len(LARGE)]), operands(LARGE, device=device)
     expected, _ = reference.project_drift(given)
-    with running(program) as run:
+    with open_run(program) as run:
         run.stage_projection(0, given, keep=True)
         run.send()
         kept = run.project(0)

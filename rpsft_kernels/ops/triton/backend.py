@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..operands import Operands
-from ..runs import running
+from ..runs import open_run
 from . import toolchain
 from .aot import dispatch as aot
 
@@ -50,7 +50,7 @@ def arithmetic(device: torch.device) -> str:
 def project_drift(operands: Operands) -> tuple[list[Tensor], Tensor]:
     from .program import TritonProgram
 
-    with running(TritonProgram(operands.weights[0].device, [len(operands.weights)])) as run:
+    with open_run(TritonProgram(operands.weights[0].device, [len(operands.weights)])) as run:
         run.stage_projection(0, operands, keep=True)
         run.send()
         return run.project(0), run.squares_of(0)
@@ -62,7 +62,7 @@ def pull_back_into(
     from .program import TritonProgram
 
     factors = scales.detach().tolist() if scales.device.type == "cpu" else scales
-    with running(TritonProgram(grads[0].device, [len(grads)])) as run:
+    with open_run(TritonProgram(grads[0].device, [len(grads)])) as run:
         staged = run.stage_pull_back(0, range(len(grads)), operands, grads, factors, accumulate, drifts)
         run.send()
         run.pull_back_(staged, factors)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from planned import planned_for
 from rpsft_kernels import ops
-from rpsft_kernels.ops import Operands, running
+from rpsft_kernels.ops import Operands, open_run
 from rpsft_kernels.ops.triton import toolchain
 from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.fields import INDEX, WIDTH
@@ -72,7 +72,7 @@ def test_numbers_that_start_off_a_boundary_reach_kernels_on_one(on_device: bool)
     assert drift.data_ptr() % 16 and scales.data_ptr() % 16
     factors = scales if on_device else scales.tolist()
     for operands in (Operands(lefts=[basis], rights=[basis]), Operands([weight], pretrained=[weight])):
-        with planned_for(Profile("sm_80", 8, False), note), running(TritonProgram(weight.device, [1])) as run:
+        with planned_for(Profile("sm_80", 8, False), note), open_run(TritonProgram(weight.device, [1])) as run:
             staged = run.stage_pull_back(0, [0], operands, [weight], factors, True, [drift])
             run.send()
             run.pull_back_(staged, factors)
