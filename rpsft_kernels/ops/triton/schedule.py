@@ -76,12 +76,12 @@ def build_schedule(grids: tuple[Grid, ...], programs: int, banded: bool) -> Sche
     lists: list[list[tuple[int, list[int]]]] = [[] for _ in range(programs)]
     for weight in sorted(range(len(grids)), key=lambda w: -grids[w].cost):
         grid = grids[weight]
-        mine: dict[int, list[int]] = {}
+        tiles_of: dict[int, list[int]] = {}
         for tile in banded_order(grid) if banded else range(grid.tiles):
             load, program = heap[0]
             heapq.heapreplace(heap, (load + grid.cost, program))
-            mine.setdefault(program, []).append(tile)
-        for program, tiles in mine.items():
+            tiles_of.setdefault(program, []).append(tile)
+        for program, tiles in tiles_of.items():
             lists[program].append((weight, tiles))
     starts = [0]
     runs: list[tuple[int, int, int]] = []
