@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from rpsft_kernels.ops import BucketLimits, WeightSpec, plan_buckets
+from rpsft_kernels.ops import BucketLimits, WeightSpec, intermediate_parts, limits_of, plan_buckets
 
 WIDE = BucketLimits(weights=1000, elements=1 << 60, workspace_bytes=1 << 60)
 
@@ -130,3 +130,19 @@ def test_drifts_are_bounded() -> None:
     specs = [WeightSpec(2048, 2048, rank) for rank in (384, 384, 256, 256, 256, 768)]
     limits = BucketLimits(drift_bytes=1 << 20)
     assert plan_buckets(specs, limits) == [[0], [1, 2], [3, 4], [5]]
+
+
+def test_devices_decide_the_limits() -> None:
+    """A call of weights on the CPU alone has small buckets of both orientations, any other call those of a GPU."""
+    local, summed = (limits_of(["cpu", "cpu"], summed) for summed in (False, True))
+    assert not local.one_orientation and not summed.one_orientation
+    assert local.drift_bytes < summed.drift_bytes
+    for device_types in (["cuda"], ["cpu", "cuda"]):
+        for over_processes in (False, True):
+            assert limits_of(device_types, over_processes) == BucketLimits()
+
+
+def test_only_intermediates_as_small_as_the_drift_have_one_part() -> None:
+    assert intermediate_parts(subtracts_base=True, bfloat16_subspaces=True) == 1
+    assert intermediate_parts(subtracts_base=True, bfloat16_subspaces=False) == 3
+    assert intermediate_parts(subtracts_base=False, bfloat16_subspaces=True) == 3

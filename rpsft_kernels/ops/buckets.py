@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class WeightSpec:
     """One weight as the planner sees it: ``rows`` x ``cols`` at ``rank`` (0 for a full anchor).
 
-    ``key`` names what must be equal for weights to share a launch (form, dtypes, device). ``parts`` is how many
-    bfloat16 parts hold one number of an intermediate (:func:`intermediate_parts`).
+    Weights share a launch only where their ``key`` is equal (form, dtypes, device). ``parts`` is the number of bfloat16
+    parts that hold one number of an intermediate (:func:`intermediate_parts`).
     """
 
     rows: int
@@ -65,7 +65,7 @@ def limits_of(device_types: Iterable[str], summed: bool) -> BucketLimits:
 
     Args:
         device_types: the type of each weight's device.
-        summed: whether drifts of some of the weights are summed over processes.
+        summed: True where drifts of some of the weights are summed over processes.
     """
     if all(device_type == "cpu" for device_type in device_types):
         return CPU_LIMITS_OF_SHARDS if summed else CPU_LIMITS
@@ -73,9 +73,9 @@ def limits_of(device_types: Iterable[str], summed: bool) -> BucketLimits:
 
 
 def intermediate_parts(subtracts_base: bool, bfloat16_subspaces: bool) -> int:
-    """Return how many bfloat16 parts hold one number of an intermediate in the Triton kernels.
+    """Return the number of bfloat16 parts that hold one number of an intermediate in the Triton kernels.
 
-    Those need the most workspace of all backends, and all ranks must form the same buckets, whichever they run. One
+    These need the most workspace of all backends, and all ranks must form the same buckets, whichever they run. One
     part is enough where the intermediate is as small as the drift.
     """
     return 1 if subtracts_base and bfloat16_subspaces else 3

@@ -179,11 +179,11 @@ def differentiate_projection(
     Both ways to project differentiate here: the operator, and the programs of a plan.
 
     Args:
-        needed: whether each weight needs a gradient.
-        grad_drifts: of each drift; not read for full anchors, whose drifts are empty.
-        grad_squares: (N,), of the squared norms.
+        needed: for each weight, whether it needs a gradient.
+        grad_drifts: gradients of the drifts; not read for full anchors, whose drifts are empty.
+        grad_squares: (N,), the gradient of the squared norms.
         restore: returns the operands for ``pull_back`` and the drifts of all N weights. It is called only if there is
-            a gradient to compute, and so are saved tensors only read then.
+            a gradient to compute, so that saved tensors are read only then.
         pull: pulls some of the weights back, given their places, operands, drifts and scales.
 
     Returns:
