@@ -23,8 +23,8 @@ import rpsft_kernels as rk
 FEATURES, CLASSES = 64, 10
 
 
-def labelled_points(seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Points (2048, FEATURES) and their classes (2048,): the largest of CLASSES random projections."""
+def make_points(seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Make points (2048, FEATURES) and their classes (2048,): the largest of CLASSES random projections."""
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(2048, FEATURES, generator=generator)
     labels = (points @ torch.randn(FEATURES, CLASSES, generator=generator)).argmax(dim=1)
@@ -41,13 +41,13 @@ def train(
     anchors: rk.Anchors | None = None,
     coeff: float = 0.0,
 ) -> None:
-    """The training loop; with ``anchors`` and ``coeff`` the rotation penalty is part of what it minimises."""
+    """Train the model; with ``anchors`` and ``coeff`` the rotation penalty is part of the objective."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     for _ in range(steps):
         batch = torch.randint(len(points), (128,), device=points.device)
         functional.cross_entropy(model(points[batch]), labels[batch]).backward()
         if anchors is not None and coeff:
-            # After the last backward pass of the step, before clipping.
+            # This call comes after the last backward pass of the step, and before clipping.
             rk.accumulate_rotation_grad_(model, anchors, coeff)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -69,19 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device = torch.device(options.device)
-    before, task = labelled_points(1, device), labelled_points(2, device)
+    before, task = make_points(1, device), make_points(2, device)
 
     pretrained = nn.Sequential(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
     pretrained.append(nn.Linear(256, CLASSES)).to(device)
     train(pretrained, *before, steps=500, lr=1e-3)
 
-    # Made once, before fine-tuning, and kept beside the pretrained model.
+    # Anchors are made once, before fine-tuning, and kept beside the pretrained model.
     anchors = rk.Anchors.from_model(pretrained, options.rank, progress=False)
     print(anchors.summary())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "anchors.safetensors")
         anchors.save(path)
-        # With the pretrained model at hand, anchors of any other are refused.
+        # With the pretrained model at hand, load refuses anchors of any other.
         anchors = rk.Anchors.load(path, pretrained, device=device)
 
     penalties = {}

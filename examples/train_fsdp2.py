@@ -1,4 +1,4 @@
-"""The rotation penalty on a model sharded by FSDP2.
+"""Adds the rotation penalty to the training of a model that FSDP2 shards.
 
     torchrun --standalone --nproc-per-node 2 examples/train_fsdp2.py [--steps 100] [--coeff 1.0] [--rank 16]
 
@@ -25,7 +25,7 @@ FEATURES, CLASSES = 64, 10
 
 
 def network() -> nn.Sequential:
-    """Stands for a pretrained model: the same on every rank."""
+    """Make a stand-in for a pretrained model, the same on every rank."""
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.ReLU()) for _ in range(4)]
     return nn.Sequential(*layers, nn.Linear(FEATURES, CLASSES))
@@ -39,7 +39,7 @@ def train(options: argparse.Namespace, device: torch.device) -> float:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
-    # Each rank keeps what belongs to its own rows. save(folder) would write one file per rank.
+    # Each rank keeps the anchors of its own rows. save(folder) would write one file per rank.
     anchors = rk.Anchors.from_model(model, options.rank, progress=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
 

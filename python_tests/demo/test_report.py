@@ -97,5 +97,5 @@ def test_plot_of_a_single_step_without_any_drift(tmp_path: Path) -> None:
 
 
 def test_conclusion_says_what_the_penalty_costs() -> None:
-    # Of a step of 1.75 s it took 0.25 s, so that 1.5 s are the rest.
+    # The penalty took 0.25 s of a step of 1.75 s, whose rest is 1.5 s.
     assert "The penalty adds 17% to the rest of a step." in conclusion(comparison(BAD, GOOD))

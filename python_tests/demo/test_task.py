@@ -42,7 +42,7 @@ def test_accuracy_is_that_of_greedy_decoding(tiny: PreTrainedModel) -> None:
         for _ in range(4):
             ids = torch.cat([ids, tiny(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
         answers.append(tuple(ids[0, len(prompt) :].tolist()))
-    # Of six answers two are wrong, one in its first token and one in its last.
+    # Two of six answers are wrong, one in its first token and one in its last.
     answers[0] = ((answers[0][0] + 1) % 160, *answers[0][1:])
     answers[4] = (*answers[4][:-1], (answers[4][-1] + 1) % 160)
     examples = [Example(p, a) for p, a in zip(prompts, answers, strict=True)]

@@ -23,7 +23,7 @@ PARTITIONED: dict[str, tuple[int, bool, dict[str, Any], float]] = {
     "frozen layer": (2, True, {"frozen": "model.layers.1."}, 1e-5),
     "optimizer on the CPU": (2, True, {"offload": True}, 1e-5),
     "loss scale": (2, True, {"loss_scale": 128.0}, 1e-5),
-    # With no other gradients beside those that are rounded to bfloat16.
+    # Without a task, so that no other gradient is rounded to bfloat16.
     "bfloat16, two ranks": (2, True, {"bfloat16": True, "task": 0.0}, 0.01),
     "bfloat16, three ranks": (3, True, {"bfloat16": True, "task": 0.0}, 0.01),
     "bfloat16, gradients in float32": (2, True, {"bfloat16": True, "gradient_dtype": "fp32"}, 1e-4),

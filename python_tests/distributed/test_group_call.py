@@ -103,7 +103,7 @@ def test_a_rank_whose_weights_are_not_finite_is_named(wrapper: str) -> None:
 
 
 def test_the_rank_is_named_by_its_place_in_the_job() -> None:
-    """Of two replicas, each sharded over two ranks, the second is bad: it refuses alone."""
+    """The second of two replicas, each sharded over two ranks, is bad: it refuses alone."""
     for outcomes in zip(*run_ranks(4, not_finite, "fsdp2", 3, (2, 2)), strict=True):
         for each in outcomes[2:]:
             check_refused(each[:3], "NaN or infinity in the drifts of rank 3, ")

@@ -50,7 +50,7 @@ def check(case: str, kinds: dict[str, dict[str, Any]], found: list[dict[str, Any
 
 
 def check_held(case: str, held: list[dict[str, Any]]) -> None:
-    """That each rank keeps its share: together they have every byte of the whole once, and what holders must share."""
+    """Check that ranks together keep every byte of the whole once, and the rows that holders of a cut weight share."""
     size = len(held)
     holders: dict[str, list[int]] = {}
     for rank in held:
@@ -64,7 +64,7 @@ def check_held(case: str, held: list[dict[str, Any]]) -> None:
         return
     assert cut
     if case != "llama":
-        # Of an odd number of equal weights on two ranks, the middle one: its rows. On four ranks, all three.
+        # Two ranks cut the rows of the middle one of an odd number of equal weights; four ranks cut all three.
         assert set(cut) == ({"2.weight"} if size == 2 else {"0.weight", "2.weight", "4.weight"})
     # Measured up to 1.10: what is divided equally is arithmetic, and holders of a cut weight share a basis.
     assert max(rank["here"] for rank in held) < 1.15 * held[0]["whole"] / size

@@ -80,7 +80,7 @@ def test_memory_is_known_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["rows", "replicated"])
 def test_one_rank_spoils_it_for_all_by_name(layout: str) -> None:
-    first, second = run_ranks(2, anchors_ranks.spoiled, layout)
+    first, second = run_ranks(2, anchors_ranks.spoil, layout)
     if layout == "rows":
         assert "model.layers.1.mlp.up_proj.weight: weight: got NaN or infinity" in first
         assert first == second

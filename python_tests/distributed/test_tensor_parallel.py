@@ -47,7 +47,7 @@ def test_equals_the_unsharded_penalty(case: str) -> None:
 
 
 def check_cuts(case: str, cuts: dict[str, int]) -> None:
-    """That the cases are what their names say: how many mesh dimensions cut what."""
+    """Check that as many mesh dimensions cut each matrix as the case's name says."""
     plain = {name for name, count in cuts.items() if not count}
     if "FSDP2" in case:
         assert not plain

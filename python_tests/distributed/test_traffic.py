@@ -6,17 +6,17 @@ from llama import RANK
 from ranks import needs_fsdp2, run_ranks
 from traffic_ranks import Traffic, replicated, sharded
 
-# Of one C, so that every weight is a bucket of its own; of all.
+# Bytes of one C, so that every weight is a bucket of its own; and of all C.
 ONE, ALL = 4 * RANK * RANK, 16 << 20
 
 
 def scalars(size: int) -> list[tuple[str, int, int]]:
-    """What ranks agree by, and what they learn of each other's health."""
+    """The all-reduces by which ranks agree and learn of each other's health."""
     return [("torch.int64", 3 * size + 3, 8 * (3 * size + 3)), ("torch.float32", 1 + size, 4 * (1 + size))]
 
 
 def check_sums_only(traffic: Traffic, size: int) -> list[tuple[str, int, int]]:
-    """Sizes of the all-reduces beside the two of scalars."""
+    """Return the sizes of the all-reduces beside the two of scalars."""
     assert set(traffic.called) == {"all_reduce"}
     assert traffic.by_dtensor == 0
     table, *blocks, health = traffic.sizes

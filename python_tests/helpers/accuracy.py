@@ -1,4 +1,4 @@
-"""How far kernels may be from float64: twice plain PyTorch's error, and floors that single roundings explain."""
+"""Bounds of the kernels' error against float64: twice plain PyTorch's, and floors that single roundings explain."""
 
 from __future__ import annotations
 

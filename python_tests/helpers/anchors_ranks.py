@@ -1,4 +1,4 @@
-"""What each rank does in the tests of anchors that are made, saved and loaded by several."""
+"""The ranks' part in the tests of anchors that several ranks make, save and load."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def made(layout: str, **options: Any) -> rk.Anchors:
 
 
 def save(layout: str, path: str, options: dict[str, Any]) -> tuple[int, list[int]]:
-    """Bytes here, and what :meth:`Anchors.memory` said they would be."""
+    """Save the anchors; returns their bytes here, and those that :meth:`Anchors.memory` planned."""
     model = wrapped(llama(), layout)
-    said = rk.Anchors.memory(model, RANK, **options).per_rank
+    planned = rk.Anchors.memory(model, RANK, **options).per_rank
     anchors = rk.Anchors.from_model(model, RANK, progress=False, **options)
     anchors.save(path)
-    return anchors.nbytes, list(said)
+    return anchors.nbytes, list(planned)
 
 
 def load(layout: str, path: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Anchors for another layout: R at the anchor, and after a drift against float64."""
+    """Load anchors for another layout; returns R at the anchor, and after a drift against float64."""
     model = wrapped(llama(), layout)
     anchors = rk.Anchors.load(path, model)
     result: dict[str, Any] = {"bytes": anchors.nbytes, "skipped": dict(anchors.skipped)}
@@ -68,7 +68,7 @@ def load(layout: str, path: str, options: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def move_to(model: nn.Module, moved: nn.Module) -> None:
-    """Gives the parts that lie here the values of the whole model ``moved``."""
+    """Give the shards that lie here the values of the whole model ``moved``."""
     whole = dict(moved.named_parameters())
     for name, found in find_parameters(model).items():
         if name in whole and len(found.shape) == 2:
@@ -77,8 +77,8 @@ def move_to(model: nn.Module, moved: nn.Module) -> None:
                 weight.values().copy_(weight.shard.of(whole[name]))
 
 
-def spoiled(layout: str) -> str:
-    """The error on this rank where rank 1 alone has a weight that cannot be anchored."""
+def spoil(layout: str) -> str:
+    """Return this rank's error where rank 1 alone has a weight that cannot be anchored."""
     model = wrapped(llama(), layout)
     if dist.get_rank() == 1:
         with torch.no_grad():

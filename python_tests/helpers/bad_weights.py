@@ -1,4 +1,4 @@
-"""What is no weight, with what the refusal says."""
+"""Objects that are not weights, with the message that refuses each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-# What is no weight, with what must be said of it.
+# Objects that are not weights, with the message that refuses each.
 BAD_WEIGHTS: list[tuple[Any, str]] = [
     (None, r"got NoneType, expected a torch\.Tensor of shape \(m, n\)"),
     ([[1.0]], r"got list, expected a torch\.Tensor"),

@@ -1,4 +1,4 @@
-"""What each rank does in the tests of DeepSpeed; it is imported here alone, and runs on the CPU over gloo."""
+"""The ranks' part in the tests of DeepSpeed; it is imported here alone, and runs on the CPU over gloo."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llama import (
 from small_models import refused
 
 
-def initialized(
+def initialize(
     model: nn.Module,
     stage: int,
     bfloat16: bool = False,
@@ -71,7 +71,7 @@ def initialized(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if loss_scale != 1.0:
-        # What float16 does, which DeepSpeed refuses on a CPU.
+        # Scale the loss as for float16, which DeepSpeed refuses on a CPU.
         engine.optimizer.override_loss_scale(loss_scale)
     return engine
 
@@ -81,7 +81,7 @@ def weights(engine: Any) -> dict[str, Any]:
 
 
 def local_gradients(engine: Any) -> dict[str, Tensor]:
-    """Of each parameter that trains, this rank's partition with its padding."""
+    """Return this rank's partition of each parameter that trains, with its padding."""
     from deepspeed.utils import safe_get_local_grad
 
     return {name: safe_get_local_grad(p).clone() for name, p in weights(engine).items() if p.requires_grad}
@@ -103,7 +103,7 @@ def whole_parameters(engine: Any) -> dict[str, Tensor]:
 
 
 def move(engine: Any, moved: nn.Module) -> None:
-    """Gives the engine's model the values of an unwrapped one."""
+    """Give the engine's model the values of an unwrapped one."""
     import deepspeed
 
     whole, parameters = dict(moved.named_parameters()), weights(engine)
@@ -113,7 +113,7 @@ def move(engine: Any, moved: nn.Module) -> None:
 
 
 def partition(whole: Tensor) -> Tensor:
-    """This rank's partition of a tensor, filled up with zeros: DeepSpeed's, by its documentation."""
+    """Cut this rank's partition out of a tensor and pad it with zeros, as DeepSpeed documents it."""
     size = dist.get_world_size()
     length = -(-whole.numel() // size)
     filled = torch.cat([whole.reshape(-1), whole.new_zeros(length * size - whole.numel())])
@@ -121,7 +121,7 @@ def partition(whole: Tensor) -> Tensor:
 
 
 def partition_errors(before: dict[str, Tensor], after: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The worst error of what a call added, relative to the whole gradient's share of one rank."""
+    """Return the worst error of what a call added, relative to the whole gradient's share of one rank."""
     size, worst = dist.get_world_size(), 0.0
     assert set(wanted) <= set(after)
     for name, gradient in after.items():
@@ -143,7 +143,7 @@ def partitioned(
     task: float = 1.0,
     **options: Any,
 ) -> dict[str, Any]:
-    """ZeRO-3: at the anchor and on a drifted model, against float64."""
+    """Run ZeRO-3 at the anchor and on a drifted model, and compare with float64."""
     model, moved = llama(), llama(torch.bfloat16 if bfloat16 else torch.float32)
     drift(moved)
     penalty, wanted = expected_with(anchor_options, model, moved)
@@ -152,7 +152,7 @@ def partitioned(
     anchors = whole_anchors(model, **anchor_options)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (frozen and name.startswith(frozen)))
-    engine = initialized(model, 3, bfloat16, **options)
+    engine = initialize(model, 3, bfloat16, **options)
     if sharded_anchors:
         anchors = rk.Anchors.from_model(
             engine, RANK, progress=False, **{"basis_dtype": torch.float32, **anchor_options}
@@ -206,11 +206,11 @@ class Odd(nn.Module):
 
 
 def odd_partitions(steps: int) -> dict[str, Any]:
-    """Some steps of ZeRO-3 on :class:`Odd`, the gradients of each against float64."""
+    """Train :class:`Odd` under ZeRO-3 for some steps, and compare the gradients of each with float64."""
     reference = rk.Anchors.from_model(Odd(), 3, progress=False, basis_dtype=torch.float32)
     model = Odd()
     drift(model, 0.1)
-    engine = initialized(Odd(), 3, lr=0.05)
+    engine = initialize(Odd(), 3, lr=0.05)
     anchors = rk.Anchors.from_model(engine, 3, progress=False, basis_dtype=torch.float32)
     move(engine, model)
     inputs = torch.randn(4, 7, generator=torch.Generator().manual_seed(4))
@@ -223,7 +223,7 @@ def odd_partitions(steps: int) -> dict[str, Any]:
         wanted = {name: COEFF * g for name, g in wanted.items()}
         engine.backward(engine(inputs))
         before = local_gradients(engine)
-        # What DeepSpeed leaves there from the step before is no gradient of this one.
+        # DeepSpeed leaves the gradient of the step before there, which is none of this step.
         before["unused.weight"].zero_()
         rk.accumulate_rotation_grad_(engine, anchors, COEFF)
         after = local_gradients(engine)
@@ -233,14 +233,14 @@ def odd_partitions(steps: int) -> dict[str, Any]:
 
 
 def replicated(stage: int, anchor_options: dict[str, Any], bfloat16: bool = False) -> dict[str, Any]:
-    """ZeRO-1 and ZeRO-2: the penalty in the loss, against float64."""
+    """Run ZeRO-1 or ZeRO-2 with the penalty in the loss, and compare with float64."""
     model, moved = llama(), llama(torch.bfloat16 if bfloat16 else torch.float32)
     drift(moved)
     form = {key: value for key, value in anchor_options.items() if key != "keep_base"}
     whole = whole_anchors(model, **anchor_options)
     penalty, wanted = expected(moved, whole_anchors(model, **form))
     wanted = {name: COEFF * g for name, g in wanted.items()}
-    engine = initialized(model, stage, bfloat16)
+    engine = initialize(model, stage, bfloat16)
     anchors = rk.Anchors.from_model(engine, RANK, progress=False, **{"basis_dtype": torch.float32, **anchor_options})
     anchors.verify(engine)
     result: dict[str, Any] = {"bytes": anchors.nbytes, "whole bytes": whole.nbytes, "names": list(anchors)}
@@ -274,9 +274,9 @@ def replicated(stage: int, anchor_options: dict[str, Any], bfloat16: bool = Fals
 
 
 def train(steps: int, stage: int, accumulation: int = 1, **options: Any) -> float:
-    """How far a run under DeepSpeed comes from the unsharded one."""
+    """Return the distance of a run under DeepSpeed from the unsharded one."""
     alone = train_alone(steps, stage == 3)
-    engine = initialized(llama(), stage, accumulation=accumulation, **options)
+    engine = initialize(llama(), stage, accumulation=accumulation, **options)
     anchors = rk.Anchors.from_model(engine, RANK, progress=False, basis_dtype=torch.float32)
     for _ in range(steps):
         for i, tokens in enumerate(own_batch().chunk(accumulation)):

@@ -9,7 +9,7 @@ _NEEDED = 1
 
 
 def needed_libraries(image: bytes) -> list[str]:
-    """Of a 64-bit little-endian ELF file."""
+    """Return the libraries that a 64-bit little-endian ELF file needs."""
     assert image[:6] == b"\x7fELF\x02\x01"
     (table,) = struct.unpack_from("<Q", image, 0x28)
     size, count = struct.unpack_from("<HH", image, 0x3A)

@@ -1,4 +1,4 @@
-"""What each rank does in the tests of ranks that fail, disagree or refuse."""
+"""The ranks' part in the tests of ranks that fail, disagree or refuse."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SIZES = (24, 512, 24, 40)
 
 @dataclass
 class Outcome:
-    """What became of a call: the exception's type ("" for none) and message, and whether gradients kept their bits."""
+    """The outcome of a call: the exception's type ("" for none) and message, and whether gradients kept their bits."""
 
     kind: str
     message: str
@@ -57,7 +57,7 @@ def whole_anchors(rank: int = RANK) -> rk.Anchors:
 
 
 def wrapped(wrapper: str, model: nn.Sequential, mesh_shape: tuple[int, ...] = ()) -> Any:
-    """A model that has moved from what was anchored."""
+    """Make a model that has moved since it was anchored."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,7 +84,7 @@ def backward(model: Any) -> None:
 
 
 def ready(wrapper: str, mesh_shape: tuple[int, ...] = ()) -> Any:
-    """A drifted model with gradients, and a group that has served a call."""
+    """Make a drifted model with gradients, and a group that has served a call."""
     model = wrapped(wrapper, layers(), mesh_shape)
     backward(model)
     rk.rotation_penalty(model, whole_anchors())
@@ -145,7 +145,7 @@ def killed_before(wrapper: str, call: str) -> Outcome:
 
 
 def killed_inside(wrapper: str, call: str, bucket: int) -> Outcome:
-    """The odd rank dies when it has sent the sums of ``bucket`` buckets."""
+    """Have the odd rank die when it has sent the sums of ``bucket`` buckets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops_buckets, "CPU_LIMITS_OF_SHARDS", BucketLimits(drift_bytes=1, one_orientation=False))
         model = ready(wrapper)
@@ -164,7 +164,7 @@ def killed_inside(wrapper: str, call: str, bucket: int) -> Outcome:
 
 
 def one_is_late() -> Outcome:
-    """The last rank comes to the call when the first has seen it fail: it is not taken for the one that died."""
+    """Have the last rank come to the call when the first has seen it fail: it is not taken for the one that died."""
     model = ready("fsdp2")
     if dist.get_rank() == ODD:
         die()
@@ -204,7 +204,7 @@ def keeper_killed(inside: bool) -> Outcome:
 
 
 def not_finite(wrapper: str, odd: int, mesh_shape: tuple[int, ...] = ()) -> list[list[Outcome]]:
-    """For each bad value: both calls with it, the second again without gradients; then both as it was before."""
+    """Make, for each bad value, both calls with it, the second again without gradients; then both as before."""
     model, anchors = ready(wrapper, mesh_shape), whole_anchors()
     found = []
     for value in (float("nan"), float("inf"), float("-inf")):
@@ -244,7 +244,7 @@ def _only(anchors: rk.Anchors, *names: str) -> rk.Anchors:
     return rk.Anchors({name: anchors[name] for name in names})
 
 
-# What the odd rank does where the others accumulate with the whole anchors.
+# The odd rank's call where the others accumulate with the whole anchors.
 DISAGREEMENTS: dict[str, Callable[[Any], Tensor]] = {
     "fewer weights": lambda model: accumulate(model, _only(whole_anchors(), "0.weight", "2.weight")),
     "other weights": lambda model: accumulate(model, _only(whole_anchors(), "0.weight", "1.weight")),
@@ -304,7 +304,7 @@ def _with_an_error_of_another_type(model: Any) -> Tensor:
         return accumulate(model, whole_anchors())
 
 
-# What the odd rank itself refuses, and what it says.
+# The calls that the odd rank itself refuses, and its message.
 REFUSALS: dict[str, tuple[Callable[[Any], Tensor], str, str]] = {
     "gradient": (_unusable_gradient, "ValueError", "weight.grad: got "),
     "shape": (_of_another_shape, "ValueError", "1.weight: got shape (24, 512), expected (512, 24)"),
@@ -326,7 +326,7 @@ def refuse(wrapper: str) -> dict[str, list[Outcome]]:
 
 
 def _odd_one_out(wrapper: str, cases: dict[str, Callable[[Any], Tensor]]) -> dict[str, list[Outcome]]:
-    """Of each case, the odd call and after it a right one, all in one group."""
+    """Make the odd call of each case, and after it a right one, all in one group."""
     model, anchors = ready(wrapper), whole_anchors()
 
     def right(model: Any) -> Tensor:
@@ -337,7 +337,7 @@ def _odd_one_out(wrapper: str, cases: dict[str, Callable[[Any], Tensor]]) -> dic
 
 
 def refuse_in_a_list() -> list[Outcome]:
-    """DTensors in a list: the odd rank has one anchor too few."""
+    """Pass DTensors in a list: the odd rank has one anchor too few."""
     weights = list(ready("fsdp2").parameters())
     anchors = list(whole_anchors().values())
     given = anchors[:-1] if dist.get_rank() == ODD else anchors
@@ -381,7 +381,7 @@ def two_groups(problem: str) -> list[Outcome]:
 
 
 def forced_parts(wrapper: str, sizes: tuple[int, ...], rank: int, taken_from: tuple[int, ...]) -> Outcome:
-    """Every rank has the anchors of another rank's parts."""
+    """Give every rank the anchors of another rank's shards."""
     model = wrapped(wrapper, layers(sizes))
     anchors = rk.Anchors.from_model(model, rank, progress=False, basis_dtype=torch.float32)
     everyones: list[Any] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What each rank does in the tests of FSDP1."""
+"""The ranks' part in the tests of FSDP1."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def clean(name: str) -> str:
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    """Whole gradients: FSDP1's own where it can give them, else put together from every rank's."""
+    """Return whole gradients: FSDP1's own where it can give them, else put together from every rank's."""
     if model._use_orig_params and model.mixed_precision.param_dtype is None:
         with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
             return {clean(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -92,7 +92,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def move(model: Any, moved: nn.Module) -> None:
-    """Gives a wrapped model the values of an unwrapped one."""
+    """Give a wrapped model the values of an unwrapped one."""
     whole = dict(moved.named_parameters())
     with torch.no_grad(), FullyShardedDataParallel.summon_full_params(model):
         for name, parameter in model.named_parameters():
@@ -107,7 +107,7 @@ def pretrained(tied: bool) -> Any:
 
 
 def compare(sharded_anchors: bool, anchor_options: dict[str, Any], tied: bool = True, **options: Any) -> dict[str, Any]:
-    """Both calls at the anchor and on a drifted model against float64; everything that a test looks at."""
+    """Compare both calls, at the anchor and on a drifted model, with float64; returns the facts that tests check."""
     anchors = whole_anchors(pretrained(tied), **anchor_options)
     moved = pretrained(tied)
     drift(moved)
@@ -162,7 +162,7 @@ def compare(sharded_anchors: bool, anchor_options: dict[str, Any], tied: bool = 
 
 
 def train(steps: int, **options: Any) -> float:
-    """How far a sharded run comes from the unsharded one."""
+    """Return the distance of a sharded run from the unsharded one."""
     alone = train_alone(steps, True)
     model = wrapped(llama(), **options)
     anchors = rk.Anchors.from_model(model, RANK, progress=False, basis_dtype=torch.float32)

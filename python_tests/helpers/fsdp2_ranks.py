@@ -1,4 +1,4 @@
-"""What each rank does in the tests of FSDP2."""
+"""The ranks' part in the tests of FSDP2."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def compare(
     sharded_anchors: bool, dtype: torch.dtype, anchor_options: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
-    """Both calls on a drifted model against float64; everything that a test looks at."""
+    """Compare both calls on a drifted model with float64; returns the facts that tests check."""
     model = llama(dtype)
     anchors = whole_anchors(model, **anchor_options)
     moved = llama(dtype)
@@ -114,7 +114,7 @@ def compare(
 
 
 def train(steps: int, accumulate: bool, **options: Any) -> float:
-    """How far a sharded run comes from the unsharded one."""
+    """Return the distance of a sharded run from the unsharded one."""
     alone = train_alone(steps, accumulate)
     model = wrapped(llama(), **options)
     anchors = rk.Anchors.from_model(model, RANK, progress=False, basis_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A small Llama from transformers, its anchors, and what the penalty and its gradient must be, in float64."""
+"""A small Llama from transformers, its anchors, and the right penalty and gradient in float64."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def whole_anchors(model: nn.Module, **options: Any) -> rk.Anchors:
 
 @torch.no_grad()
 def drift(model: nn.Module, scale: float = 0.01) -> None:
-    """Moves every weight a little, the same on every rank that calls it with a whole model."""
+    """Move every weight a little, the same on every rank that calls it with a whole model."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -43,7 +43,7 @@ def drift(model: nn.Module, scale: float = 0.01) -> None:
 
 
 def expected(model: nn.Module, anchors: rk.Anchors) -> tuple[float, dict[str, Tensor]]:
-    """R and dR/dW of a whole model by the definition, in float64."""
+    """Compute R and dR/dW of a whole model by the definition, in float64."""
     weights, total, gradients = dict(model.named_parameters()), 0.0, {}
     for name, anchor in anchors.items():
         assert anchor.base is not None
@@ -60,8 +60,8 @@ def expected(model: nn.Module, anchors: rk.Anchors) -> tuple[float, dict[str, Te
 
 
 def expected_with(options: dict[str, Any], pretrained: nn.Module, moved: nn.Module) -> tuple[float, dict[str, Tensor]]:
-    """:func:`expected` of a moved model, for anchors that ``Anchors.from_model`` makes with these options."""
-    # In the block form the bases alone decide what the penalty is.
+    """Compute :func:`expected` of a moved model, for anchors that ``Anchors.from_model`` makes with these options."""
+    # In the block form U and V alone decide the penalty.
     kept = {key: value for key, value in options.items() if key != "keep_base"}
     return expected(moved, whole_anchors(pretrained, **kept))
 
@@ -71,7 +71,7 @@ def batch(size: int = 12) -> Tensor:
 
 
 def own_batch() -> Tensor:
-    """This rank's share of the batch; the mean of the ranks' losses is the whole batch's."""
+    """Return this rank's share of the batch; the mean of the ranks' losses is the whole batch's."""
     return batch().chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -81,13 +81,13 @@ def task_loss(model: Any, tokens: Tensor) -> Tensor:
 
 
 def errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The worst relative error of a gradient."""
+    """Return the worst relative error of a gradient."""
     assert set(wanted) <= set(found)
     return max(float((found[name].double() - g).norm() / g.norm()) for name, g in wanted.items())
 
 
 def train_alone(steps: int, accumulate: bool) -> dict[str, Tensor]:
-    """Parameters after some optimizer steps of the unsharded model on the whole batch."""
+    """Return the parameters after some optimizer steps of the unsharded model on the whole batch."""
     model = llama()
     anchors = whole_anchors(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -104,7 +104,7 @@ def train_alone(steps: int, accumulate: bool) -> dict[str, Tensor]:
 
 
 def distance(found: dict[str, Tensor], alone: dict[str, Tensor]) -> float:
-    """How far parameters have come apart, relative to how far they have moved."""
+    """Return the distance between parameters, relative to their drift."""
     start = dict(llama().named_parameters())
     return max(
         float((found[name] - value).norm() / (value - start[name].detach()).norm()) for name, value in alone.items()

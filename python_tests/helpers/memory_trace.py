@@ -1,4 +1,4 @@
-"""What torch's allocator hands out on the CPU while a function runs."""
+"""Traces what torch's allocator hands out on the CPU while a function runs."""
 
 from __future__ import annotations
 

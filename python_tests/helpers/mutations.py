@@ -1,4 +1,4 @@
-"""What a training script may do to a model, its gradients and its anchors between two steps."""
+"""Changes that a training script may make to a model, its gradients and its anchors between two steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _data(case: Case, name: str, data: Tensor) -> None:
     parameter = case.model.get_parameter(name)
     case.kept.append(parameter.data)
     parameter.data = data
-    # What autograd has no use for any more.
+    # Autograd has no more use for these values.
     if parameter.grad is not None and parameter.grad.dtype != data.dtype:
         parameter.grad = None
 
@@ -61,7 +61,7 @@ def _to_bfloat16(case: Case) -> None:
 
 
 def _swapped_by_torch(case: Case) -> None:
-    """As DTensors are converted: the same object, with the content of another."""
+    """Swap the content of two objects, as ``to`` does with DTensors."""
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         case.model.to(torch.bfloat16)
@@ -161,7 +161,7 @@ def _gradients_of_another_dtype(case: Case) -> None:
 
 
 def _gradients_in_one_buffer(case: Case) -> None:
-    """One element behind its beginning: no gradient begins at 16 bytes."""
+    """Begin gradients one element after their memory's start, so that none is aligned to 16 bytes."""
     leaves = list({id(parameter): parameter for parameter in case.parameters()}.values())
     flat = {p.dtype: torch.randn(1 + sum(q.numel() for q in leaves), dtype=p.dtype) for p in leaves}
     at = 1

@@ -1,4 +1,4 @@
-"""What each rank does in the tests of plans of sharded models."""
+"""The ranks' part in the tests of plans of sharded models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from small_models import linear_layers
 
 @dataclass
 class Reshards:
-    """Steps after which a call differs from a fresh one, and how; R of every step."""
+    """The steps after which a call differs from a fresh one, with the difference; R of every step."""
 
     differences: dict[str, str] = field(default_factory=dict)
     penalties: list[float] = field(default_factory=list)
@@ -34,7 +34,7 @@ def _local(tensor: Tensor | None) -> Tensor | None:
 
 
 def _calls(model: Any, anchors: rk.Anchors) -> list[Tensor | None]:
-    """R and every gradient of both calls. Gradients are as before afterwards."""
+    """Return R and every gradient of both calls. Gradients are as before afterwards."""
     parameters = list(dict.fromkeys(model.parameters()))
     before = [None if p.grad is None else p.grad.clone() for p in parameters]
 
@@ -58,7 +58,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def reshards() -> Reshards:
-    """Parameters are gathered and sharded again, converted, loaded and moved between calls."""
+    """Gather and shard parameters again, convert, load and move them between calls."""
     model: Any = linear_layers((24, 32, 40, 8))
     anchors = rk.Anchors.from_model(model, RANK, progress=False, basis_dtype=torch.float32)
     move(model)
@@ -115,7 +115,7 @@ def reshards() -> Reshards:
 
 @dataclass
 class Failures:
-    """What each failed call said ("" for none that failed), and the gradients that any of them left."""
+    """The message of each call that failed ("" where none did), and the gradients that any of them left."""
 
     messages: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
@@ -170,7 +170,7 @@ def failures(wrapper: str) -> Failures:
 
 
 def redistributed_gradients() -> float:
-    """How far gradients are off that were on their way when they were added to."""
+    """Return the error of gradients that were still being reduced when they were added to."""
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     pretrained = torch.randn(24, 40)

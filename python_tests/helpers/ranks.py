@@ -30,7 +30,7 @@ FSDP2_RUNS = hasattr(torch.cpu.Stream, "record_event")
 needs_fsdp2 = pytest.mark.skipif(
     not FSDP2_RUNS, reason="FSDP2 of torch 2.6 does not run on CPUs: their stream has no record_event"
 )
-# Who keeps the store: a file; a server that outlives the ranks, as torchrun's does; or rank 0.
+# The keeper of the store: a file; a server that outlives the ranks, as torchrun's does; or rank 0.
 Keeper = Literal["file", "launcher", "rank 0"]
 
 
@@ -42,7 +42,7 @@ def run_ranks(
     timeout: float = 60,
     keeper: Keeper = "file",
 ) -> list[Any]:
-    """``function(*arguments)`` on ``size`` ranks; its results in their order, None for ranks that were ``killed``.
+    """Run ``function(*arguments)`` on ``size`` ranks; returns results in their order, None for those ``killed``.
 
     ``function`` must be a module's own; ``timeout`` is the group's, in seconds. Fails with the traceback of any rank
     that raised.
@@ -72,7 +72,7 @@ def run_ranks(
 
 
 def _next(results: Any, ranks: list[Any], done: set[int], folder: str) -> Any:
-    """The next answer of a rank that is not ``done``."""
+    """Wait for the next answer of a rank that is not ``done``."""
     until = time.monotonic() + _SECONDS
     while time.monotonic() < until:
         # Read before the queue is: what a rank says before it ends arrives.
@@ -87,7 +87,7 @@ def _next(results: Any, ranks: list[Any], done: set[int], folder: str) -> Any:
 
 
 def _stacks(folder: str, ranks: set[int]) -> str:
-    """Where those that crashed, or were still at it near the end, were."""
+    """Return the stacks of ranks that crashed, or that had not ended near the timeout."""
     paths = {rank: Path(folder, f"stack.{rank}") for rank in sorted(ranks)}
     return "\n".join(f"rank {rank}:\n{path.read_text()}" for rank, path in paths.items() if path.is_file())
 

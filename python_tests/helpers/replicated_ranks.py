@@ -1,4 +1,4 @@
-"""What each rank does in the tests of replicated weights: DistributedDataParallel."""
+"""The ranks' part in the tests of replicated weights: DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ SETTINGS = {
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Copies under the names of the unwrapped model."""
+    """Copy tensors under the names of the unwrapped model."""
     return {
         name.replace("module.", "").replace("_orig_mod.", ""): p.grad.clone()
         for name, p in model.named_parameters()
@@ -86,11 +86,11 @@ class Moved:
     gradients: dict[str, Tensor]
 
     def compared(self, anchors: rk.Anchors) -> dict[str, Any]:
-        """Every way of calling against float64; everything that a test looks at."""
+        """Compare every way of calling with float64; returns the facts that tests check."""
         result = found_at_anchor(self.pretrained, anchors, COEFF, _gradients)
         penalties: list[Tensor] = []
         bits: list[float] = []
-        # What the calls add to the task's gradients: these come out the same without them, to the last bit.
+        # The calls add to the task's gradients, which are the same without them to the last bit.
         tasks = {several: self._step(several, lambda: 0.0, lambda: None) for several in (False, True)}
         for several, task in tasks.items():
             ways = {
@@ -131,7 +131,7 @@ class Moved:
         return _gradients(self.model)
 
     def _refused(self, anchors: rk.Anchors) -> tuple[str, bool]:
-        """What the call raises after the backward pass that averages, and whether gradients are as they were."""
+        """Return the call's error after the backward pass that averages, and whether gradients are as they were."""
         before = self._step(False, lambda: 0.0, lambda: None)
         message = refused(lambda: rk.accumulate_rotation_grad_(self.model, anchors, COEFF))
         after = _gradients(self.model)
@@ -139,12 +139,12 @@ class Moved:
 
 
 def compare_all(cases: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """:func:`compare` of several cases in one group: processes cost more to start than cases to compute."""
+    """Run :func:`compare` for several cases in one group: processes cost more to start than cases to compute."""
     return {case: compare(case, kinds) for case, kinds in cases.items()}
 
 
 def compare(case: str, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Results by kind of anchor, each made before the model was wrapped and after; and how work is divided."""
+    """Return results by kind of anchor, each made before the model was wrapped and after; and the work's division."""
     setting = SETTINGS[case]
     kinds = {kind: {"basis_dtype": torch.float32, "progress": False, **options} for kind, options in kinds.items()}
     pretrained, moved = setting.model(), setting.model()
@@ -165,7 +165,7 @@ def compare(case: str, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "whole": whole[kind].nbytes,
             "here": anchors.nbytes,
             "parts": {name: (a.held.rows, a.held.cols) for name, a in anchors.items() if a.held.numel},
-            # Of U and V, those rows that other holders of a cut weight have too; and blocks, one for each holder.
+            # Other holders of a cut weight have the same rows of U or V, and each has a block.
             "shared": {name: _shared_bytes(a) for name, a in anchors.items() if a.held.numel},
         }
         found["results"][f"{kind}, divided"] = subject.compared(anchors)
@@ -184,7 +184,7 @@ def _shared_bytes(anchor: rk.Anchor) -> int:
 
 
 def train(steps: int) -> dict[str, tuple[float, list[float]]]:
-    """By call: how far a replicated run comes from that of one process, and what its parameters sum to."""
+    """Return, by call, the distance of a replicated run from that of one process, and the sum of its parameters."""
     return {
         "rotation_penalty": _distance_of_run(steps, accumulate=False),
         "accumulate_rotation_grad_": _distance_of_run(steps, accumulate=True),
@@ -209,19 +209,19 @@ def _distance_of_run(steps: int, accumulate: bool) -> tuple[float, list[float]]:
 
 
 def refusals() -> dict[str, list[str]]:
-    """What this rank raises, and whether any gradient was made, where models and anchors do not go together."""
+    """Return this rank's errors, and whether any gradient was made, where models and anchors do not go together."""
     pretrained = llama()
     whole_blocks = rk.Anchors.from_model(pretrained, RANK, keep_base=False, progress=False)
     model = DistributedDataParallel(pretrained)
     divided = rk.Anchors.from_model(model, RANK, progress=False)
     cases = {"divided anchors": (model.module, divided), "whole blocks": (model, whole_blocks)}
-    messages = {name: _raised(*case) for name, case in cases.items()}
+    messages = {name: _errors_of_calls(*case) for name, case in cases.items()}
     assert not _gradients(model)
     return messages
 
 
-def _raised(model: nn.Module, anchors: rk.Anchors) -> list[str]:
-    """What each call raises."""
+def _errors_of_calls(model: nn.Module, anchors: rk.Anchors) -> list[str]:
+    """Return the error of each call."""
     return [
         refused(lambda: rk.rotation_penalty(model, anchors)),
         refused(lambda: rk.accumulate_rotation_grad_(model, anchors, COEFF)),

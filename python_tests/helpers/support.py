@@ -1,4 +1,4 @@
-"""What the tests share: random problems in every layout and form, and the formulas in float64."""
+"""Random problems in every layout and form, and the formulas in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Layout = Literal["contiguous", "transposed", "padded", "sliced"]
 
 
 class Pieces(Protocol):
-    """What the formulas read of an anchor; ``rk.Anchor`` has it, and so has :class:`Problem`."""
+    """The fields of an anchor that the formulas read; ``rk.Anchor`` has them, and so has :class:`Problem`."""
 
     @property
     def left(self) -> Tensor | None: ...
@@ -133,7 +133,7 @@ def make_problem(
 
 
 def operands_of(problems: Iterable[Problem]) -> Operands:
-    """What the operations read of the problems."""
+    """Return the operands of the problems."""
     problems = list(problems)
 
     def present(name: str) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What each rank does in the tests of tensor parallel models, alone and under FSDP2."""
+"""The ranks' part in the tests of tensor parallel models, alone and under FSDP2."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Moved:
         return cls(pretrained, model, lambda: setting.loss(model, inputs), anchors, penalty, wanted)
 
     def compared(self, anchors: rk.Anchors) -> dict[str, Any]:
-        """Both calls against float64; everything that a test looks at."""
+        """Compare both calls with float64; returns the facts that tests check."""
         result = found_at_anchor(self.pretrained, anchors, COEFF, _gradients)
         result["empty"] = any(anchor.part is not None and not anchor.part.numel for anchor in anchors.values())
         self.model.zero_grad()
@@ -145,7 +145,7 @@ class Moved:
 
 
 def compare(case: str, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Results by kind of anchor: made before the model was wrapped (not those in block form), and after."""
+    """Return results by kind of anchor: made before the model was wrapped (but for the block form), and after."""
     setting = SETTINGS[case]
     mesh = setting.mesh()
     kinds = {kind: {"basis_dtype": torch.float32, "progress": False, **options} for kind, options in kinds.items()}
@@ -161,7 +161,7 @@ def compare(case: str, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _cuts(model: nn.Module) -> dict[str, int]:
-    """Over how many mesh dimensions each matrix is sharded."""
+    """Count the mesh dimensions over which each matrix is sharded."""
     return {
         name: sum(not placement.is_replicate() for placement in p.placements) if isinstance(p, DTensor) else 0
         for name, p in model.named_parameters()
@@ -170,7 +170,7 @@ def _cuts(model: nn.Module) -> dict[str, int]:
 
 
 def train(case: str, steps: int) -> dict[str, float]:
-    """How far wrapped runs come from the unwrapped one, relative to how far that has moved."""
+    """Return the distance of wrapped runs from the unwrapped one, relative to that one's own drift."""
     setting = SETTINGS[case]
     mesh = setting.mesh()
     return {
@@ -205,7 +205,7 @@ def _steps(model: nn.Module, rank: int, loss: Callable[[], Tensor], call: str, s
 
 
 def refused(case: str, culprit: int) -> tuple[str, list[str]]:
-    """What this rank raises where ``culprit`` alone has a gradient that cannot be added to, and what got a gradient.
+    """Return this rank's error where ``culprit`` alone has a gradient that cannot be added to, and new gradients.
 
     That of the embeddings, whose group is not everyone's: who is not in it must hear of it all the same.
     """

@@ -1,4 +1,4 @@
-"""What each rank sends in both calls, counted where torch.distributed is entered."""
+"""Counts what each rank sends in both calls, where torch.distributed is entered."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MOVERS = [
 
 @dataclass
 class Traffic:
-    """Of one call: functions of torch.distributed called, elements and bytes of each all-reduce, what DTensor sent."""
+    """One call's traffic: calls of torch.distributed, elements and bytes of each all-reduce, DTensor's messages."""
 
     called: list[str] = field(default_factory=list)
     sizes: list[tuple[str, int, int]] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Traffic:
 
 @dataclass
 class Counted:
-    """The traffic of each call by name, and what it should be judged by."""
+    """Return the traffic of each call by name, and the sizes to judge it by."""
 
     traffic: dict[str, Traffic]
     buckets: int
@@ -94,7 +94,7 @@ def _noting(traffic: Traffic, name: str, function: Callable[..., Any]) -> Callab
 
 
 def sharded(drift_bytes: int) -> Counted:
-    """The small Llama under FSDP2."""
+    """Count the traffic of the small Llama under FSDP2."""
     with pytest.MonkeyPatch.context() as patch:
         limits = BucketLimits(drift_bytes=drift_bytes, one_orientation=False)
         patch.setattr(ops_buckets, "CPU_LIMITS_OF_SHARDS", limits)
@@ -108,7 +108,7 @@ def sharded(drift_bytes: int) -> Counted:
 
 
 def replicated() -> Counted:
-    """Weights under DistributedDataParallel of which none is cut."""
+    """Count the traffic of weights under DistributedDataParallel, of which none is cut."""
     model = wrapped_layers("ddp", layers((24, 24, 24, 24)))
     anchors = rk.Anchors.from_model(model, 8, progress=False, basis_dtype=torch.float32)
     backward(model)

@@ -19,7 +19,7 @@ _FILES = (
     "setup.py",
 )  # fmt: skip
 _FOLDERS = ("rpsft_kernels", "csrc", "build_tools")
-# What decides how a package is built: a test says it or it is not set.
+# Variables that decide how a package is built: a test sets them, or they are not set.
 _VARIABLES = (
     "CXX", "MAX_JOBS", "PYTHONPATH", "RPSFT_AOT_KERNELS", "RPSFT_AOT_PREBUILT", "RPSFT_CUDA_ARCHS", "RPSFT_CUDA_DRIVER",
     "RPSFT_NATIVE", "RPSFT_STRICT", "SOURCE_DATE_EPOCH", "TORCH_CUDA_ARCH_LIST", "TRITON_INTERPRET",
@@ -75,7 +75,7 @@ def build_wheel(source: Path, wheels: Path, **variables: str) -> tuple[Path, str
 
 
 def version() -> str:
-    """What pyproject.toml says."""
+    """Read pyproject.toml."""
     found = re.search(r'^version = "(.+)"$', (REPOSITORY / "pyproject.toml").read_text(), re.M)
     assert found is not None
     return found[1]
@@ -103,7 +103,7 @@ class FullWheel:
 
 
 def build_full_wheel(folder: Path) -> FullWheel:
-    """With every kernel for sm_90 and the native module: minutes."""
+    """Build a wheel with every kernel for sm_90 and the native module, which takes minutes."""
     source = copy_sources(folder / "source", objects=True)
     wheel, printed = build_wheel(source, folder / "wheels", RPSFT_CUDA_ARCHS="9.0", RPSFT_STRICT="1", MAX_JOBS="2")
     with zipfile.ZipFile(wheel) as archive:

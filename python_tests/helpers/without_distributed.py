@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-# What torch.distributed and its parts look for when they are asked whether they are there.
+# Attributes by which torch.distributed and its modules tell whether they are available.
 _MARKS = ("_c10d_init", "_rpc_init", "_dist_autograd_init")
 
 

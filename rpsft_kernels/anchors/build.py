@@ -119,23 +119,23 @@ class _Round:
 
     def _gather(self) -> dict[str, Tensor]:
         """Bring together the whole weights (m, n) that this rank solves."""
-        here, transfer = self.group.rank(), Transfer(self.group)
+        this_rank, transfer = self.group.rank(), Transfer(self.group)
         gathered: dict[str, Tensor] = {}
         for name, solver in self.solvers.items():
             weight = self.weights[name]
             if isinstance(weight, ReplicatedWeight):
-                if solver == here:
+                if solver == this_rank:
                     gathered[name] = weight.parameter.detach()
                 continue
             views = weight.shard.views(weight.values().detach())
-            if solver != here:
+            if solver != this_rank:
                 for _, view in views:
                     transfer.send(view, solver)
                 continue
             whole = gathered[name] = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             for member, shard in enumerate(self.shards_by_rank[name]):
                 for rect in shard.rects:
-                    if member != here:
+                    if member != this_rank:
                         transfer.receive(whole[slice(*rect.rows), slice(*rect.cols)], member)
             for rect, view in views:
                 whole[slice(*rect.rows), slice(*rect.cols)] = view
@@ -173,16 +173,16 @@ class _Round:
 
     def _scatter(self, whole_basis_by_name: dict[str, Basis]) -> dict[str, Basis]:
         """Send every rank its rows of U and V, from the solver that has them in ``whole_basis_by_name``."""
-        here, transfer = self.group.rank(), Transfer(self.group)
+        this_rank, transfer = self.group.rank(), Transfer(self.group)
         basis_by_name: dict[str, Basis] = {}
         for name, solver in self.solvers.items():
             weight = self.weights[name]
             if is_full((weight.shape[0], weight.shape[1]), self.options.rank):
                 continue
-            if solver == here:
+            if solver == this_rank:
                 for member, shard in enumerate(self.shards_by_rank[name]):
                     rows = whole_basis_by_name[name].of(shard)
-                    if member == here:
+                    if member == this_rank:
                         basis_by_name[name] = rows
                     else:
                         transfer.send(rows.left, member)

@@ -166,13 +166,13 @@ def _segment_multiplier(segment: int) -> int:
 
 def _mix(index: Tensor) -> Tensor:
     """Apply SplitMix64's finaliser in int64, and make the result odd."""
-    z = (index + 1) * _signed(0x9E3779B97F4A7C15)
+    z = (index + 1) * _as_signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ _shift_right(z, shift)) * _signed(factor)
+        z = (z ^ _shift_right(z, shift)) * _as_signed(factor)
     return (z ^ _shift_right(z, 31)) | 1
 
 
-def _signed(word: int) -> int:
+def _as_signed(word: int) -> int:
     return word - _WRAP if word >= _WRAP // 2 else word
 
 

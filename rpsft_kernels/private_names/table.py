@@ -154,15 +154,16 @@ def read(owner: object, holder: str, meaning: str) -> Any:
         if value is not _ABSENT:
             return value
     library = rows[0].library
+    installed = _installed_version(library)
     oldest, newest = READ[library]
     raise RuntimeError(
-        f"{library}: got version {_installed(library)}, whose {holder} has no {' and no '.join(map(str, rows))} "
+        f"{library}: got version {installed}, whose {holder} has no {' and no '.join(map(str, rows))} "
         f"({meaning}), expected {library} {oldest} to {newest}, whose private names this package knows; install one "
         "of these, or a version of this package that knows yours"
     )
 
 
-def _installed(library: str) -> str:
+def _installed_version(library: str) -> str:
     if library == "torch":
         return torch.__version__
     try:

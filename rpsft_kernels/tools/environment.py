@@ -63,7 +63,7 @@ def _facts() -> Iterator[_Fact]:
     yield "CUDA driver", _describe_driver
     yield from _backends(torch.device("cpu"))
     yield "GPUs", _gpus
-    for index in range(_count()):
+    for index in range(_count_gpus()):
         yield from _device(torch.device("cuda", index))
 
 
@@ -106,7 +106,7 @@ def _gpus() -> str:
     return f"{torch.cuda.device_count()} that torch sees" if torch.cuda.is_available() else "none that torch sees"
 
 
-def _count() -> int:
+def _count_gpus() -> int:
     try:
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
     except Exception:  # the line "GPUs" reports the error
