@@ -61,9 +61,13 @@ def test_whatever_goes_wrong_the_rest_runs(tmp_path: Path) -> None:
     right, found = outcomes_of(wanted, tmp_path)
     assert not right and list(found) == [each.name for each in wanted]
     assert {name: outcome.result for name, outcome in found.items()} == {
-        "good": "passed", "bad": "failed", "slow": "timed out", "nothing to do": "skipped", "missing": "failed",
+        "good": "passed",
+        "bad": "failed",
+        "slow": "timed out",
+        "nothing to do": "skipped",
+        "missing": "failed",
         "last": "passed",
-    }  # fmt: skip
+    }
     assert found["good"].note == "all is well" and found["bad"].note == "it is broken"
     assert found["slow"].log.read_text().startswith("begun")
     assert found["missing"].note.endswith("missing: No such file or directory")
@@ -305,9 +309,7 @@ def test_where_nothing_can_compile_the_way_out_is_told(
 def test_what_the_native_module_needs_is_named(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
     assert prepare.native() == "" and "setup.py -q build_ext --inplace" in ran[0]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pybind11" else object())
-    assert prepare.native() == (
-        f"the native module's build needs pybind11: {sys.executable} -m pip install pybind11"
-    )  # fmt: skip
+    assert prepare.native() == (f"the native module's build needs pybind11: {sys.executable} -m pip install pybind11")
 
 
 # -- the sanitizer -----------------------------------------------------------------------------------------
@@ -380,9 +382,14 @@ def test_every_kernel_of_this_package_is_known() -> None:
     ],
 )
 def test_the_tools_verdict(
-    said: str, code: int, status: int, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    code: int,
+    status: int,
+    verdict: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "said").write_text(said)
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncat {tmp_path}/said\nexit {code}\n')
@@ -420,11 +427,14 @@ SMALL = ((72, 40), (40, 88))
 @pytest.mark.parametrize(
     "case",
     [
-        Case("base", rank=24), Case("base", torch.float32, "sliced", 23), Case("block", torch.float16, rank=24),
-        Case("full", torch.float32, base=torch.bfloat16), Case("base", basis=torch.float32, rank=24),
+        Case("base", rank=24),
+        Case("base", torch.float32, "sliced", 23),
+        Case("block", torch.float16, rank=24),
+        Case("full", torch.float32, base=torch.bfloat16),
+        Case("base", basis=torch.float32, rank=24),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_wrong_result_is_found(case: Case, device: torch.device) -> None:
     inputs = make_inputs(case, SMALL, device)
     drifts, squares = filling.step(inputs)

@@ -30,8 +30,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 TRITON = f"{PACKAGE}.ops.triton"
 AOT = f"{TRITON}.aot"
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    f"{PACKAGE}.ops": (f"{PACKAGE}.ops", f"{PACKAGE}.checks", f"{PACKAGE}.costs", f"{PACKAGE}.private_names",
-                       f"{PACKAGE}.version"),
+    f"{PACKAGE}.ops": (
+        f"{PACKAGE}.ops",
+        f"{PACKAGE}.checks",
+        f"{PACKAGE}.costs",
+        f"{PACKAGE}.private_names",
+        f"{PACKAGE}.version",
+    ),
     f"{PACKAGE}.ops.operands": (),
     f"{PACKAGE}.ops.buckets": (f"{PACKAGE}.ops.operands",),
     f"{PACKAGE}.ops.products": (),
@@ -45,7 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     f"{AOT}.targets": (),
     f"{AOT}.devices": (),
     f"{AOT}.wanted": (f"{AOT}.targets", f"{AOT}.devices"),
-}  # fmt: skip
+}
 # Who may import what is not of the package nor of the standard library; the longest name that fits a file decides.
 MAY_REQUIRE: dict[str, set[str]] = {
     f"{TRITON}.kernels": {"triton"},

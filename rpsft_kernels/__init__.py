@@ -2,8 +2,8 @@
 
 The public names::
 
-    Anchors.from_model(model, rank)                      what is kept of a pretrained model, by parameter name
-    Anchor.from_weight(weight, rank)                     the same of one weight
+    Anchors.from_model(model, rank)                      anchors of a pretrained model, by parameter name
+    Anchor.from_weight(weight, rank)                     the anchor of one weight
     accumulate_rotation_grad_(weights, anchors, coeff)   adds coeff * dR/dW to every .grad; returns R
     rotation_penalty(weights, anchors)                   R as a differentiable scalar, for the loss
     project(weight, left, right, base)                   one weight's drift U^T (W - W0) V
@@ -39,5 +39,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names alone. Submodules are found by importing them; pydoc lists them under PACKAGE CONTENTS."""
+    """List the public names alone. Submodules are found by importing them; pydoc lists them under PACKAGE CONTENTS."""
     return list(__all__)

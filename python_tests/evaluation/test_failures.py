@@ -32,7 +32,7 @@ def _no_plans() -> Iterator[None]:
 @interpreted
 @pytest.mark.parametrize("kernel", ["project", "drift", "squares", "pull", "gradient", "full_drift", "full_gradient"])
 def test_a_kernel_that_is_refused_is_refused_again(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every call, before anything is computed; and the call is as ever once it is there."""
+    """Every call is refused before anything is computed, until the kernel can be started."""
     case = Case.make()
     MUTATIONS["some gradients"](case)
     before = [copied(parameter.grad) for parameter in case.parameters()]
@@ -48,7 +48,7 @@ def test_a_kernel_that_is_refused_is_refused_again(kernel: str, monkeypatch: pyt
         for _ in range(2):
             with pytest.raises(ValueError, match="it may compute wrong numbers"):
                 rk.accumulate_rotation_grad_(case.model, case.anchors, COEFF)
-            # Though its own forward pass takes no such kernel.
+            # The forward pass alone would not need this kernel.
             with pytest.raises(ValueError, match="it may compute wrong numbers"):
                 rk.rotation_penalty(case.model, case.anchors)
             assert all(same(p.grad, grad) for p, grad in zip(case.parameters(), before, strict=True))
@@ -58,7 +58,7 @@ def test_a_kernel_that_is_refused_is_refused_again(kernel: str, monkeypatch: pyt
 
 @interpreted
 def test_a_gradient_that_no_kernel_writes_is_refused_again() -> None:
-    """What was planned for the gradient before it must not be used on it."""
+    """An operation that was planned for the previous gradient is not used on it."""
     case = Case.make()
     with rk.use_backend("triton"):
         rk.accumulate_rotation_grad_(case.model, case.anchors, COEFF)
@@ -73,8 +73,10 @@ def test_a_gradient_that_no_kernel_writes_is_refused_again() -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-def test_what_was_not_computed_is_no_gradient(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that ends between two launches: the first bucket has its gradients, the others have none."""
+def test_gradients_that_were_not_computed_are_removed(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a call ends between two launches, the first bucket has its gradients and the others have none."""
     weights = [torch.randn(24, 40).to(dtype).requires_grad_() for dtype in (torch.float32, torch.bfloat16)]
     anchors = [rk.Anchor.from_weight(weight, RANK) for weight in weights]
     pull_back_into, calls = native.pull_back_into, [0]
@@ -95,12 +97,12 @@ def test_what_was_not_computed_is_no_gradient(error: type[BaseException], monkey
 @needs_fsdp2
 @pytest.mark.parametrize("wrapper", ["fsdp2", "ddp"])
 def test_ranks_that_fail_make_no_gradients(wrapper: str) -> None:
-    """One rank's weight is not finite, one rank refuses, one has died: none has a gradient that was not there."""
+    """A weight of one rank is not finite, a rank refuses, a rank has died: no rank is left with a new gradient."""
     results: list[Failures | None] = run_ranks(3, failures, wrapper, killed=(2,))
     for result in results[:2]:
         assert result is not None
         assert set(result.messages) == {"not finite", "refused", "after", "dead"}
         assert "finite" in result.messages["not finite"]
-        assert result.messages["after"] == "", "a call after failed ones is as ever"
+        assert result.messages["after"] == "", "a call after failed ones succeeds"
         assert result.messages["refused"] and result.messages["dead"]
         assert result.left == []

@@ -1,4 +1,4 @@
-"""What a plan keeps alive: nothing that its user has dropped. And who shares it: any number of threads."""
+"""Plans keep nothing alive that their user has dropped, and serve any number of threads."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ USES: dict[str, Callable[[Case], None]] = {
 
 
 def _references(case: Case) -> dict[str, weakref.ref[object]]:
-    found: dict[str, weakref.ref[object]] = {"model": weakref.ref(case.model)}
-    found |= {f"{name} module": weakref.ref(module) for name, module in case.model.named_modules() if name}
+    references: dict[str, weakref.ref[object]] = {"model": weakref.ref(case.model)}
+    references |= {f"{name} module": weakref.ref(module) for name, module in case.model.named_modules() if name}
     for name, parameter in case.model.named_parameters():
-        found[name] = weakref.ref(parameter)
+        references[name] = weakref.ref(parameter)
         if parameter.grad is not None:
-            found[f"{name}.grad"] = weakref.ref(parameter.grad)
+            references[f"{name}.grad"] = weakref.ref(parameter.grad)
     for name, anchor in case.anchors.items():
-        found[f"anchor of {name}"] = weakref.ref(anchor)
-        found |= {f"{piece} of {name}": weakref.ref(tensor) for piece, tensor in anchor.pieces().items()}
-    return found
+        references[f"anchor of {name}"] = weakref.ref(anchor)
+        references |= {f"{piece} of {name}": weakref.ref(tensor) for piece, tensor in anchor.pieces().items()}
+    return references
 
 
 @pytest.mark.parametrize("use", USES)
-def test_what_the_user_drops_is_gone(use: str, backend: str) -> None:
+def test_objects_that_the_user_drops_are_freed(use: str, backend: str) -> None:
     case = Case.make()
     for _ in range(2):
         USES[use](case)
@@ -75,11 +75,11 @@ def test_what_the_user_drops_is_gone(use: str, backend: str) -> None:
     gc.collect()
     assert [name for name, reference in references.items() if reference() is not None] == []
     assert not plan._cache
-    # Triton's: of the CPU, which has one stream.
+    # The scratch memory of the Triton backend.
     assert len(scratch._scratches) == 0
 
 
-def test_what_is_replaced_is_gone_while_the_rest_is_used(backend: str) -> None:
+def test_replaced_objects_are_freed_while_the_rest_is_used(backend: str) -> None:
     case = Case.make()
     for use in (_accumulate, _backward):
         use(case)
@@ -108,19 +108,19 @@ def test_weights_of_a_list_are_not_kept(backend: str) -> None:
 
 
 def test_a_graph_keeps_what_its_backward_pass_needs(backend: str) -> None:
-    """Though model, anchors and plans are gone by then."""
+    """The backward pass runs after model, anchors and plans are gone."""
     case = Case.make()
     _, _, expected = both_calls(case.model, case.anchors, case.parameters(), COEFF, True)
     parameters = case.parameters()
-    found = rk.rotation_penalty(case.model, case.anchors)
+    penalty = rk.rotation_penalty(case.model, case.anchors)
     del case
     gc.collect()
     forget()
-    assert all(map(same, torch.autograd.grad(found, parameters), expected))
+    assert all(map(same, torch.autograd.grad(penalty, parameters), expected))
 
 
 def test_plans_do_not_pile_up(backend: str) -> None:
-    """Neither of anchors that come and go, nor of weights that change all the time."""
+    """Neither anchors that come and go nor weights that change at every call leave plans behind."""
     weight = torch.randn(24, 40, requires_grad=True)
     for _ in range(5):
         rk.rotation_penalty(weight, rk.Anchor.from_weight(weight, RANK))
@@ -131,15 +131,15 @@ def test_plans_do_not_pile_up(backend: str) -> None:
         weight.requires_grad_(i % 2 == 0)
         weight.data = weight.data.to((torch.float32, torch.bfloat16)[i // 2 % 2])
         rk.rotation_penalty(weight, anchor)
-    (sightings,) = plan._cache.values()
-    assert len(sightings) <= plan._MOST_PLANS_PER_KEY
+    (cached,) = plan._cache.values()
+    assert len(cached) <= plan._MOST_PLANS_PER_KEY
 
 
 # -- threads ------------------------------------------------------------------------------------------------
 
 
 def _in_threads(*works: Callable[[], None]) -> None:
-    """Run each in a thread; all begin at one moment. Raises what any of them has raised."""
+    """Run each function in a thread, all from the same moment; raises the first error of any."""
     failures: list[BaseException] = []
     barrier = threading.Barrier(len(works))
 
@@ -178,9 +178,9 @@ def test_two_threads_with_different_models(backend: str) -> None:
             with rk.use_backend(backend):
                 for _ in range(_repeats(backend)):
                     case.model.zero_grad()
-                    found = both_calls(case.model, case.anchors, case.parameters(), case.coeff, False)
-                    assert same(found[0], expected[i][0])
-                    assert all(map(same, found[1], expected[i][1])) and all(map(same, found[2], expected[i][2]))
+                    results = both_calls(case.model, case.anchors, case.parameters(), case.coeff, False)
+                    assert same(results[0], expected[i][0])
+                    assert all(map(same, results[1], expected[i][1])) and all(map(same, results[2], expected[i][2]))
 
         return run
 
@@ -188,7 +188,7 @@ def test_two_threads_with_different_models(backend: str) -> None:
 
 
 def test_two_threads_with_one_model(backend: str) -> None:
-    """One adds to the gradients, the other takes those of backward passes with another factor."""
+    """One thread adds to the gradients, two take those of backward passes with another factor."""
     case = Case.make()
     penalty, added, pulled = both_calls(case.model, case.anchors, case.parameters(), COEFF, True)
     doubled = [2 * grad for grad in pulled if grad is not None]
@@ -203,9 +203,9 @@ def test_two_threads_with_one_model(backend: str) -> None:
     def penalise() -> None:
         with rk.use_backend(backend):
             for _ in range(_repeats(backend)):
-                found = rk.rotation_penalty(case.model, case.anchors)
-                assert found.detach().equal(penalty)
-                gradients = torch.autograd.grad(2 * found, case.parameters())
+                again = rk.rotation_penalty(case.model, case.anchors)
+                assert again.detach().equal(penalty)
+                gradients = torch.autograd.grad(2 * again, case.parameters())
                 assert all(map(torch.allclose, gradients, doubled))
 
     forget()
@@ -213,7 +213,7 @@ def test_two_threads_with_one_model(backend: str) -> None:
 
 
 def test_threads_that_share_anchors_and_have_their_own_backends() -> None:
-    """The same list of anchors, weights of each one's own, and nested choices of the backend."""
+    """Threads share the list of anchors; each has weights of its own and nests its choices of the backend."""
     case = Case.make()
     anchors = list(case.anchors.values())
     names = [name for name in BACKENDS if name != "triton" or os.environ.get("TRITON_INTERPRET") == "1"]
@@ -231,8 +231,8 @@ def test_threads_that_share_anchors_and_have_their_own_backends() -> None:
                 with rk.use_backend(owner):
                     for name in names:
                         with rk.use_backend(name):
-                            found = rk.rotation_penalty(weights[owner], anchors)
-                            assert found.detach().equal(expected[owner, name])
+                            penalty = rk.rotation_penalty(weights[owner], anchors)
+                            assert penalty.detach().equal(expected[owner, name])
                     assert rk.rotation_penalty(weights[owner], anchors).detach().equal(expected[owner, owner])
 
         return run

@@ -1,4 +1,4 @@
-"""Graphs, modes and tracers around a call that has a plan already."""
+"""Autograd graphs, modes and tracers around a call, with and without a plan."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def _gradients(case: Case, **options: Any) -> tuple[Tensor, ...]:
 
 
 def test_second_derivatives(backend: str) -> None:
-    """Of a function of the gradient; R is of the second degree, so that there are no third ones."""
+    """R is of the second degree, so that there are no third derivatives."""
     case = Case.make()
     directions = [torch.randn_like(parameter) for parameter in case.parameters()]
     for _ in range(2):
         gradients = _gradients(case, create_graph=True)
         along = torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()
-        found = torch.autograd.grad(along, case.parameters())
+        seconds = torch.autograd.grad(along, case.parameters())
         for parameter, anchor, direction, second in zip(
-            case.parameters(), case.anchors.values(), directions, found, strict=True
+            case.parameters(), case.anchors.values(), directions, seconds, strict=True
         ):
             exact = torch.func.hessian(lambda w, a=anchor: exact_penalty(w, a))(parameter.detach().double())
             assert relative_error(second, torch.einsum("ijkl,ij->kl", exact, direction.double())) < 0.02
 
 
 def test_two_forward_passes_before_a_backward_pass(backend: str) -> None:
-    """The second writes to the memory of the first, but not to what its graph holds."""
+    """The second pass reuses the memory of the first, but not the tensors that the graph of the first holds."""
     case = Case.make()
     expected = _gradients(case)
     values = [parameter.detach().clone() for parameter in case.parameters()]
@@ -57,13 +57,13 @@ def test_two_forward_passes_before_a_backward_pass(backend: str) -> None:
 
 def test_a_graph_that_is_kept_gives_the_same_twice(backend: str) -> None:
     case = Case.make()
-    found = rk.rotation_penalty(case.model, case.anchors)
-    once = torch.autograd.grad(found, case.parameters(), retain_graph=True)
-    assert all(map(same, torch.autograd.grad(found, case.parameters(), retain_graph=True), once))
-    some = torch.autograd.grad(found, case.parameters()[1:3])
+    penalty = rk.rotation_penalty(case.model, case.anchors)
+    once = torch.autograd.grad(penalty, case.parameters(), retain_graph=True)
+    assert all(map(same, torch.autograd.grad(penalty, case.parameters(), retain_graph=True), once))
+    some = torch.autograd.grad(penalty, case.parameters()[1:3])
     assert all(map(same, some, once[1:3]))
     with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(found, case.parameters())
+        torch.autograd.grad(penalty, case.parameters())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -85,26 +85,26 @@ def test_checkpointed(reentrant: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("known", [False, True], ids=["at first", "with a plan"])
 def test_fake_tensors_take_the_operators(known: bool, backend: str) -> None:
-    """Of a fake model, and of a real one among fake tensors: no kernel reads an address."""
+    """No kernel reads the address of a fake model, or of a real one among fake tensors."""
     case = Case.make()
     if known:
         rk.rotation_penalty(case.model, case.anchors)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        found = rk.rotation_penalty(case.parameters(), list(case.anchors.values()))
-    assert isinstance(found, torch._subclasses.FakeTensor) and found.shape == ()
+        penalty = rk.rotation_penalty(case.parameters(), list(case.anchors.values()))
+    assert isinstance(penalty, torch._subclasses.FakeTensor) and penalty.shape == ()
     with mode:
         fake = [nn.Parameter(mode.from_tensor(parameter.detach())) for parameter in case.parameters()]
-        found = rk.rotation_penalty(fake, list(case.anchors.values()))
-        found.backward()  # type: ignore[no-untyped-call]
+        penalty = rk.rotation_penalty(fake, list(case.anchors.values()))
+        penalty.backward()  # type: ignore[no-untyped-call]
         assert all(parameter.grad is not None and parameter.grad.shape == parameter.shape for parameter in fake)
-    # And what comes after is computed.
+    # The next call without fake tensors is computed.
     case.check(lists=False)
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["at first", "with a plan"])
-def test_what_is_recorded_is_computed_again(known: bool, backend: str) -> None:
-    """make_fx with real tensors: the graph holds the operators, not the numbers that they gave once."""
+def test_recorded_graphs_compute_with_new_values(known: bool, backend: str) -> None:
+    """make_fx with real tensors records operators, not the numbers that they have returned."""
     case = Case.make()
     weight, anchor = case.model.first.weight.detach(), case.anchors["first.weight"]  # type: ignore[union-attr, operator]
     if known:
@@ -120,8 +120,8 @@ def test_what_is_recorded_is_computed_again(known: bool, backend: str) -> None:
             assert same(graph(values).detach(), function(values).detach())
 
 
-def test_functions_of_other_modes_see_what_they_saw(backend: str) -> None:
-    """A mode of the user's own that only looks on changes no bits."""
+def test_a_mode_of_the_user_changes_no_bits(backend: str) -> None:
+    """It passes every operator on as it is."""
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -135,12 +135,12 @@ def test_functions_of_other_modes_see_what_they_saw(backend: str) -> None:
 
 
 def test_saved_tensors_may_be_packed(backend: str) -> None:
-    """What hooks give back lies elsewhere."""
+    """Hooks return saved tensors at other addresses."""
     case = Case.make()
     expected = _gradients(case)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.numpy().copy(), torch.from_numpy):
-        found = rk.rotation_penalty(case.model, case.anchors)
-    assert all(map(same, torch.autograd.grad(found, case.parameters()), expected))
+        penalty = rk.rotation_penalty(case.model, case.anchors)
+    assert all(map(same, torch.autograd.grad(penalty, case.parameters()), expected))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -187,34 +187,34 @@ def nothing_launched(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("exist", [True, False], ids=["gradients", "no gradients"])
 def test_a_step_makes_nothing_but_gradients_and_r(exist: bool, backend: str) -> None:
-    """From the second step on; R's summands are one concatenation of 4 bytes a weight."""
+    """From the second step on it allocates missing gradients, R, and 4 bytes a weight for the summands of R."""
     case = Case.make()
     for _ in range(2):
         rk.accumulate_rotation_grad_(case.model, case.anchors, COEFF)
         if not exist:
             case.model.zero_grad()
-    with Allocations() as found:
+    with Allocations() as allocations:
         rk.accumulate_rotation_grad_(case.model, case.anchors, COEFF)
     gradients = 0 if exist else sum(parameter.nbytes for parameter in case.parameters())
     expected = {"aten.empty_like": gradients, "aten.cat": 4 * len(case.anchors), "aten.sum": 4}
-    assert found.made == Counter({name: size for name, size in expected.items() if size})
+    assert allocations.made == Counter({name: size for name, size in expected.items() if size})
 
 
 @pytest.mark.usefixtures("nothing_launched")
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_what_r_and_its_backward_pass_make(backend: str) -> None:
-    """C of every weight that is not full, the norms twice, R; then the gradients, and the factors of each bucket."""
+def test_allocations_of_r_and_its_backward_pass(backend: str) -> None:
+    """R takes the C of base and block forms, the norms twice and R; its backward pass gradients and factors."""
     case = Case.make()
     for _ in range(2):
         rk.rotation_penalty(case.model, case.anchors).backward()  # type: ignore[no-untyped-call]
         case.model.zero_grad()
     with Allocations() as forward:
-        found = rk.rotation_penalty(case.model, case.anchors)
+        penalty = rk.rotation_penalty(case.model, case.anchors)
     drifts = sum(4 * RANK**2 for anchor in case.anchors.values() if anchor.form != "full")
     norms = 4 * len(case.anchors)
     assert forward.made == Counter({"aten.empty": drifts, "aten.clone": norms, "aten.cat": norms, "aten.sum": 4})
     with Allocations() as backward:
-        found.backward()  # type: ignore[no-untyped-call]
+        penalty.backward()  # type: ignore[no-untyped-call]
     gradients = sum(parameter.nbytes for parameter in case.parameters())
     assert sum(backward.made.values()) - backward.made["aten.new_empty"] <= 8 * norms + 4
     assert backward.made["aten.new_empty"] == gradients

@@ -1,5 +1,5 @@
-"""A plan is used as long as nothing differs that it rests on: every change is made between two calls, and the second
-is compared with one that prepares its own.
+"""A plan is used as long as nothing changes that it depends on. Every change is made between two calls, and the second
+call is compared with one that prepares its own plan.
 """
 
 from __future__ import annotations
@@ -21,12 +21,26 @@ from rpsft_kernels.evaluation import plan
 from small_models import refused
 
 BACKENDS = ("native", "torch", "triton")
-# What changes neither weights nor anchors as a plan sees them: it must be found again.
+# Changes that a plan does not depend on: after them it must be recalled.
 SAME_PLAN = {
-    "values", "address", "misaligned", "transposed", "padded", "sliced", "loaded", "no gradients", "some gradients",
-    "gradients elsewhere", "gradients transposed", "gradients sliced", "gradients in one buffer", "coeff",
-    "two parameters swapped", "new parameter", "loaded, assigned",
-}  # fmt: skip
+    "values",
+    "address",
+    "misaligned",
+    "transposed",
+    "padded",
+    "sliced",
+    "loaded",
+    "no gradients",
+    "some gradients",
+    "gradients elsewhere",
+    "gradients transposed",
+    "gradients sliced",
+    "gradients in one buffer",
+    "coeff",
+    "two parameters swapped",
+    "new parameter",
+    "loaded, assigned",
+}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -55,18 +69,18 @@ def test_a_change_between_two_calls_is_seen(name: str, backend: str) -> None:
     # Triton's interpreter is slow.
     brief = backend == "triton"
     case.calls()
-    # What adds to gradients is not what made them.
+    # The second call adds to gradients that the first has made, with other operations.
     rk.accumulate_rotation_grad_(case.model, case.anchors, case.coeff)
     MUTATIONS[name](case)
     case.check(lists=not brief)
     if not brief:
-        # Gradients are there now, and the change is no news.
+        # By now gradients exist, and nothing has changed since the last call.
         case.check()
 
 
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract:UserWarning")
 @pytest.mark.parametrize("name", sorted(SAME_PLAN))
-def test_what_a_plan_does_not_rest_on_needs_no_other(name: str) -> None:
+def test_a_change_that_a_plan_does_not_depend_on_makes_no_other(name: str) -> None:
     case = Case.make()
     rk.accumulate_rotation_grad_(case.model, case.anchors, COEFF)
     MUTATIONS[name](case)
@@ -76,7 +90,7 @@ def test_what_a_plan_does_not_rest_on_needs_no_other(name: str) -> None:
 
 
 class LowRank(nn.Module):
-    """An adapter: the weight that it wraps has another path."""
+    """An adapter, under which the wrapped weight has another path."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -100,7 +114,7 @@ def test_adapters_come_and_go(backend: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["penalty", "accumulate"])
-def test_a_parameter_that_is_gone_is_missed(call: str, backend: str) -> None:
+def test_a_parameter_that_is_gone_is_refused(call: str, backend: str) -> None:
     case = Case.make()
     case.calls()
 
@@ -122,8 +136,7 @@ def test_a_parameter_that_is_gone_is_missed(call: str, backend: str) -> None:
     assert "'first.weight'" in refused(again)
 
 
-def test_what_is_no_longer_allowed_is_refused(backend: str) -> None:
-    """As at a first call."""
+def test_a_call_with_a_plan_refuses_as_a_first_call_does(backend: str) -> None:
     case = Case.make()
     case.calls()
     first = case.model.first
@@ -143,7 +156,7 @@ def test_what_is_no_longer_allowed_is_refused(backend: str) -> None:
 
 
 def test_one_weight_and_a_list_of_one_are_two_calls() -> None:
-    """What is refused at first is refused after the other has been accepted."""
+    """A pair that is refused at first is refused after the other kind of call has been accepted."""
     weight = torch.randn(24, 40, requires_grad=True)
     anchor = rk.Anchor.from_weight(weight, RANK)
     rk.rotation_penalty(weight, anchor)
@@ -153,12 +166,12 @@ def test_one_weight_and_a_list_of_one_are_two_calls() -> None:
 
 
 def test_an_anchor_at_the_address_of_one_that_is_gone(backend: str) -> None:
-    """It is told from the other, though all that can be compared of a plan is alike."""
+    """A plan tells it from the other anchor, even if their facts are equal."""
     case = Case.make()
     case.calls()
     before = case.anchors["first.weight"]
     address = id(before)
-    # Two sightings of one model: the newer one knows nothing of the anchor that goes.
+    # Two plans of one model, of which the newer has never had the anchor that goes.
     case.anchors["first.weight"] = rk.Anchor.from_weight(torch.randn(40, 24), RANK)
     case.calls()
     fields = {"shape": before.shape, "weight_dtype": before.weight_dtype, "rank": RANK, "energy": 1.0}
@@ -189,7 +202,7 @@ def test_lists_with_a_weight_twice(backend: str) -> None:
 
 
 def test_lists_of_temporaries(backend: str) -> None:
-    """They are others at every step, and their leaves get the gradients."""
+    """They are new tensors at every step; their leaves get the gradients."""
     case = Case.make()
     anchors = list(case.anchors.values())
 
@@ -198,10 +211,10 @@ def test_lists_of_temporaries(backend: str) -> None:
 
     for seed in range(2):
         move(case.model, seed)
-        found = penalty()
-        pulled = torch.autograd.grad(found, case.parameters())
+        value = penalty()
+        pulled = torch.autograd.grad(value, case.parameters())
         expected, _, gradients = both_calls(case.parameters(), anchors, case.parameters(), COEFF, True)
-        assert found == expected
+        assert value == expected
         assert all(map(same, pulled, gradients))
         case.model.zero_grad()
     assert len(plan._cache) <= 2
@@ -220,8 +233,8 @@ def test_temporaries_use_one_plan() -> None:
 
 
 def _penalty(case: Case) -> tuple[Tensor, tuple[Tensor, ...]]:
-    found = rk.rotation_penalty(case.model, case.anchors)
-    return found.detach(), torch.autograd.grad(found, case.parameters())
+    penalty = rk.rotation_penalty(case.model, case.anchors)
+    return penalty.detach(), torch.autograd.grad(penalty, case.parameters())
 
 
 def test_the_backend_in_force_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,9 +260,9 @@ def test_the_backend_in_force_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("RPSFT_BACKEND")
     # A backward pass stays with its forward pass.
     with rk.use_backend(names[0]):
-        found = rk.rotation_penalty(case.model, case.anchors)
+        penalty = rk.rotation_penalty(case.model, case.anchors)
     with rk.use_backend(names[1]):
-        gradients = torch.autograd.grad(found, case.parameters())
+        gradients = torch.autograd.grad(penalty, case.parameters())
     assert all(map(same, gradients, fresh[names[0]][1]))
     monkeypatch.setenv("RPSFT_BACKEND", "nothing")
     assert "RPSFT_BACKEND" in refused(lambda: rk.rotation_penalty(case.model, case.anchors))
@@ -261,11 +274,11 @@ def test_grad_modes_in_turn(backend: str) -> None:
     modes: list[Any] = [torch.no_grad, torch.enable_grad, torch.inference_mode, torch.enable_grad]
     for mode in modes:
         with mode():
-            found = rk.rotation_penalty(case.model, case.anchors)
-        assert found.requires_grad == (mode is torch.enable_grad)
-        assert found.detach().equal(expected)
-        if found.requires_grad:
-            assert all(map(same, torch.autograd.grad(found, case.parameters()), gradients))
+            penalty = rk.rotation_penalty(case.model, case.anchors)
+        assert penalty.requires_grad == (mode is torch.enable_grad)
+        assert penalty.detach().equal(expected)
+        if penalty.requires_grad:
+            assert all(map(same, torch.autograd.grad(penalty, case.parameters()), gradients))
 
 
 def test_a_plan_of_inference_mode_serves_training(backend: str) -> None:
@@ -282,8 +295,8 @@ def test_autocast_changes_nothing(backend: str) -> None:
     expected, _, gradients = both_calls(case.model, case.anchors, case.parameters(), COEFF, True)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
-            found = both_calls(case.model, case.anchors, case.parameters(), COEFF, False)
-        assert same(found[0], expected) and all(map(same, found[2], gradients))
+            results = both_calls(case.model, case.anchors, case.parameters(), COEFF, False)
+        assert same(results[0], expected) and all(map(same, results[2], gradients))
         case.model.zero_grad()
 
 

@@ -1,4 +1,4 @@
-"""A model that is changed at random between steps: each call gives what one gives that prepares its own plan."""
+"""A model is changed at random between steps; each call must equal one that prepares its own plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import rpsft_kernels as rk
 from mutations import MUTATIONS
 from plans import Case, forget
 
-# Of wall time: a slow machine takes fewer steps, of one and the same sequence.
+# Wall time of each backend: a slow machine takes fewer steps of the same sequence.
 SECONDS = {"native": 8.0, "torch": 8.0, "triton": 12.0}
 STEPS = 250
 SEED = 20261126
@@ -41,7 +41,7 @@ def test_any_sequence_of_changes(backend: str) -> None:
                 done.append("back to float32")
                 case.model.zero_grad()
                 case.model.float()
-            # Moves further and further away otherwise.
+            # The weights would move further and further away otherwise.
             with torch.no_grad():
                 for parameter in case.model.parameters():
                     parameter.clamp_(-1.0, 1.0)

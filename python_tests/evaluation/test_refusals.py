@@ -1,6 +1,6 @@
-"""What has no code that may run is found out before anything has changed.
+"""A launch that has no code is refused before anything has changed.
 
-On the CPU, with interpreted kernels: that a launch may be refused, and which one, is made up.
+The tests run interpreted kernels on the CPU; they make up which launch is refused.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def anchored(shape: tuple[int, int], basis: torch.dtype, weight: torch.dtype) ->
 
 
 class Launches:
-    """Stands before every launch: refuses to prepare one kernel of one dtype, and notes the others.
+    """Refuses to prepare one kernel with subspaces of one dtype, and records the other launches.
 
     Attributes:
-        prepared, started: kernels, in the order of the calls.
+        kernel, basis: the kernel and the dtype of U and V that are refused.
+        prepared, started: names of kernels, in the order of the calls.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,19 +46,19 @@ class Launches:
         self.started: list[str] = []
         find = launch.find_start
 
-        def checked(variant: Variant, *rest: Any) -> Callable[[], None]:
+        def refuse_or_record(variant: Variant, *rest: Any) -> Callable[[], None]:
             self.prepared.append(variant.kernel)
             if variant.kernel == self.kernel and dict(variant.constants).get("BASIS_TYPE") == self.basis:
                 raise ValueError(WRONG)
             start = find(variant, *rest)
 
-            def noted() -> None:
+            def record_and_start() -> None:
                 self.started.append(variant.kernel)
                 start()
 
-            return noted
+            return record_and_start
 
-        monkeypatch.setattr(launch, "find_start", checked)
+        monkeypatch.setattr(launch, "find_start", refuse_or_record)
 
 
 @pytest.fixture
@@ -68,22 +69,29 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
 @pytest.fixture
 def pairs() -> tuple[list[Tensor], list[Anchor]]:
-    """Weights under a full anchor, bfloat16 bases and float32 bases: three buckets."""
+    """Weights under a full anchor, bfloat16 subspaces and float32 subspaces, which form three buckets."""
     full = torch.randn(6, 5)
     first = full + 0.1
     anchor = Anchor(base=full, shape=(6, 5), weight_dtype=torch.float32, rank=5, energy=1.0)
-    found = [(first.requires_grad_(), anchor)]
-    found.append(anchored((24, 40), torch.bfloat16, torch.bfloat16))
-    found.append(anchored((40, 24), torch.float32, torch.float32))
-    return [weight for weight, _ in found], [anchor for _, anchor in found]
+    anchored_weights = [(first.requires_grad_(), anchor)]
+    anchored_weights.append(anchored((24, 40), torch.bfloat16, torch.bfloat16))
+    anchored_weights.append(anchored((40, 24), torch.float32, torch.float32))
+    return [weight for weight, _ in anchored_weights], [anchor for _, anchor in anchored_weights]
 
 
 @pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize(
     ("kernel", "basis"),
-    [("project", "bf16"), ("project", "fp32"), ("drift", "fp32"), ("pull", "bf16"), ("gradient", "bf16"),
-     ("gradient", "fp32"), ("full_gradient", None)],
-)  # fmt: skip
+    [
+        ("project", "bf16"),
+        ("project", "fp32"),
+        ("drift", "fp32"),
+        ("pull", "bf16"),
+        ("gradient", "bf16"),
+        ("gradient", "fp32"),
+        ("full_gradient", None),
+    ],
+)
 def test_a_refusal_comes_before_any_gradient_changes(
     kernel: str, basis: str | None, exists: bool, launches: Launches, pairs: tuple[list[Tensor], list[Anchor]]
 ) -> None:
@@ -106,7 +114,7 @@ def test_nothing_is_prepared_twice(launches: Launches, pairs: tuple[list[Tensor]
     asked = sorted(launches.prepared)
     assert asked == sorted(launches.started)
     assert {"project", "drift", "squares", "pull", "gradient", "full_drift", "full_gradient"} == set(asked)
-    # Gradients exist now, which takes other kernels; and then nothing is new.
+    # Existing gradients take other kernels; the third call needs nothing new.
     for new in (True, False):
         launches.prepared.clear()
         launches.started.clear()
@@ -115,16 +123,16 @@ def test_nothing_is_prepared_twice(launches: Launches, pairs: tuple[list[Tensor]
         assert sorted(launches.started) == asked
 
 
-@pytest.mark.parametrize("what", ["weight", "gradient"])
-def test_what_lies_otherwise_is_prepared_anew(what: str, launches: Launches) -> None:
-    """It is launched with other kernels."""
+@pytest.mark.parametrize("tensor", ["weight", "gradient"])
+def test_another_layout_is_prepared_anew(tensor: str, launches: Launches) -> None:
+    """It takes other kernels."""
     weight, anchor = anchored((24, 40), torch.bfloat16, torch.bfloat16)
     weight.grad = torch.ones_like(weight)
     accumulate_rotation_grad_([weight], [anchor], 0.5)
     launches.prepared.clear()
     accumulate_rotation_grad_([weight], [anchor], 0.5)
     assert launches.prepared == []
-    if what == "weight":
+    if tensor == "weight":
         weight = weight.detach().T.contiguous().T.requires_grad_()
         weight.grad = torch.ones_like(weight, memory_format=torch.contiguous_format)
     else:
@@ -140,13 +148,13 @@ def test_what_lies_otherwise_is_prepared_anew(what: str, launches: Launches) -> 
 def test_r_is_refused_before_its_backward_pass(
     kernel: str, basis: str | None, launches: Launches, pairs: tuple[list[Tensor], list[Anchor]]
 ) -> None:
-    """In the backward pass of a loss other gradients would have changed."""
+    """If the backward pass of a loss refused, other gradients would have changed by then."""
     weights, anchors = pairs
     launches.kernel, launches.basis = kernel, basis
     with pytest.raises(ValueError, match=WRONG):
         rotation_penalty(weights, anchors)
     assert launches.started == []
-    # What no backward pass follows needs no code for it.
+    # Without gradients, no code of the backward pass is needed.
     with torch.no_grad():
         if kernel == "project":
             with pytest.raises(ValueError, match=WRONG):

@@ -1,4 +1,4 @@
-"""Weights and gradients that do not hold their numbers where kernels would read them."""
+"""Weights and gradients whose memory does not hold their values, or not where kernels would read them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_subclass_without_memory_does_not_find_the_plan_of_a_tensor_with_some(
     assert found.a == expected and found.b == expected  # type: ignore[attr-defined]
 
 
-def test_a_view_of_the_negative_is_read_as_what_it_is(backend: str) -> None:
+def test_a_view_of_the_negative_is_read_by_its_values(backend: str) -> None:
     weight, anchor = _anchored()
     expected = rk.rotation_penalty([weight], [anchor])
     view = torch._neg_view(-weight)

@@ -120,7 +120,7 @@ class Bucket:
         else:
             drifts, squares = run.project(self.batch), run.squares_of(self.batch)
         if not self.plain:
-            drifts, squares = self._add_up(drifts, squares, values, weights, dtype)
+            drifts, squares = self._add_up(drifts, squares, values, weights)
         if len(self.busy) < len(self.members):
             own = dict(zip(self.busy, drifts, strict=True))
             drifts = [own.get(i, no_drift) for i in self.members]
@@ -134,7 +134,6 @@ class Bucket:
         matrix_squares: Tensor,
         values: Sequence[Tensor],
         weights: Sequence[AnchoredWeight],
-        dtype: torch.dtype,
     ) -> tuple[list[Tensor], Tensor]:
         """Add up C and norms of each shard's matrices, in their order; a shard may have any number of them, or none."""
         drifts, squares, first = [], [], 0

@@ -36,7 +36,7 @@ class Call:
         # The C of weights over several processes are summed while the rest is computed.
         self._shared = [bucket for bucket in buckets if bucket.group_name]
         self._local = [bucket for bucket in buckets if not bucket.group_name]
-        # By place of the bucket.
+        # These have the places of buckets as keys.
         self._tensors: dict[int, BucketTensors] = {}
         self._pulls: dict[int, list[PullBack]] = {}
         self._staged: dict[int, list[Any]] = {}
@@ -256,7 +256,7 @@ def open_call(weights: object, anchors: object, request: Request) -> Call | None
             call = Call(planned, request)
             call.group_calls = group_calls
             call.stage()
-            # Warned of before ranks agree: where warnings are errors, the other ranks must learn of this one.
+            # This comes before ranks agree: where warnings are errors, the other ranks must learn of this one.
             warn_of_foreign_blocks(planned)
     except Exception as error:
         failure = error

@@ -23,7 +23,7 @@ class PullBack(NamedTuple):
         owners: for each matrix, the place of its weight among ``Bucket.members``.
         operands: the matrices' operands.
         targets: for each matrix, the view of its weight's gradient that it is added to or written over.
-        scales: for each matrix, what its pull-back is multiplied by.
+        scales: for each matrix, the factor of its pull-back.
         accumulate: whether the gradients exist and are added to.
     """
 

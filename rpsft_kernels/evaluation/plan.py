@@ -54,7 +54,7 @@ class Plan:
         self.programs: list[ops.Program] = []
         self.looked_for_foreign_blocks = False
         if not torch.compiler.is_compiling():
-            # By reference, not by id: a new anchor may have the address of one that is gone.
+            # References, not ids: a new anchor may have the address of one that is gone.
             self._anchors = [weakref.ref(anchored.anchor) for anchored in weights]
             for bucket in self.buckets:
                 # A failure is raised here, where all ranks learn of it, and not in the middle of a step.
@@ -95,7 +95,9 @@ def _has_memory(weight: LocalWeight) -> bool:
 
 
 class CachedPlan:
-    """A plan with the weights and anchors it served last, so that a later call can recognise them."""
+    """A plan, and the weights and anchors that it was cached for as they were then, so that a later call can recognise
+    them.
+    """
 
     def __init__(self, weights: object, paired: Sequence[AnchoredWeight], plan: Plan, groups: Sequence[Group]) -> None:
         self.plan, self.groups = plan, list(groups)
@@ -241,7 +243,7 @@ def _key(weights: object, anchors: object) -> Hashable:
         return (id(anchors), requested) if isinstance(anchors, Anchor) else None
     if not isinstance(weights, Sequence) or not isinstance(anchors, Sequence):
         return None
-    # The weights are left out: they may be new tensors at every step.
+    # The weights are not part of it: they may be new tensors at every step.
     return tuple(map(id, anchors)), requested
 
 

@@ -195,12 +195,13 @@ def differentiate_projection(
         return grads
     operands, drifts = restore()
     scales = drifts[0].new_zeros((len(drifts),)) if grad_squares is None else 2 * grad_squares
-    # scales[wanted] would send the list to the GPU as an index, and wait for it.
-    factors = scales if len(wanted) == len(drifts) else torch.stack([scales[i] for i in wanted])
-    chosen = [drifts[i] for i in wanted]
+    if len(wanted) < len(drifts):
+        operands, drifts = operands.pick(wanted), [drifts[i] for i in wanted]
+        # scales[wanted] would send the list to the GPU as an index, and wait for it.
+        scales = torch.stack([scales[i] for i in wanted])
     if not operands.full:
-        chosen, factors = _mix_drifts(chosen, [grad_drifts[i] for i in wanted], factors)
-    for i, grad in zip(wanted, pull(wanted, operands.pick(wanted), chosen, factors), strict=True):
+        drifts, scales = _mix_drifts(drifts, [grad_drifts[i] for i in wanted], scales)
+    for i, grad in zip(wanted, pull(wanted, operands, drifts, scales), strict=True):
         grads[i] = grad
     return grads
 
