@@ -35,6 +35,7 @@ COMPILED = compiled or opcheck or wrapped
 test-oldest: .venv-oldest/ready
 	$(CORNER) python_tests/ops python_tests/test_penalty.py python_tests/anchors/test_collection.py \
 		python_tests/anchors/test_file_format.py python_tests/distributed/test_names.py python_tests/test_private_names.py \
+		$(addprefix python_tests/evaluation/test_,foreign_blocks.py forward_mode.py projection.py) \
 		--deselect python_tests/ops/triton/test_compiler.py --ignore python_tests/ops/triton/machine_code \
 		--ignore python_tests/ops/triton/aot/test_launches.py \
 		-k "not ($(COMPILED))" $(ARGS)

@@ -37,7 +37,7 @@ def _project(weights: list[AnchoredWeight], program: ops.Program | None) -> tupl
     if program is None:
         drifts, squares = ops.project_drift(operands, bucket.backend)
         return squares, drifts
-    with ops.running(program) as run:
+    with ops.open_run(program) as run:
         run.stage_projection(0, operands, True)
         run.send()
         squares, *drifts = ProjectionFunction.apply(  # type: ignore[no-untyped-call, unused-ignore]
