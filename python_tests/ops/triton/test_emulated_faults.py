@@ -95,7 +95,7 @@ def test_planes_that_are_not_padded_are_seen(module: Any, compiler: Compiler, mo
     )
     plans = module.plan_forward if module is project_drift else module.plan_backward
     plans.cache_clear()
-    monkeypatch.setattr(module, "up", lambda value, unit: -(-value // min(unit, 8)) * min(unit, 8))
+    monkeypatch.setattr(module, "round_up", lambda value, unit: -(-value // min(unit, 8)) * min(unit, 8))
     with pytest.raises((UninitialisedRead, MemoryFault)):
         case.run(Emulator("sm_80", compiler))
     plans.cache_clear()
