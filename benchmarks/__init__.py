@@ -1,1 +1,1 @@
-"""Benchmarks: what is timed (suites), how exact gradients are (fidelity), how result files are shown (reporting)."""
+"""Benchmarks: times and memory (suites), gradients against float64 (fidelity), and result files (reporting)."""

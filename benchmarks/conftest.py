@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     try:
-        machine.chosen_device(config.getoption("--bench-device"))
+        machine.choose_device(config.getoption("--bench-device"))
     except ValueError as error:
         raise pytest.UsageError(f"--bench-device: {error}") from error
     rounds = config.getoption("--bench-rounds")
@@ -50,23 +50,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     config = metafunc.config
-    device = machine.chosen_device(config.getoption("--bench-device"))
+    device = machine.choose_device(config.getoption("--bench-device"))
     scale = config.getoption("--bench-scale") or ("large" if device.type == "cuda" else "small")
     rounds = config.getoption("--bench-rounds")
-    found = cases.select(metafunc.module.SUITE, scale, device)
+    selected = cases.select(metafunc.module.SUITE, scale, device)
     if rounds is not None:
-        found = [replace(case, rounds=rounds) for case in found]
-    metafunc.parametrize("case", found, ids=[case.name for case in found])
+        selected = [replace(case, rounds=rounds) for case in selected]
+    metafunc.parametrize("case", selected, ids=[case.name for case in selected])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What matters most comes first: a run that is cut short has it.
+    # The most important suites come first, so that a run that is cut short has them.
     order = [f"bench_{suite}.py" for suite in SUITES]
     items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    device = machine.chosen_device(config.getoption("--bench-device"))
+    device = machine.choose_device(config.getoption("--bench-device"))
     machine_info["rpsft_kernels"] = {"device": machine.device_name(device), "versions": machine.versions()}
 
 
@@ -77,7 +77,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    return machine.chosen_device(pytestconfig.getoption("--bench-device"))
+    return machine.choose_device(pytestconfig.getoption("--bench-device"))
 
 
 @pytest.fixture(scope="session")
@@ -88,10 +88,10 @@ def clock(device: torch.device) -> Clock:
 @pytest.fixture(scope="session")
 def recorder(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Recorder]:
     path = pytestconfig.getoption("--bench-output") or machine.default_output(device)
-    found = Recorder(path, machine.run_record(device))
+    recorder = Recorder(path, machine.describe_run(device))
     pytestconfig.stash[_OUTPUT] = path
-    yield found
-    found.close()
+    yield recorder
+    recorder.close()
 
 
 @pytest.fixture
@@ -100,20 +100,20 @@ def run(benchmark: Any, recorder: Recorder, clock: Clock) -> RunCase:
 
     def run(case: BenchCase, entrants: list[Entrant]) -> list[Result]:
         def around(rounds: Rounds) -> None:
-            # Ours, as tables have it; without it anybody, as a benchmark must time something.
+            # Time ours, as the tables have it; without it any other, as pytest-benchmark must time something.
             main = next((entrant for entrant in rounds.entrants if entrant.role == "ours"), rounds.entrants[0])
             benchmark.extra_info["provider"] = main.provider
             benchmark.pedantic(rounds.turn, setup=lambda: rounds.prepare(main), rounds=rounds.count(main))
 
-        found = measure.run(case, entrants, clock, around)
-        recorder.write(found)
-        medians = {result.provider: statistics.median(result.seconds) for result in found if result.seconds}
+        results = measure.run(case, entrants, clock, around)
+        recorder.write(results)
+        medians = {result.provider: statistics.median(result.seconds) for result in results if result.seconds}
         benchmark.extra_info["median_seconds"] = medians
-        # Freed before the next case needs the memory.
+        # Free the memory before the next case needs it.
         for entrant in entrants:
             entrant.steps = []
-        wrong = measure.wrong(found)
+        wrong = measure.describe_wrong(results)
         assert not wrong, "\n".join(wrong)
-        return found
+        return results
 
     return run

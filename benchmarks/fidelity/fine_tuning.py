@@ -1,4 +1,4 @@
-"""The first steps of a real fine-tuning run: what the rotation penalty is measured on."""
+"""The first steps of a real fine-tuning run, on which the rotation penalty is measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rpsft_kernels.demo.model import load_smollm2
 
-# Of one layer: square, wide and tall.
+# The projections of one layer: square, wide and tall.
 PROJECTIONS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -33,22 +33,22 @@ _TEXTS = (
 
 
 def weight_name(layer: int, projection: str) -> str:
-    """The parameter's name in the model."""
+    """Return the parameter's name in the model."""
     return f"model.layers.{layer}.{projection}.weight"
 
 
 def fine_tuned_weights(
     layers: Iterable[int], steps: Iterable[int], device: torch.device
 ) -> dict[int, dict[str, Tensor]]:
-    """Weights of SmolLM2-135M-Instruct, fine-tuned with AdamW at the published settings (arXiv 2605.10973).
+    """Return weights of SmolLM2-135M-Instruct, fine-tuned with AdamW at the published settings (arXiv 2605.10973).
 
     Every parameter is trained in float32, by next-token prediction on one batch of 4 x 32 tokens, with a constant
     learning rate of 1e-6, betas (0.9, 0.98) and no weight decay.
 
     Args:
-        layers: Whose seven projections are kept.
-        steps: After how many optimizer steps; step 0, the pretrained weights, is always kept too.
-        device: Where it is trained, and where the copies are.
+        layers: Layers whose seven projections are kept.
+        steps: Numbers of optimizer steps after which they are kept; step 0, the pretrained weights, always is.
+        device: Device of the training and of the copies.
 
     Returns:
         Step -> parameter name -> float32 copy (m, n).

@@ -1,1 +1,1 @@
-"""Result files of the benchmarks: written, read, compared and shown."""
+"""Writes, reads, compares and shows result files of the benchmarks."""

@@ -1,4 +1,4 @@
-"""Two result files of the benchmarks: what got faster, what slower, and what is in one of them alone.
+"""Compares two result files of the benchmarks: results that got faster or slower, and those that only one file has.
 
 python -m benchmarks.reporting.compare A B [--threshold 5] [--all] [--fail-on-slower]
 
@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reporting.results import CaseResults, Result, ResultFile, load, ratios, spread, times_text
+from benchmarks.reporting.formatting import format_spread, format_times
+from benchmarks.reporting.reading import load
+from benchmarks.reporting.results import CaseResults, Result, ResultFile, ratios
 
 Key = tuple[str, str, str]
 
@@ -26,7 +28,7 @@ class Change:
     """One quantity in both files; smaller is faster.
 
     Attributes:
-        before, after: by round.
+        before, after: the values by round.
         threshold: the smallest relative change that counts.
     """
 
@@ -41,7 +43,7 @@ class Change:
     @property
     def verdict(self) -> str:
         """ "slower", "faster" or "" where the rounds do not tell them apart."""
-        # A single round has no interval: nothing says how far it would have moved.
+        # A single round has no interval, and nothing tells how far another round would differ.
         if min(len(self.before), len(self.after)) < 2:
             return ""
         # A factor and its inverse are the same change, so that swapping the files swaps the verdicts.
@@ -52,9 +54,9 @@ class Change:
         return ""
 
     def row(self, scale: float = 1.0) -> str:
-        """Cells of a table: before, after, change."""
+        """Write the cells of a table: before, after, change."""
         before, after = ([scale * value for value in values] for values in (self.before, self.after))
-        return f"{spread(before)} | {spread(after)} | {100 * (self.factor - 1):+.1f}%"
+        return f"{format_spread(before)} | {format_spread(after)} | {100 * (self.factor - 1):+.1f}%"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Pair:
     """One provider that was timed in both files.
 
     Attributes:
-        relative: time over that of the case's GEMM provider; None for itself and where a file has none.
+        relative: time over that of the case's GEMM provider; None for that provider and where a file has none.
     """
 
     key: Key
@@ -72,7 +74,7 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """ "slower" or "faster" of the provider's own; "machine" where time and relative time disagree; else ""."""
+        """ "slower", "faster", "machine" where time and relative time disagree, or "" where nothing changed."""
         if self.relative is None or self.time.verdict == self.relative.verdict:
             return self.time.verdict
         return "machine"
@@ -80,11 +82,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the files have in common, and what not.
+    """The results that both files have, and those that only one has.
 
     Attributes:
+        pairs: providers that were timed in both files.
         turned: providers whose status differs, before and after.
-        only_before, only_after: in the order of the files.
+        only_before, only_after: keys of one file alone, in its order.
     """
 
     pairs: list[Pair]
@@ -93,15 +96,15 @@ class Comparison:
     only_after: list[Key]
 
     def of(self, verdict: str) -> list[Pair]:
-        """This package's first, then by how much time they took more or less."""
-        found = [pair for pair in self.pairs if pair.verdict == verdict]
-        return sorted(found, key=lambda pair: (pair.role != "ours", -abs(pair.time.factor - 1)))
+        """List the pairs of a verdict: this package's first, then by the size of the change."""
+        pairs = [pair for pair in self.pairs if pair.verdict == verdict]
+        return sorted(pairs, key=lambda pair: (pair.role != "ours", -abs(pair.time.factor - 1)))
 
     @property
     def failures(self) -> list[Key]:
         """This package's providers that got slower or wrong."""
         slower = [pair.key for pair in self.of("slower") if pair.role == "ours"]
-        # A slower provider must not pass by being wrong as well, and so not timed.
+        # A slower provider must not pass because it is wrong as well, and thus not timed.
         wrong = [_key(after) for before, after in self.turned if before.timed and after.status == "wrong"]
         ours = {_key(after) for _, after in self.turned if after.role == "ours"}
         return slower + [key for key in wrong if key in ours]
@@ -115,7 +118,7 @@ def compare(before: ResultFile, after: ResultFile, threshold: float = 0.05) -> C
     """Match the results by suite, case and provider.
 
     Args:
-        threshold: relative change of the medians up to which nothing is said to have changed.
+        threshold: relative change of the medians up to which a time counts as unchanged.
     """
     olds, news = ({_key(result): result for result in file.results} for file in (before, after))
     old_cases, new_cases = ({(case.suite, case.name): case for case in file.cases} for file in (before, after))
@@ -146,24 +149,24 @@ def _relative(
     if old_gemm is None or new_gemm is None or old_gemm.provider != new_gemm.provider:
         return None
     change = Change(ratios(old, old_gemm), ratios(new, new_gemm), threshold)
-    # A GEMM that ran once has no spread, and must not speak against the times.
+    # A GEMM that ran once has no spread, and must not overrule the times.
     return change if min(len(change.before), len(change.after)) >= 2 else None
 
 
 def warnings(before: ResultFile, after: ResultFile) -> list[str]:
-    """Differences between the runs that are no difference between the kernels."""
-    found = []
+    """List differences between the runs that are not differences between the kernels."""
+    differences = []
     for name in ("device", "device_type", "clocks", "threads", "isa"):
         old, new = getattr(before.run, name), getattr(after.run, name)
         if old != new:
-            found.append(f"{name} differs: {old!r} and {new!r}")
+            differences.append(f"{name} differs: {old!r} and {new!r}")
     names = dict.fromkeys([*before.run.versions, *after.run.versions])
     for name in names:
         old, new = before.run.versions.get(name), after.run.versions.get(name)
-        # Two commits of this package are what is compared.
+        # The comparison is of two commits of this package.
         if old != new and name != "rpsft_kernels":
-            found.append(f"version of {name} differs: {old} and {new}")
-    return found
+            differences.append(f"version of {name} differs: {old} and {new}")
+    return differences
 
 
 def _table(pairs: Sequence[Pair]) -> list[str]:
@@ -177,10 +180,10 @@ def _table(pairs: Sequence[Pair]) -> list[str]:
     return lines
 
 
-def text(
+def format_comparison(
     before: ResultFile, after: ResultFile, comparison: Comparison, threshold: float, unchanged: bool = False
 ) -> str:
-    """What differs, in Markdown; with ``unchanged``, also the times of what does not."""
+    """Write the differences in Markdown; with ``unchanged``, also the times that do not differ."""
     lines = []
     for letter, file in (("A", before), ("B", after)):
         run = file.run
@@ -205,8 +208,8 @@ def text(
     if comparison.turned:
         lines.append("\n### Status changed\n")
         for old, new in comparison.turned:
-            says = [f"{times_text(result)} ms" if result.timed else times_text(result) for result in (old, new)]
-            lines.append(f"- {', '.join(_key(new))}: {says[0]} -> {says[1]}")
+            cells = [f"{format_times(result)} ms" if result.timed else format_times(result) for result in (old, new)]
+            lines.append(f"- {', '.join(_key(new))}: {cells[0]} -> {cells[1]}")
     for letter, keys in (("A", comparison.only_before), ("B", comparison.only_after)):
         if keys:
             lines += [f"\n### Only in {letter}\n", *(f"- {', '.join(key)}" for key in keys)]
@@ -233,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     threshold = arguments.threshold / 100
     comparison = compare(before, after, threshold)
-    print(text(before, after, comparison, threshold, arguments.all))
+    print(format_comparison(before, after, comparison, threshold, arguments.all))
     if not arguments.fail_on_slower or not comparison.failures:
         return 0
     print("\nSlower or wrong:\n" + "\n".join(f"- {', '.join(key)}" for key in comparison.failures))

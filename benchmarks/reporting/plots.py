@@ -1,4 +1,4 @@
-"""The plots of a result file, as PNG: times relative to ours, scaling, gradient errors, anchors."""
+"""Plots a result file as PNG: times relative to ours, scaling, gradient errors, anchors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# A hue for each role, told apart by colour-blind readers; shades and marks tell its providers apart, also in print.
+# A hue for each role, for colour-blind readers too; shades and marks tell its providers apart, also in print.
 _SHADES = {
     "ours": ("#0072b2", "#56b4e9", "#003f63", "#a6d5f2", "#3d5a80"),
     "gemm": ("#7f7f7f", "#b5b5b5"),
@@ -97,7 +97,7 @@ def _slug(name: str) -> str:
 
 
 def _figure(width: float, height: float) -> Figure:
-    # Not pyplot: a figure of its own needs no display and leaves the caller's backend alone.
+    # A figure of its own, without pyplot, needs no display and leaves the caller's backend alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -113,7 +113,7 @@ def _bars(
     values_of: Callable[[CaseResults, Result], Sequence[float]],
     start_at: float = 0.0,
 ) -> bool:
-    """A group of horizontal bars for each case, medians with the interval of their values; whether there were any.
+    """Draw a group of horizontal bars for each case, medians with the interval of their values; tell if there were any.
 
     What is wrong has words in the place of a bar.
     """
@@ -187,7 +187,7 @@ def _relative_times(cases: Sequence[CaseResults], look: _Look) -> Figure | None:
 
 
 def _scaling(axis: str, cases: Sequence[CaseResults], look: _Look) -> Figure | None:
-    """One panel for each model and dtype; rounds as bands around the medians."""
+    """Draw one panel for each model and dtype; rounds are bands around the medians."""
     panels: dict[tuple[str | None, str], list[CaseResults]] = {}
     for case in cases:
         panels.setdefault((case.results[0].model, case.results[0].dtype), []).append(case)
@@ -222,7 +222,7 @@ def _scaling(axis: str, cases: Sequence[CaseResults], look: _Look) -> Figure | N
 
 
 def _lines(cases: Sequence[CaseResults]) -> dict[tuple[str, int | None], list[tuple[float, tuple[float, ...]]]]:
-    """(x, seconds) of each provider, and of each rank where one provider has an x more than once."""
+    """Collect (x, seconds) of each provider, and of each rank where one provider has an x more than once."""
     timed = [result for case in cases for result in case.results if result.timed and result.x is not None]
     ambiguous = len({(result.provider, result.x) for result in timed}) < len(timed)
     lines: dict[tuple[str, int | None], list[tuple[float, tuple[float, ...]]]] = {}
@@ -234,7 +234,7 @@ def _lines(cases: Sequence[CaseResults]) -> dict[tuple[str, int | None], list[tu
 
 
 def _errors(results: Sequence[Result], look: _Look) -> Figure | None:
-    """A mark for each case; what is wrong in red, and what is not finite counted beside the provider's name."""
+    """Draw a mark for each case, red where it is wrong; errors that are not finite are counted beside the name."""
     measured = [result for result in results if result.gradient_error is not None]
     if not measured:
         return None

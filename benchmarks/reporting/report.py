@@ -1,4 +1,4 @@
-"""A result file of the benchmarks as one HTML page: where something else wins, the tables, the plots.
+"""Writes a result file of the benchmarks as one HTML page: where something else wins, the tables, the plots.
 
 python -m benchmarks.reporting.report RESULTS.jsonl [--output FOLDER]
 
@@ -17,22 +17,18 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from benchmarks.reporting.formatting import format_memory, format_number, format_rate, format_spread, format_times
 from benchmarks.reporting.plots import Plot, write_plots
+from benchmarks.reporting.reading import load
 from benchmarks.reporting.results import (
     SUITES,
+    BenchmarkRun,
     CaseResults,
     Result,
     ResultFile,
-    Run,
     bandwidth_shares,
     gemm_shares,
-    load,
-    memory_text,
-    number_text,
-    rate_text,
     ratios,
-    spread,
-    times_text,
 )
 
 _SUITE_TITLES = {
@@ -41,7 +37,7 @@ _SUITE_TITLES = {
     "scaling": "Scaling",
     "anchors": "Building anchors",
 }
-# The GEMM computes no penalty: it is the machine's rate, and not a way to do without this package.
+# The GEMM computes no penalty: it shows the machine's rate, and cannot replace this package.
 _ALTERNATIVES = ("plain", "published", "reference")
 
 
@@ -52,7 +48,7 @@ class Win:
     Attributes:
         provider: the alternative.
         ours: the provider that it is compared with.
-        theirs, mine: the values, as printed.
+        theirs, mine: their values, as printed.
     """
 
     suite: str
@@ -64,8 +60,8 @@ class Win:
     mine: str
 
 
-def wins(file: ResultFile) -> list[Win]:
-    """Every case and measure in which an alternative beats ours; times first.
+def find_wins(file: ResultFile) -> list[Win]:
+    """Find every case and measure in which an alternative beats ours; times first.
 
     Values that print alike are no win. An alternative wins in time if the median of its ratios to ours is below 1.
     """
@@ -75,32 +71,50 @@ def wins(file: ResultFile) -> list[Win]:
 
 
 def _wins_in_time(case: CaseResults) -> list[Win]:
-    ours, found = case.ours, []
+    ours, wins = case.ours, []
     mine = [result for result in case.results if result.role == "ours"]
     for result in case.results:
         if result.role not in _ALTERNATIVES or not result.timed or not mine:
             continue
         if ours is None:
-            # That there is no time of ours is a win as well.
-            why = times_text(mine[0])
-            found.append(
-                Win(case.suite, case.name, "time", result.provider, mine[0].provider, f"{times_text(result)} ms", why)
+            # An alternative wins as well where ours has no time.
+            why = format_times(mine[0])
+            wins.append(
+                Win(
+                    case.suite,
+                    case.name,
+                    "time",
+                    provider=result.provider,
+                    ours=mine[0].provider,
+                    theirs=f"{format_times(result)} ms",
+                    mine=why,
+                )
             )
             continue
         shares = ratios(result, ours)
         if shares and statistics.median(shares) < 1:
             faster = sum(ratio < 1 for ratio in shares)
             theirs = (
-                f"{spread(shares, 2)} times the time of ours, faster in {faster} of {len(shares)} rounds; "
-                f"{times_text(result)} ms"
+                f"{format_spread(shares, 2)} times the time of ours, faster in {faster} of {len(shares)} rounds; "
+                f"{format_times(result)} ms"
             )
-            mine_text = f"{times_text(ours)} ms"
-            # What a faster time is worth depends on whether the gradient is right.
+            mine_text = f"{format_times(ours)} ms"
+            # A faster time is worth little if the gradient is worse.
             if result.gradient_error is not None and ours.gradient_error is not None:
-                theirs += f"; gradient error {number_text(result.gradient_error)}"
-                mine_text += f"; gradient error {number_text(ours.gradient_error)}"
-            found.append(Win(case.suite, case.name, "time", result.provider, ours.provider, theirs, mine_text))
-    return found
+                theirs += f"; gradient error {format_number(result.gradient_error)}"
+                mine_text += f"; gradient error {format_number(ours.gradient_error)}"
+            wins.append(
+                Win(
+                    case.suite,
+                    case.name,
+                    "time",
+                    provider=result.provider,
+                    ours=ours.provider,
+                    theirs=theirs,
+                    mine=mine_text,
+                )
+            )
+    return wins
 
 
 @dataclass(frozen=True)
@@ -112,22 +126,22 @@ class _Measure:
 
 
 _MEASURES = (
-    _Measure("gradient error", lambda r: r.gradient_error, lambda r: number_text(r.gradient_error)),
+    _Measure("gradient error", lambda r: r.gradient_error, lambda r: format_number(r.gradient_error)),
     _Measure(
         "penalty at the anchor",
         lambda r: None if r.penalty_at_anchor is None else abs(r.penalty_at_anchor),
-        lambda r: number_text(r.penalty_at_anchor),
+        lambda r: format_number(r.penalty_at_anchor),
     ),
-    _Measure("extra memory, MiB", lambda r: r.extra_bytes, lambda r: memory_text(r.extra_bytes)),
-    _Measure("energy", lambda r: r.energy, lambda r: number_text(r.energy, 4), more_is_better=True),
+    _Measure("extra memory, MiB", lambda r: r.extra_bytes, lambda r: format_memory(r.extra_bytes)),
+    _Measure("energy", lambda r: r.energy, lambda r: format_number(r.energy, 4), more_is_better=True),
 )
 
 
 def _other_wins(case: CaseResults) -> list[Win]:
-    found: list[Win] = []
+    wins: list[Win] = []
     ours = case.ours
     if ours is None:
-        return found
+        return wins
     for measure in _MEASURES:
         mine = measure.value(ours)
         if mine is None:
@@ -140,25 +154,25 @@ def _other_wins(case: CaseResults) -> list[Win]:
             # A value that is not a number is beaten by every one that is.
             better = better or (math.isnan(mine) and not math.isnan(theirs))
             if better and measure.text(result) != measure.text(ours):
-                found.append(
+                wins.append(
                     Win(
                         case.suite,
                         case.name,
                         measure.name,
-                        result.provider,
-                        ours.provider,
-                        measure.text(result),
-                        measure.text(ours),
+                        provider=result.provider,
+                        ours=ours.provider,
+                        theirs=measure.text(result),
+                        mine=measure.text(ours),
                     )
                 )
-    return found
+    return wins
 
 
 def _error_text(result: Result) -> str:
     if result.gradient_error is None:
         return "-"
     bound = result.error_bound
-    # Written so that NaN is above every bound.
+    # The comparison is written so that NaN is above every bound.
     above = "" if bound is None or result.gradient_error <= bound else f" (above {bound:.2g})"
     return f"{result.gradient_error:.2g}{above}, at drift {result.drift:.2g}"
 
@@ -166,69 +180,69 @@ def _error_text(result: Result) -> str:
 @dataclass(frozen=True)
 class _Column:
     title: str
-    cell: Callable[[CaseResults, Result, Run], str]
-    # Where no result of a suite has a value, the column is left out.
+    cell: Callable[[CaseResults, Result, BenchmarkRun], str]
+    # False leaves the column out where no result of a suite has a value.
     always: bool = False
 
 
-def _over_ours(case: CaseResults, result: Result, _: Run) -> str:
+def _over_ours(case: CaseResults, result: Result, _: BenchmarkRun) -> str:
     if case.ours is None:
         return "-"
     if result is case.ours:
         return "1 (ours)"
     values = ratios(result, case.ours)
-    return spread(values, 1 if values and statistics.median(values) >= 10 else 2)
+    return format_spread(values, 1 if values and statistics.median(values) >= 10 else 2)
 
 
-def _gemm_share(case: CaseResults, result: Result, _: Run) -> str:
-    return "-" if case.gemm is None else spread(gemm_shares(result, case.gemm), 2)
+def _gemm_share(case: CaseResults, result: Result, _: BenchmarkRun) -> str:
+    return "-" if case.gemm is None else format_spread(gemm_shares(result, case.gemm), 2)
 
 
-def _rate(_: CaseResults, result: Result, __: Run) -> str:
-    return rate_text(result.flops, result.median) if result.timed else "-"
+def _rate(_: CaseResults, result: Result, __: BenchmarkRun) -> str:
+    return format_rate(result.flops, result.median) if result.timed else "-"
 
 
-def _bandwidth_share(_: CaseResults, result: Result, run: Run) -> str:
+def _bandwidth_share(_: CaseResults, result: Result, run: BenchmarkRun) -> str:
     shares = bandwidth_shares(result, run)
     return f"{result.bytes / 1e9:.3g} GB, {statistics.median(shares):.2f}" if shares else "-"
 
 
-def _host(_: CaseResults, result: Result, __: Run) -> str:
+def _host(_: CaseResults, result: Result, __: BenchmarkRun) -> str:
     return "-" if result.host_seconds is None else f"{1e3 * result.host_seconds:.3g}"
 
 
 _COLUMNS = (
     _Column("provider", lambda _, result, __: result.provider, always=True),
     _Column("role", lambda _, result, __: result.role, always=True),
-    _Column("ms: median (min..max)", lambda _, result, __: times_text(result), always=True),
+    _Column("ms: median (min..max)", lambda _, result, __: format_times(result), always=True),
     _Column("necessary FLOP/s", _rate),
     _Column("share of GEMM rate", _gemm_share),
     _Column("bytes moved, share of bandwidth", _bandwidth_share),
     _Column("time / ours", _over_ours, always=True),
     _Column("gradient error against float64", lambda _, result, __: _error_text(result)),
-    _Column("penalty at the anchor", lambda _, result, __: number_text(result.penalty_at_anchor)),
-    _Column("energy", lambda _, result, __: number_text(result.energy, 4)),
-    _Column("energy lost of the best possible", lambda _, result, __: number_text(result.lost_energy)),
-    _Column("extra memory, MiB", lambda _, result, __: memory_text(result.extra_bytes)),
+    _Column("penalty at the anchor", lambda _, result, __: format_number(result.penalty_at_anchor)),
+    _Column("energy", lambda _, result, __: format_number(result.energy, 4)),
+    _Column("energy lost of the best possible", lambda _, result, __: format_number(result.lost_energy)),
+    _Column("extra memory, MiB", lambda _, result, __: format_memory(result.extra_bytes)),
     _Column("launches", lambda _, result, __: "-" if result.launches is None else str(result.launches)),
     _Column("host overhead, ms", _host),
 )
 
 
 def _facts(case: CaseResults) -> str:
-    """What a case is, beside its name."""
+    """Describe a case beside its name."""
     first = case.results[0]
-    parts = [f"k = {first.rank}", first.dtype, f"{first.weights} weights, {first.elements / 1e6:.3g} M elements"]
+    facts = [f"k = {first.rank}", first.dtype, f"{first.weights} weights, {first.elements / 1e6:.3g} M elements"]
     if first.axis is not None:
-        parts.append(f"{first.axis} = {first.x:g}")
+        facts.append(f"{first.axis} = {first.x:g}")
     flops = max(result.flops for result in case.results)
     if flops:
-        parts.append(f"{flops / 1e9:.3g} necessary GFLOP")
+        facts.append(f"{flops / 1e9:.3g} necessary GFLOP")
     rounds = max(len(result.seconds) for result in case.results)
-    return ", ".join([*parts, f"{rounds} rounds"])
+    return ", ".join([*facts, f"{rounds} rounds"])
 
 
-def _suite_table(cases: Sequence[CaseResults], run: Run) -> str:
+def _suite_table(cases: Sequence[CaseResults], run: BenchmarkRun) -> str:
     columns = [
         column
         for column in _COLUMNS
@@ -252,14 +266,14 @@ def _row(tag: str, cells: Sequence[str], kind: str = "") -> str:
 
 
 def _wins_section(file: ResultFile) -> str:
-    found = wins(file)
+    wins = find_wins(file)
     compared = sum(
         any(result.role in _ALTERNATIVES and result.timed for result in case.results)
         and any(result.role == "ours" for result in case.results)
         for case in file.cases
     )
     lines = ["<h2>Where something else wins</h2>"]
-    in_time = {(win.suite, win.case) for win in found if win.measure == "time"}
+    in_time = {(win.suite, win.case) for win in wins if win.measure == "time"}
     if not compared:
         lines.append("<p>Nothing to say: no case has both ours and a timed alternative.</p>")
     else:
@@ -269,8 +283,8 @@ def _wins_section(file: ResultFile) -> str:
             "base form, or the fastest of all its providers where there is none.</p>"
         )
     for title, chosen in (
-        ("In time", [win for win in found if win.measure == "time"]),
-        ("In other measures", [win for win in found if win.measure != "time"]),
+        ("In time", [win for win in wins if win.measure == "time"]),
+        ("In other measures", [win for win in wins if win.measure != "time"]),
     ):
         if chosen:
             header = ["suite", "case", "measure", "alternative", "its value", "ours", "our value"]
@@ -283,7 +297,7 @@ def _wins_section(file: ResultFile) -> str:
     return "\n".join(lines)
 
 
-def _header(run: Run) -> str:
+def _header(run: BenchmarkRun) -> str:
     entries = [
         ("device", f"{run.device} ({run.device_type}), {run.threads} threads"),
         ("clocks", run.clocks),
@@ -315,8 +329,8 @@ img { max-width: 100%; }
 """
 
 
-def page(file: ResultFile, plots: Sequence[Plot]) -> str:
-    """The whole HTML page, plots included."""
+def format_page(file: ResultFile, plots: Sequence[Plot]) -> str:
+    """Write the whole HTML page, plots included."""
     title = f"rpsft_kernels benchmarks: {file.run.device}"
     lines = [
         "<!DOCTYPE html>",
@@ -352,11 +366,11 @@ def write_report(file: ResultFile, folder: Path) -> Path:
     """
     images = folder / f"{file.path.stem}-plots"
     images.mkdir(parents=True, exist_ok=True)
-    # Plots that an earlier run of the same name had figures for would pass for this one's.
+    # Plots of an earlier run of the same name would pass for this one's.
     for old in images.glob("*.png"):
         old.unlink()
     path = folder / f"{file.path.stem}.html"
-    path.write_text(page(file, write_plots(file, images)), encoding="utf-8")
+    path.write_text(format_page(file, write_plots(file, images)), encoding="utf-8")
     return path
 
 
@@ -371,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     wrong = [result for result in file.results if result.status == "wrong"]
-    in_time = [win for win in wins(file) if win.measure == "time"]
+    in_time = [win for win in find_wins(file) if win.measure == "time"]
     print(f"{path}: {len(file.cases)} cases, {len(wrong)} wrong results, {len(in_time)} times an alternative is faster")
     return 0
 

@@ -1,1 +1,1 @@
-"""What the benchmarks time: their cases, who takes part, how each step is measured."""
+"""The benchmarks: their cases, the providers that take part, and how each step is measured."""

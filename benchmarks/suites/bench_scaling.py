@@ -1,4 +1,4 @@
-"""How the time grows with the elements of a weight, with the rank and with the number of weights."""
+"""Time over the elements of a weight, over the rank and over the number of weights."""
 
 from __future__ import annotations
 

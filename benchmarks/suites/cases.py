@@ -1,4 +1,4 @@
-"""What the suites measure: real layers, whole models, scaling along one axis, and anchors, at three scales.
+"""The cases of the suites: real layers, whole models, scaling along one axis, and anchors, at three scales.
 
 ``smoke`` runs everything on toy shapes, ``small`` is for a laptop's CPU (minutes on two cores), ``large`` for a GPU.
 """
@@ -21,7 +21,7 @@ from rpsft_kernels.tools.models import MODELS
 Scale = Literal["smoke", "small", "large"]
 Shape = tuple[int, int]
 SCALES: tuple[Scale, ...] = ("smoke", "small", "large")
-# Of the memory that is free, what a case may take.
+# Share of the free memory that a case may take.
 _MEMORY_SHARE = 0.7
 _TOY: list[Shape] = [(48, 64), (16, 64), (96, 64), (64, 96)]
 
@@ -32,15 +32,15 @@ class BenchCase:
 
     Attributes:
         name: unique within the suite.
-        model: whose shapes these are.
-        axis, x: what the scaling suite varies, and its value.
+        model: the model that has these shapes.
+        axis, x: the quantity that the scaling suite varies, and its value.
         only: names of the providers that take part; empty for all.
-        copies: layers in alternation.
-        rounds: in which every provider runs once.
-        budget: seconds of a provider's turns; a slow one takes part in the first rounds only, at least one.
-        patience: seconds of one step, above which it is not run.
+        copies: number of layers, which alternate.
+        rounds: number of rounds, in each of which every provider runs once.
+        budget: seconds for a provider's turns; a slow one takes part in the first rounds only, at least one.
+        patience: a provider whose step would take more seconds is not run.
         memory: whether the peak memory is measured, on a CPU in a process of its own for each provider.
-        compiling: whether what needs ``torch.compile`` takes part.
+        compiling: whether providers that need ``torch.compile`` take part.
     """
 
     suite: Suite
@@ -72,9 +72,9 @@ class BenchCase:
 
 
 def held_bytes(shapes: Sequence[Shape], rank: int, dtype: torch.dtype) -> int:
-    """About what a case holds of these weights for all providers together."""
+    """Estimate the bytes that a case holds for all providers together."""
     size = dtype.itemsize
-    # W, its gradient and W0; W0 in bfloat16; what the products read and write.
+    # W, its gradient and W0; W0 in bfloat16; operands and results of the products.
     dense = 3 * size + (0 if dtype == torch.bfloat16 else 4) + 2
     total = 0
     for m, n in shapes:
@@ -85,28 +85,28 @@ def held_bytes(shapes: Sequence[Shape], rank: int, dtype: torch.dtype) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of the device."""
+    """Return the free memory of the device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
+        match = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
     except OSError:
-        found = None
-    # Elsewhere than on Linux: half of what there is.
-    return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        match = None
+    # Elsewhere than on Linux, half of the memory counts as free.
+    return int(match[1]) * 1024 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def model_shapes(model: str, layers: int) -> list[Shape]:
-    """All weights of a model that has ``layers`` of its layers."""
+    """List all weights of a model that has ``layers`` of its layers."""
     shape = MODELS[model]
     whole = shape.weights()
-    # One embedding in front; an untied head behind.
+    # The embedding comes first, an untied head last.
     return [whole[0], *shape.layer() * layers, *([] if shape.tied else [whole[-1]])]
 
 
 def fitting_layers(model: str, rank: int, dtype: torch.dtype, available: int) -> int:
-    """The most layers whose case fits into ``available`` bytes; 0 where not even the embeddings and one do."""
+    """Find the most layers whose case fits into ``available`` bytes; 0 where not even one does."""
     fixed = held_bytes(model_shapes(model, 0), rank, dtype)
     each = held_bytes(MODELS[model].layer(), rank, dtype)
     return max(0, min(MODELS[model].layers, int((_MEMORY_SHARE * available - fixed) // each)))
@@ -141,16 +141,16 @@ def _anchors(shape: Shape, rank: int, model: str | None = None, **options: objec
 
 
 def _best(device: torch.device) -> tuple[str, str]:
-    """Names of the best backend's base form: accumulating, and by autograd."""
+    """Name the best backend's providers in base form: accumulating, and by autograd."""
     usable = [provider for provider in providers.ours(device, torch.bfloat16) if not provider.why_not]
     backend = usable[0].name.partition(",")[0]
     return providers.ours_name(backend, "base"), providers.ours_name(backend, "base", autograd=True)
 
 
 def select(suite: Suite, scale: Scale, device: torch.device) -> list[BenchCase]:
-    """The cases of a suite; those of whole models as far as the device's free memory goes."""
+    """Select the cases of a suite; whole models as far as the device's free memory goes."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    # What decides whether to adopt the package, without the variants of each.
+    # The providers that decide whether to adopt the package, without the variants of each.
     few = (*_best(device), providers.PLAIN, providers.GEMM, providers.BF16)
     if scale == "smoke":
         toy = {"rounds": 2, "budget": 1.0}

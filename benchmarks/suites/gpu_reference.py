@@ -1,5 +1,5 @@
-"""The ``torch`` backend beside the same formula in plain ``torch.mm`` code: it is what serves GPUs and dtypes that the
-kernels do not.
+"""Measures the ``torch`` backend, which serves GPUs and dtypes without kernels, beside the same formula in plain
+``torch.mm`` code.
 
 python -m benchmarks.suites.gpu_reference [--model llama-3.1-8b] [--rank 768] [--rounds 20] [--device auto|cpu|cuda]
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.suites.layer import Layer
-from benchmarks.suites.machine import DEVICES, chosen_device
+from benchmarks.suites.machine import DEVICES, choose_device
 from benchmarks.suites.measure import Clock
 from benchmarks.suites.providers import PLAIN, Provider, Step, ours_name, providers
 from rpsft_kernels.tools.models import MODELS
@@ -27,7 +27,7 @@ from rpsft_kernels.tools.models import MODELS
 MAX_RATIO = 1.5
 MAX_BYTES = 256 << 20
 DTYPES = (torch.bfloat16, torch.float32)
-_WARM = 2
+_WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,24 @@ class Figures:
         )
 
     def faults(self) -> list[str]:
-        """What is not as it should be."""
-        found = []
+        """Describe every figure that is out of its bounds."""
+        faults = []
         if not self.error <= self.bound:
-            found.append(f"a weight's gradient is off by {self.error:.1e}, expected at most {self.bound:.0e}")
-        # Times of a CPU, whose float32 is the reference, are no matter.
+            faults.append(f"a weight's gradient is off by {self.error:.1e}, expected at most {self.bound:.0e}")
+        # Times are judged on a GPU alone: on a CPU float32 is the reference itself.
         if self.extra_bytes is not None:
             if self.ratio > MAX_RATIO:
-                found.append(f"{self.ratio:.2f} times as long as plain torch, expected at most {MAX_RATIO}")
+                faults.append(f"{self.ratio:.2f} times as long as plain torch, expected at most {MAX_RATIO}")
             if self.extra_bytes > MAX_BYTES:
-                found.append(f"{self.extra_bytes} bytes of temporaries, expected at most {MAX_BYTES}")
-        return found
+                faults.append(f"{self.extra_bytes} bytes of temporaries, expected at most {MAX_BYTES}")
+        return faults
 
 
 def measure(shapes: Sequence[tuple[int, int]], rank: int, dtype: torch.dtype, rounds: int, clock: Clock) -> Figures:
     layer = Layer(shapes, rank, dtype, 0, clock.device)
     by_name = {provider.name: provider for provider in providers(clock.device, dtype, compiling=False)}
     ours = by_name[ours_name("torch", "base")]
-    steps = [_warmed(ours, layer, clock), _warmed(by_name[PLAIN], layer, clock)]
+    steps = [_warm_up(ours, layer, clock), _warm_up(by_name[PLAIN], layer, clock)]
     layer.clear_gradients()
     held = _extra_bytes(steps[0], clock.device)
     error = layer.worst_gradient_error()
@@ -79,21 +79,29 @@ def measure(shapes: Sequence[tuple[int, int]], rank: int, dtype: torch.dtype, ro
         for which in (turn % 2, 1 - turn % 2):
             clock.flush()
             seconds[which].append(clock.seconds(steps[which]))
-    ratio = statistics.median(one / other for one, other in zip(*seconds, strict=True))
-    times = [statistics.median(each) for each in seconds]
-    return Figures(dtype, *times, ratio, clock.host_seconds(steps[0]), error, ours.bound, held)
+    ratio = statistics.median(mine / theirs for mine, theirs in zip(*seconds, strict=True))
+    return Figures(
+        dtype,
+        ours=statistics.median(seconds[0]),
+        plain=statistics.median(seconds[1]),
+        ratio=ratio,
+        host=clock.host_seconds(steps[0]),
+        error=error,
+        bound=ours.bound,
+        extra_bytes=held,
+    )
 
 
-def _warmed(provider: Provider, layer: Layer, clock: Clock) -> Step:
+def _warm_up(provider: Provider, layer: Layer, clock: Clock) -> Step:
     step = provider(layer)
-    for _ in range(_WARM):
+    for _ in range(_WARM_UP_STEPS):
         step()
     clock.synchronize()
     return step
 
 
 def _extra_bytes(step: Step, device: torch.device) -> int | None:
-    """One step; and the most that it held beyond what there was before, on a GPU."""
+    """Run one step; return the most memory that it held beyond that held before, None on a CPU."""
     if device.type != "cuda":
         step()
         return None
@@ -112,11 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", choices=DEVICES, default="auto")
     options = parser.parse_args(arguments)
-    return run(MODELS[options.model].layer(), options.rank, options.rounds, chosen_device(options.device))
+    return run(MODELS[options.model].layer(), options.rank, options.rounds, choose_device(options.device))
 
 
 def run(shapes: Sequence[tuple[int, int]], rank: int, rounds: int, device: torch.device) -> int:
-    """Print the figures of both dtypes; the exit status."""
+    """Print the figures of both dtypes; return the exit status."""
     clock = Clock(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: {len(shapes)} weights, rank {rank}")

@@ -1,11 +1,11 @@
-"""What a step costs the host where a GPU does the work: both calls with the launches themselves left out.
+"""Measures the host's time for a step where a GPU does the work: both calls without the launches themselves.
 
 TRITON_INTERPRET=1 python -m benchmarks.suites.host_time [--model llama-3.1-8b] [--rank 8] [--scale 64] [--rounds 50]
 
 The model has the modules and weights of the one that is named, its sizes divided by ``--scale`` so that it fits
-anywhere: what the host does depends on how many weights there are, not on their size. Everything runs but the launch of
-a prepared kernel: weights, gradients and anchors are looked at, what has changed is written into the table. It runs on
-the CPU, where a step has buckets as on a GPU, no streams to ask for, and copies within the host's memory.
+anywhere: the host's work depends on the number of weights, not on their size. Everything runs but the launch of a
+prepared kernel: weights, gradients and anchors are compared, and changes are written into the table. It runs on the
+CPU, where a step has buckets as on a GPU, no streams to ask for, and copies within the host's memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _linear(shape: tuple[int, int]) -> nn.Linear:
     return nn.Linear(shape[1], shape[0], bias=False, dtype=_DTYPE)
 
 
-def _scaled(shape: ModelShape, scale: int) -> ModelShape:
+def _scale_down(shape: ModelShape, scale: int) -> ModelShape:
     sizes = shape.hidden, shape.intermediate, shape.key_value, shape.vocabulary
     return ModelShape(shape.layers, *(-(-size // scale) for size in sizes), tied=shape.tied)
 
@@ -73,7 +73,7 @@ def _anchor(weight: Tensor, rank: int) -> rk.Anchor:
 
 @contextmanager
 def _no_launches() -> Iterator[list[int]]:
-    """Kernels are prepared and counted, not started; buckets are those of a GPU."""
+    """Have kernels prepared and counted, not started, in the buckets of a GPU."""
     count = [0]
 
     def find_start(*_: object) -> Callable[[], None]:
@@ -92,7 +92,7 @@ def _no_launches() -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class Case:
-    """``before`` is not timed."""
+    """A step that is timed, and ``before``, which runs before each step and is not timed."""
 
     name: str
     before: Callable[[], None]
@@ -107,7 +107,7 @@ def cases(model: Model, anchors: rk.Anchors) -> list[Case]:
         pass
 
     def reallocate() -> None:
-        # The old ones are held until the new ones exist: else these would lie where those did.
+        # The old gradients are held until the new ones exist: else these could get the same addresses.
         held[:] = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=50)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    model = Model(_scaled(MODELS[options.model], options.scale))
+    model = Model(_scale_down(MODELS[options.model], options.scale))
     named = [(name, weight) for name, weight in model.named_parameters() if weight.ndim == 2]
     anchors = rk.Anchors({name: _anchor(weight, options.rank) for name, weight in named})
     for parameter in model.parameters():

@@ -1,5 +1,5 @@
-"""The weights that the benchmarks time: as they are after some training, with gradients that exist, and their float64
-truth."""
+"""The weights that the benchmarks time: as after some training, with gradients that exist, and their exact gradients
+in float64."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from benchmarks.fidelity.contract import Agreement
 from rpsft_kernels.anchors.tensors import pad_rows
 from rpsft_kernels.costs import elementwise_bytes, is_full, projected_flops
 
-# ||W - W0|| / ||W0|| before rounding. A bfloat16 weight sees a drift only where it exceeds half a unit in the last
-# place, so that of uniformly drifting random weights much less would be no drift at all; float32 weights see that of
-# tens of steps at the published learning rate.
+# ||W - W0|| / ||W0|| before rounding. A bfloat16 weight moves only where the drift exceeds half a unit in the last
+# place: random weights would not move at all with a much smaller one. The drift of float32 weights is that of tens of
+# steps at the published learning rate.
 RELATIVE_DRIFT = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 _WEIGHT_SCALE = 0.02
 # Rows that go through float64 together: 128 MiB.
@@ -25,21 +25,21 @@ _CHUNK_ELEMENTS = 1 << 24
 
 
 class Layer:
-    """Weights (m, n) with gradients, and orthonormal bases U (m, k), V (n, k) of their shapes.
+    """Weights (m, n) with gradients, and orthonormal U (m, k), V (n, k) of their shapes.
 
-    The bases are random, as a singular value decomposition of every weight would take longer than the benchmark. The
-    pretrained weights are built on them, with decaying singular values that hold half of their energy: what is lost by
-    rounding products as large as the weight depends on that. They are exact in bfloat16, as those of a bfloat16
-    checkpoint are.
+    U and V are random, as a singular value decomposition of every weight would take longer than the benchmark. The
+    pretrained weights are built on them, with decaying singular values that hold half of their energy, because the
+    rounding errors of products as large as the weight depend on that. They are exact in bfloat16, as those of a
+    bfloat16 checkpoint are.
 
     Args:
         shapes: (m, n) of each weight.
         rank: k. A weight whose shorter side is at most k is anchored whole (the full form), as the package and the
             published trainer do it.
-        dtype: of weights and gradients; bfloat16 or float32.
-        seed: of everything random.
-        device: where all of it lies.
-        flat: Constants instead of random numbers, for measurements that values do not matter to.
+        dtype: dtype of weights and gradients; bfloat16 or float32.
+        seed: seed of all random numbers.
+        device: device of all tensors.
+        flat: constants instead of random numbers, for measurements that do not depend on values.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Layer:
         self.shapes = [(m, n) for m, n in shapes]
         self.ranks = [min(rank, m, n) for m, n in shapes]
         self.is_full = [is_full(shape, rank) for shape in shapes]
-        # A full anchor has no bases.
+        # A full anchor has no U and V.
         sizes = [0 if full else k for k, full in zip(self.ranks, self.is_full, strict=True)]
         self.lefts = [basis(m, k) for (m, _), k in zip(shapes, sizes, strict=True)]
         self.rights = [basis(n, k) for (_, n), k in zip(shapes, sizes, strict=True)]
@@ -83,8 +83,8 @@ class Layer:
         self.clear_gradients()
 
     @cached_property
-    def bases(self) -> list[tuple[Tensor, Tensor]]:
-        """U and V of each weight in bfloat16, laid out as an anchor holds them and shared by all who read them."""
+    def subspaces(self) -> list[tuple[Tensor, Tensor]]:
+        """U and V of each weight in bfloat16, laid out as an anchor holds them and shared by all providers."""
         pairs = zip(self.lefts, self.rights, strict=True)
         return [(pad_rows(left.bfloat16()), pad_rows(right.bfloat16())) for left, right in pairs]
 
@@ -103,17 +103,17 @@ class Layer:
 
     @property
     def necessary_flops(self) -> int:
-        """4mnk + 4k^2 min(m, n) of each weight, the k x k products on the cheaper side; none for a full anchor."""
+        """4mnk + 4k^2 min(m, n) for each weight, the k x k products on the cheaper side; none for a full anchor."""
         return sum(
             0 if full else projected_flops(shape, k)
             for shape, k, full in zip(self.shapes, self.ranks, self.is_full, strict=True)
         )
 
     def necessary_bytes(self, reads_base: bool) -> int:
-        """W read once, its gradient read and written, U and V in bfloat16 read once; W0 in bfloat16 where it is kept.
+        """Count W read once, its gradient read and written, U and V read once in bfloat16, and W0 where it is kept.
 
         Args:
-            reads_base: Whether W0 is read although there are bases: not so in the block form. A full anchor is W0.
+            reads_base: whether W0 is read beside U and V, as it is not in the block form. A full anchor is W0.
         """
         total = 0
         for weight, (m, n), k, full in zip(self.weights, self.shapes, self.ranks, self.is_full, strict=True):
@@ -140,7 +140,7 @@ class Layer:
 
     @contextmanager
     def at_anchor(self) -> Iterator[None]:
-        """The weights are the pretrained ones inside, and what they were afterwards; gradients are cleared."""
+        """Give the weights their pretrained values inside, and their own again afterwards; gradients are cleared."""
         moved = [weight.data for weight in self.weights]
         for weight, before in zip(self.weights, self.pretrained, strict=True):
             weight.data = before
@@ -152,7 +152,7 @@ class Layer:
             self.clear_gradients()
 
     def gradient_errors(self) -> list[float]:
-        """Each weight's ``||G - E|| / ||E||``: G its ``.grad``, E = dR/dW in float64 with unrounded bases."""
+        """Return each weight's ``||G - E|| / ||E||``: G its ``.grad``, E = dR/dW in float64 with unrounded U and V."""
         errors = []
         for i, weight in enumerate(self.weights):
             gradient = weight.grad
@@ -164,12 +164,12 @@ class Layer:
         return errors
 
     def worst_gradient_error(self) -> float:
-        """The largest of all weights' errors; NaN where one is."""
+        """Return the largest of all weights' errors; NaN where one is NaN."""
         errors = self.gradient_errors()
         return math.nan if any(map(math.isnan, errors)) else max(errors)
 
     def _exact_rows(self, index: int) -> Iterator[tuple[slice, Tensor]]:
-        """E in pieces of rows: ``2 U C V^T``, or ``2 (W - W0)`` of a full anchor."""
+        """Yield E in chunks of rows: ``2 U C V^T``, or ``2 (W - W0)`` under a full anchor."""
         if self.is_full[index]:
             for rows, drift in self._drifts(index):
                 yield rows, 2 * drift

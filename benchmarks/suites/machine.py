@@ -1,4 +1,4 @@
-"""The machine and the versions that figures were measured with, and the file they go to.
+"""Describes the machine and the versions of a measurement, and names the file of its figures.
 
 python -m benchmarks.suites.machine [--device auto|cpu|cuda]
 
@@ -32,8 +32,8 @@ _ROOT = Path(__file__).parents[2]
 _COPIES = 7
 
 
-def chosen_device(name: str) -> torch.device:
-    """The device of an option.
+def choose_device(name: str) -> torch.device:
+    """Return the device of an option.
 
     Raises:
         ValueError: there is no such device.
@@ -62,7 +62,7 @@ def device_name(device: torch.device) -> str:
 
 
 def default_output(device: torch.device) -> Path:
-    """A file of its own for every run, below output/bench/."""
+    """Name a new file for every run, below output/bench/."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return _ROOT / "output" / "bench" / f"{datetime.now():%Y-%m-%d-%H%M%S}-{slug}.jsonl"
@@ -75,21 +75,23 @@ def instruction_set() -> str | None:
         return None
 
 
-def _printed(*command: str) -> str | None:
-    """What a command prints; None where it does not run."""
+def _run_command(*command: str) -> str | None:
+    """Return the output of a command; None where it does not run."""
     try:
-        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True, timeout=30)
+        completed = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return completed.stdout.strip()
 
 
 def clocks(device: torch.device) -> str:
-    """Clock rates as far as the machine tells."""
+    """Describe the clock rates, as far as the machine reports them."""
     if device.type == "cuda":
         fields = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
-        found = _printed("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}")
-        return f"{fields}: {found}" if found else "unknown"
+        rates = _run_command(
+            "nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}"
+        )
+        return f"{fields}: {rates}" if rates else "unknown"
     folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
     try:
         governor = (folder / "scaling_governor").read_text(encoding="ascii").strip()
@@ -100,21 +102,21 @@ def clocks(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    by_name: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "rpsft_kernels", "numpy"):
         try:
-            found[name] = importlib.metadata.version(name)
+            by_name[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            by_name[name] = None
+    return by_name
 
 
-def bandwidth(device: torch.device) -> float:
-    """Bytes per second of a copy that no cache holds, reads and writes both counted; the median of several."""
+def measure_bandwidth(device: torch.device) -> float:
+    """Measure the bytes per second of a copy that no cache holds, reads and writes both counted; median of several."""
     size = (1 << 30) if device.type == "cuda" else (256 << 20)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found = []
+    rates = []
     for _ in range(_COPIES + 1):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -122,14 +124,14 @@ def bandwidth(device: torch.device) -> float:
         target.copy_(source)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(2 * size / (time.perf_counter() - start))
-    # The first one maps the pages.
-    return statistics.median(found[1:])
+        rates.append(2 * size / (time.perf_counter() - start))
+    # The first copy maps the pages.
+    return statistics.median(rates[1:])
 
 
-def run_record(device: torch.device, command: str | None = None) -> dict[str, Any]:
-    """The first line of a result file."""
-    commit = _printed("git", "rev-parse", "HEAD")
+def describe_run(device: torch.device, command: str | None = None) -> dict[str, Any]:
+    """Return the first line of a result file."""
+    commit = _run_command("git", "rev-parse", "HEAD")
     return {
         "kind": "run",
         "schema": SCHEMA,
@@ -140,11 +142,11 @@ def run_record(device: torch.device, command: str | None = None) -> dict[str, An
         "versions": versions(),
         "isa": instruction_set(),
         "commit": commit or "unknown",
-        "dirty": bool(_printed("git", "status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_run_command("git", "status", "--porcelain", "--untracked-files=no")),
         "command": command or shlex.join(["python", *sys.orig_argv[1:]]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load": os.getloadavg()[0],
-        "bandwidth_bytes_per_second": bandwidth(device),
+        "bandwidth_bytes_per_second": measure_bandwidth(device),
     }
 
 
@@ -153,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=DEVICES)
     arguments = parser.parse_args(argv)
     try:
-        device = chosen_device(arguments.device)
+        device = choose_device(arguments.device)
     except ValueError as error:
         parser.error(str(error))
     print(os.path.relpath(default_output(device)))

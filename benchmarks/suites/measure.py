@@ -1,9 +1,9 @@
-"""How the benchmarks measure: correctness first, then rounds in which all providers take turns.
+"""Measures providers: correctness first, then rounds in which all of them take turns.
 
-Who is wrong is reported with its error and never timed. In a round every provider runs once; the order rotates from
-round to round, layers alternate and the caches are overwritten before each turn, so that nobody finds its input where
-another left it. Whatever else the machine does hits all providers of a round alike: figures to quote are ratios round
-by round.
+A provider that is wrong is reported with its error and never timed. In a round every provider runs once; the order
+rotates from round to round, layers alternate and the caches are overwritten before each turn, so that none finds its
+input where another left it. Other load of the machine hits all providers of a round alike: figures to quote are ratios
+round by round.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from benchmarks.suites.providers import Provider, Step
 # The fixture of the suites: it times a case, records it and fails where this package is wrong.
 RunCase = Callable[[BenchCase, list["Entrant"]], list[Result]]
 
-# More than the last-level caches of CPUs and GPUs.
+# More than the last-level caches of CPUs and GPUs hold.
 _FLUSH_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
 _HOST_RUNS = 5
 
 
 @dataclass
 class Entrant:
-    """One provider in one case; fields that a :class:`Result` has go into it as they are.
+    """One provider in one case. Fields that a :class:`Result` has too are copied to it.
 
     Attributes:
         steps: one for each copy of the layer; empty unless the provider is to be timed.
-        step_seconds: about how long a step takes, from the checked run.
+        step_seconds: approximate duration of a step, from the run that is checked.
     """
 
     provider: str
@@ -61,11 +61,11 @@ class Entrant:
     energy: float | None = None
 
     def reject(self, status: Status, why: str) -> None:
-        """It is not timed, and says so."""
+        """Leave the entrant out of the timing, for the reason ``why``."""
         self.status, self.why, self.steps = status, why, []
 
-    def measured(self) -> dict[str, Any]:
-        """The fields that a :class:`Result` has of this provider, by name."""
+    def result_fields(self) -> dict[str, Any]:
+        """Return the fields of a :class:`Result` that this entrant has, by name."""
         shared = {field.name for field in fields(Result)} & {field.name for field in fields(Entrant)}
         return {name: getattr(self, name) for name in shared} | {"seconds": tuple(self.seconds)}
 
@@ -74,7 +74,7 @@ class Entrant:
 
 
 class Clock:
-    """Seconds of a step on a device: by events on a GPU, by the monotonic clock on a CPU."""
+    """Measures a step's seconds on a device: by events on a GPU, by the monotonic clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -86,9 +86,9 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def flush(self) -> None:
-        """Overwrite what caches hold."""
+        """Overwrite the contents of the caches."""
         self._scratch.fill_(1)
-        # Queued work in front of a step would hide how long its launches take.
+        # Work that is queued before a step would hide the duration of its launches.
         self.synchronize()
 
     def seconds(self, step: Step) -> float:
@@ -104,20 +104,20 @@ class Clock:
         return float(begin.elapsed_time(end)) / 1e3
 
     def host_seconds(self, step: Step) -> float | None:
-        """Until a step returns, its work on the GPU not awaited; None on a CPU, where nothing goes on behind it."""
+        """Measure until a step returns, without waiting for the GPU; None on a CPU, which works within the step."""
         if self.device.type != "cuda":
             return None
-        found = []
+        times = []
         for _ in range(_HOST_RUNS):
             self.synchronize()
             start = time.perf_counter()
             step()
-            found.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
         self.synchronize()
-        return statistics.median(found)
+        return statistics.median(times)
 
     def product_rate(self, dtype: torch.dtype) -> float:
-        """Operations per second of a projection of 512 x 512 elements; measured once for each dtype."""
+        """Measure, once for each dtype, the operations per second of a projection of 512 x 512 elements."""
         if dtype not in self._product_rates:
             left = torch.ones(512, 64, dtype=dtype, device=self.device)
             weight = torch.ones(512, 512, dtype=dtype, device=self.device)
@@ -133,8 +133,8 @@ class Rounds:
     takes part in as many of the first rounds as its budget has room for, so that entry i is round i's for everyone.
 
     Args:
-        rounds: of the fastest.
-        budget: seconds of all turns of one entrant.
+        rounds: number of rounds of the fastest entrant.
+        budget: seconds for all turns of one entrant.
     """
 
     def __init__(self, entrants: Sequence[Entrant], clock: Clock, rounds: int, budget: float) -> None:
@@ -153,11 +153,11 @@ class Rounds:
                     yield entrant, entrant.steps[(turn + index) % len(entrant.steps)]
 
     def count(self, entrant: Entrant) -> int:
-        """How many turns are left for an entrant."""
+        """Count the turns that are left for an entrant."""
         return sum(other is entrant for other, _ in self._turns[self._next :])
 
     def prepare(self, entrant: Entrant) -> None:
-        """Run everybody's turns up to the next one of ``entrant``, and flush the caches for that."""
+        """Run all turns before the next one of ``entrant``, and flush the caches for that one."""
         while self._next < len(self._turns) and self._turns[self._next][0] is not entrant:
             self._clock.flush()
             self.turn()
@@ -180,9 +180,9 @@ class Rounds:
 
 
 def check(provider: Provider, layer: Layer, step: Step, entrant: Entrant, clock: Clock) -> None:
-    """The step's penalty at the anchor and its gradient's error; an entrant that is wrong is rejected.
+    """Measure the step's penalty at the anchor and its gradient's error; reject an entrant that is wrong.
 
-    Wrong is an error above the provider's bound, and of this package a penalty that is not exactly 0 at the anchor.
+    An error above the provider's bound is wrong; so is a penalty of this package that is not exactly 0 at the anchor.
     """
     if provider.has_gradient:
         with layer.at_anchor():
@@ -197,15 +197,15 @@ def check(provider: Provider, layer: Layer, step: Step, entrant: Entrant, clock:
         return
     entrant.error = layer.worst_gradient_error()
     layer.clear_gradients()
-    # Written so that NaN is wrong.
+    # The comparison is written so that NaN is wrong.
     if provider.bound is not None and not entrant.error <= provider.bound:
         entrant.reject("wrong", f"gradient error {entrant.error:.2g}, expected at most {provider.bound}")
     elif provider.role == "ours" and entrant.penalty_at_anchor != 0.0:
         entrant.reject("wrong", f"penalty {entrant.penalty_at_anchor} at the anchor, expected exactly 0")
 
 
-def _entered(provider: Provider, layers: Sequence[Layer], case: BenchCase, clock: Clock) -> Entrant:
-    """The provider's entrant: checked and warm, or rejected."""
+def _enter_provider(provider: Provider, layers: Sequence[Layer], case: BenchCase, clock: Clock) -> Entrant:
+    """Make the provider's entrant: checked and warm, or rejected."""
     entrant = Entrant(provider.name, provider.role, provider.bound, drift=layers[0].drift)
     entrant.flops = layers[0].necessary_flops
     entrant.bytes = layers[0].necessary_bytes(provider.reads_base)
@@ -214,7 +214,7 @@ def _entered(provider: Provider, layers: Sequence[Layer], case: BenchCase, clock
         entrant.reject("not run", why_not)
         return entrant
     try:
-        # All copies before the first run: what compiles is compiled once for all of them.
+        # All steps are made before the first run, so that a compiled step is compiled once for all copies.
         entrant.steps = [provider(layer) for layer in layers]
         check(provider, layers[0], entrant.steps[0], entrant, clock)
         for layer, step in zip(layers[1:], entrant.steps[1:], strict=False):
@@ -223,11 +223,11 @@ def _entered(provider: Provider, layers: Sequence[Layer], case: BenchCase, clock
         if entrant.steps and case.memory:
             entrant.extra_bytes = _extra_bytes(provider, entrant.steps[0], case, clock)
         if entrant.steps:
-            entrant.launches = launches(entrant.steps[0], clock.device)
+            entrant.launches = count_launches(entrant.steps[0], clock.device)
             entrant.host_seconds = clock.host_seconds(entrant.steps[0])
     except torch.OutOfMemoryError:
         entrant.reject("not run", "out of memory")
-    # One provider that fails must not cost the figures of the others; ours failing ends the run with a red status.
+    # A provider that fails must not cost the figures of the others. If it is ours, the run ends with a red status.
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         status: Status = "wrong" if provider.role == "ours" else "not run"
@@ -238,16 +238,16 @@ def _entered(provider: Provider, layers: Sequence[Layer], case: BenchCase, clock
 
 
 def enter(case: BenchCase, providers: Sequence[Provider], clock: Clock) -> list[Entrant]:
-    """The case's entrants in the order of the providers; those without steps are not to be timed."""
+    """Make the case's entrants in the order of the providers; those without steps are not timed."""
     gc.collect()
     if clock.device.type == "cuda":
         torch.cuda.empty_cache()
     layers = [Layer(case.shapes, case.rank, case.dtype, seed, clock.device) for seed in range(case.copies)]
-    return [_entered(provider, layers, case, clock) for provider in providers if case.takes(provider.name)]
+    return [_enter_provider(provider, layers, case, clock) for provider in providers if case.takes(provider.name)]
 
 
 def _too_slow(provider: Provider, flops: int, patience: float, clock: Clock) -> str:
-    """Why the provider is not run, where a step would take longer than ``patience`` seconds."""
+    """Say why the provider is not run, where a step would take longer than ``patience`` seconds; else ""."""
     if provider.products is None or clock.device.type != "cpu":
         return ""
     rate = clock.product_rate(provider.products)
@@ -261,7 +261,7 @@ def _too_slow(provider: Provider, flops: int, patience: float, clock: Clock) -> 
 
 
 def _extra_bytes(provider: Provider, step: Step, case: BenchCase, clock: Clock) -> int | None:
-    """What a step holds at its peak beyond weights, anchors and gradients; None where that cannot be told."""
+    """Measure a step's peak memory beyond weights, anchors and gradients; None where that is not possible."""
     if not provider.has_gradient:
         return None
     if clock.device.type == "cuda":
@@ -271,14 +271,14 @@ def _extra_bytes(provider: Provider, step: Step, case: BenchCase, clock: Clock) 
         step()
         clock.synchronize()
         return int(torch.cuda.max_memory_allocated(clock.device)) - before
-    if not memory.supported():
+    if not memory.is_supported():
         return None
-    # A process of its own, and not a fork: threads of OpenMP do not survive one.
+    # The process is not forked, because OpenMP's threads do not survive a fork.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        measured = pool.submit(
-            memory.extra_bytes, provider.name, case.shapes, case.rank, case.dtype, torch.get_num_threads()
+        measurement = pool.submit(
+            memory.measure_extra_bytes, provider.name, case.shapes, case.rank, case.dtype, torch.get_num_threads()
         )
-        return measured.result()
+        return measurement.result()
 
 
 class _Event(Protocol):
@@ -287,8 +287,8 @@ class _Event(Protocol):
     device_type: object
 
 
-def kernels(events: Iterable[_Event]) -> int:
-    """How many kernels the averaged events of a profile have, copies and annotations not counted."""
+def count_kernels(events: Iterable[_Event]) -> int:
+    """Count the kernels in the averaged events of a profile, without copies and annotations."""
     return sum(
         event.count
         for event in events
@@ -298,22 +298,22 @@ def kernels(events: Iterable[_Event]) -> int:
     )
 
 
-def launches(step: Step, device: torch.device) -> int | None:
-    """Kernels that a step launches; None on a CPU."""
+def count_launches(step: Step, device: torch.device) -> int | None:
+    """Count the kernels that a step launches; None on a CPU."""
     if device.type != "cuda":
         return None
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         step()
         torch.cuda.synchronize(device)
-    return kernels(profiler.key_averages())
+    return count_kernels(profiler.key_averages())
 
 
 # -- results -----------------------------------------------------------------------------------------------------
 
 
-def results(case: BenchCase, entrants: Sequence[Entrant]) -> list[Result]:
-    """One result for each entrant, in their order."""
+def collect_results(case: BenchCase, entrants: Sequence[Entrant]) -> list[Result]:
+    """Make a result of each entrant, in their order."""
     return [
         Result(
             suite=case.suite,
@@ -325,7 +325,7 @@ def results(case: BenchCase, entrants: Sequence[Entrant]) -> list[Result]:
             elements=case.elements,
             axis=case.axis,
             x=case.x,
-            **entrant.measured(),
+            **entrant.result_fields(),
         )
         for entrant in entrants
     ]
@@ -334,18 +334,18 @@ def results(case: BenchCase, entrants: Sequence[Entrant]) -> list[Result]:
 def run(
     case: BenchCase, entrants: Sequence[Entrant], clock: Clock, around: Callable[[Rounds], None] | None = None
 ) -> list[Result]:
-    """Time the entrants and return their results; ``around`` may run turns itself, what it leaves is run after it."""
+    """Time the entrants and return their results; ``around`` may run some turns itself, before the others."""
     rounds = Rounds(entrants, clock, case.rounds, case.budget)
     if around is not None and rounds.entrants:
         around(rounds)
     rounds.finish()
-    return results(case, entrants)
+    return collect_results(case, entrants)
 
 
-def wrong(found: Sequence[Result]) -> list[str]:
-    """What of this package is wrong, in words."""
+def describe_wrong(results: Sequence[Result]) -> list[str]:
+    """Describe the results of this package that are wrong."""
     return [
         f"{result.suite}, {result.case}, {result.provider}: {result.why}"
-        for result in found
+        for result in results
         if result.role == "ours" and result.status == "wrong"
     ]

@@ -1,6 +1,6 @@
-"""Who computes the penalty and its gradient in the benchmarks: this package, the published formula, plain PyTorch.
+"""Providers of the penalty and its gradient: this package, the published formula, plain PyTorch.
 
-A provider is called with a layer, prepares what an anchor would hold, and returns the step that is timed: it adds
+A provider is called with a layer, prepares the tensors of an anchor, and returns the step that is timed: it adds
 ``dR/dW`` of every weight to the gradients that exist and returns R.
 """
 
@@ -42,11 +42,11 @@ class Provider:
     Attributes:
         name: as tables show it.
         prepare: makes the step for a layer.
-        bound: of a single weight's relative gradient error; None records the error without judging it.
-        has_gradient: False for products alone, which nothing can be wrong with.
-        reads_base: whether W0 itself is read where there are bases.
-        why_not: why it cannot run on this machine; empty where it can.
-        products: dtype of its matrix products where that may be slow out of all proportion; None where it is not.
+        bound: bound of a single weight's relative gradient error; None records the error without judging it.
+        has_gradient: False for products alone, in which nothing can be wrong.
+        reads_base: whether W0 itself is read where there are U and V.
+        why_not: the reason why it cannot run on this machine; empty where it can.
+        products: dtype of its matrix products where a CPU may be extremely slow in it; None where it is not.
         compiled: whether its first run compiles.
     """
 
@@ -68,14 +68,14 @@ class Provider:
 
 
 def anchor_of(layer: Layer, index: int, form: AnchorForm) -> rk.Anchor:
-    """The anchor of one of the layer's weights, by the backend in force; it shares the layer's bases and W0."""
+    """Make the anchor of one of the layer's weights, by the backend in force; it shares the layer's U, V and W0."""
     before, shape = layer.pretrained[index], layer.shapes[index]
     rank, dtype = layer.ranks[index], before.dtype
     if layer.is_full[index]:
         base = layer.bf16_pretrained[index]
         return rk.Anchor(base=base, shape=shape, weight_dtype=dtype, rank=rank, energy=1.0)
-    left, right = layer.bases[index]
-    # From the very bases that the step reads: the block must cancel to the last bit.
+    left, right = layer.subspaces[index]
+    # The block is computed from the very U and V that the step reads, so that it cancels to the last bit.
     block, arithmetic = compute_block(before, left, right, Shard.whole(shape)) if form == "block" else (None, None)
     return rk.Anchor(
         left=left,
@@ -90,7 +90,7 @@ def anchor_of(layer: Layer, index: int, form: AnchorForm) -> rk.Anchor:
     )
 
 
-def _accumulating(layer: Layer, backend: str, form: AnchorForm) -> Step:
+def _prepare_accumulation(layer: Layer, backend: str, form: AnchorForm) -> Step:
     with rk.use_backend(backend):
         anchors = [anchor_of(layer, i, form) for i in range(len(layer.weights))]
 
@@ -101,7 +101,7 @@ def _accumulating(layer: Layer, backend: str, form: AnchorForm) -> Step:
     return step
 
 
-def _differentiated(layer: Layer, backend: str, form: AnchorForm) -> Step:
+def _prepare_autograd(layer: Layer, backend: str, form: AnchorForm) -> Step:
     with rk.use_backend(backend):
         anchors = [anchor_of(layer, i, form) for i in range(len(layer.weights))]
 
@@ -119,14 +119,14 @@ def ours_name(backend: str, form: AnchorForm, autograd: bool = False) -> str:
 
 
 def ours(device: torch.device, dtype: torch.dtype) -> list[Provider]:
-    """This package's backends for the device, best first; with the reason where one cannot run."""
-    found = []
+    """List this package's providers for the device, best first; with the reason where one cannot run."""
+    listed = []
     for backend in _BACKENDS[device.type]:
         why_not = ops.available_backends(device, dtype)[backend] or ""
         forms: tuple[AnchorForm, ...] = ("base", "block")
         for form in forms:
-            for autograd, call in ((False, _accumulating), (True, _differentiated)):
-                found.append(
+            for autograd, call in ((False, _prepare_accumulation), (True, _prepare_autograd)):
+                listed.append(
                     Provider(
                         ours_name(backend, form, autograd),
                         "ours",
@@ -136,19 +136,19 @@ def ours(device: torch.device, dtype: torch.dtype) -> list[Provider]:
                         why_not=why_not,
                     )
                 )
-    return found
+    return listed
 
 
-# -- what a user could write instead ---------------------------------------------------------------------------
+# -- plain PyTorch, as a user could write ---------------------------------------------------------------------------
 
 
 def _plain(layer: Layer) -> Step:
-    """The base form by ``torch.mm``, weight by weight: no autograd, the gradient added by ``addmm_``.
+    """Prepare the base form by ``torch.mm``, weight by weight: no autograd, the gradient added by ``addmm_``.
 
     The drift is rounded to bfloat16 before it is multiplied, and the k x k products lie on the shorter side. A float32
     gradient has its bfloat16 product added to it: ``addmm_`` takes one dtype.
     """
-    held = list(zip(layer.weights, layer.bf16_pretrained, layer.bases, layer.is_full, strict=True))
+    held = list(zip(layer.weights, layer.bf16_pretrained, layer.subspaces, layer.is_full, strict=True))
 
     @torch.no_grad()
     def step() -> Tensor:
@@ -189,7 +189,7 @@ def _full_term(weight: Tensor, before: Tensor) -> Tensor:
 
 
 def _published(layer: Layer, dtype: torch.dtype, compiled: bool = False) -> Step:
-    """``||U^T W V - B||_F^2`` with everything in ``dtype``, weight by weight; autograd does the rest.
+    """Prepare ``||U^T W V - B||_F^2`` with everything in ``dtype``, weight by weight; autograd does the rest.
 
     Written from the mathematics of arXiv 2605.10973, not from its authors' code. Weights whose shorter side is at most
     k have ``||W - W0||_F^2`` instead.
@@ -201,7 +201,7 @@ def _published(layer: Layer, dtype: torch.dtype, compiled: bool = False) -> Step
         pieces.append([piece.to(dtype) for piece in whole])
     term, full_term = _term, _full_term
     if compiled:
-        # What earlier cases compiled would count towards the limit of recompilations.
+        # Otherwise the functions of earlier cases would count towards the limit of recompilations.
         torch.compiler.reset()
         term, full_term = (torch.compile(function, dynamic=False) for function in (_term, _full_term))
 
@@ -218,11 +218,11 @@ def _published(layer: Layer, dtype: torch.dtype, compiled: bool = False) -> Step
 
 @lru_cache
 def _no_compiler(device: torch.device) -> str:
-    """Why ``torch.compile`` does not work here; empty where it does. Found out by compiling something."""
+    """Say why ``torch.compile`` does not work here; empty where it does. A small function is compiled to find out."""
     try:
         doubled = torch.compile(lambda x: 2 * x + 1, dynamic=False)(torch.ones(8, device=device))
         return "" if bool((doubled == 3).all()) else "torch.compile gives wrong results here"
-    # Whatever a compiler that is missing or broken raises, the benchmark goes on without it.
+    # A missing or broken compiler may raise anything, and the benchmark goes on without it.
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"torch.compile does not work here: {lines[0][:200]}"
@@ -232,17 +232,17 @@ def _no_compiler(device: torch.device) -> str:
 
 
 def _gemm(layer: Layer) -> Step:
-    """The four products of each weight by ``torch.mm`` alone, in bfloat16 and into buffers that exist.
+    """Prepare the four products of each weight by ``torch.mm`` alone, in bfloat16 and into buffers that exist.
 
-    No W0 is subtracted, nothing is squared or added to a gradient: what remains is the machine's rate for the products.
+    No W0 is subtracted, nothing is squared or added to a gradient: the step shows the machine's rate for the products.
     """
     products: list[tuple[Tensor, Tensor, Tensor]] = []
     for i, weight in enumerate(layer.weights):
         if layer.is_full[i]:
             continue
-        # In bfloat16 whatever the weight's dtype: that is what the necessary products need.
+        # The necessary products are in bfloat16 for every dtype of the weight.
         w = weight.detach().bfloat16()
-        u, v = layer.bases[i]
+        u, v = layer.subspaces[i]
         (m, n), k = w.shape, u.shape[1]
         c, g = w.new_zeros((k, k)), w.new_zeros((m, n))
         # As in the kernels, the k x k products lie on the shorter side.
@@ -261,10 +261,12 @@ def _gemm(layer: Layer) -> Step:
 
 
 def providers(device: torch.device, dtype: torch.dtype, compiling: bool = True) -> list[Provider]:
-    """All of them, in the order of the tables: ours first, the one that matters most at the top.
+    """List all providers in the order of the tables: ours first, and the most important of these at the top.
 
     Args:
-        compiling: False leaves out what compiles, with that as its reason.
+        device: the device that the steps run on.
+        dtype: dtype of weights and gradients.
+        compiling: False leaves out providers that compile, with that as the reason.
     """
     no_compiler = _no_compiler(device) if compiling else "left out of this case: compiling takes long"
     published = [

@@ -1,4 +1,4 @@
-"""How the singular subspaces of an anchor are found: seconds a matrix, and what of the weight they capture."""
+"""Measures methods that find the singular subspaces of an anchor: seconds a matrix, and captured energy."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from benchmarks.suites.cases import BenchCase
 from benchmarks.suites.measure import Clock, Entrant
 
 # U (m, k) and V (n, k).
-Bases = tuple[Tensor, Tensor]
-# Relative, of the captured energy: what bfloat16 bases lose of it.
+Subspaces = tuple[Tensor, Tensor]
+# Largest relative loss of captured energy through U and V in bfloat16.
 MAX_SHORTFALL = 1e-3
 
 
-def _ours(weight: Tensor, rank: int) -> Bases:
+def _ours(weight: Tensor, rank: int) -> Subspaces:
     anchor = rk.Anchor.from_weight(weight, rank)
     assert anchor.left is not None and anchor.right is not None
     return anchor.left, anchor.right
 
 
-def _svd(weight: Tensor, rank: int) -> Bases:
+def _svd(weight: Tensor, rank: int) -> Subspaces:
     left, _, right = torch.linalg.svd(weight.float(), full_matrices=False)
     return left[:, :rank], right[:rank].T
 
 
-def _lowrank(weight: Tensor, rank: int) -> Bases:
+def _lowrank(weight: Tensor, rank: int) -> Subspaces:
     left, _, right = torch.svd_lowrank(weight.float(), q=rank)
     return left, right
 
 
-METHODS: dict[str, tuple[Role, Callable[[Tensor, int], Bases], float | None]] = {
+METHODS: dict[str, tuple[Role, Callable[[Tensor, int], Subspaces], float | None]] = {
     "Anchor.from_weight": ("ours", _ours, MAX_SHORTFALL),
     "torch.linalg.svd, fp32": ("reference", _svd, None),
     "torch.svd_lowrank, fp32": ("reference", _lowrank, None),
 }
 
 
-def decaying(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A random weight whose i-th singular value falls about as i^-1/2, as those of trained weights roughly do."""
+def make_decaying(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a random weight whose i-th singular value falls about as i^-1/2, as in trained weights."""
     random = torch.Generator(device).manual_seed(0)
     inner = min(shape)
     values = torch.arange(1, inner + 1, device=device).rsqrt()
@@ -53,25 +53,25 @@ def decaying(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -
 
 
 def best_energy(weight: Tensor, rank: int) -> float:
-    """The share of ``||W||_F^2`` in the ``rank`` largest singular values, in float64."""
+    """Compute the share of ``||W||_F^2`` in the ``rank`` largest singular values, in float64."""
     wide = weight.double() if weight.shape[0] <= weight.shape[1] else weight.double().T
     eigenvalues = torch.linalg.eigvalsh(wide @ wide.T)
     return float(eigenvalues[-rank:].sum() / eigenvalues.sum())
 
 
-def energy(weight: Tensor, bases: Bases) -> float:
-    """``||U^T W V||_F^2 / ||W||_F^2`` in float64: what the penalty sees of the weight."""
-    left, right = (basis.double() for basis in bases)
+def captured_energy(weight: Tensor, subspaces: Subspaces) -> float:
+    """Compute ``||U^T W V||_F^2 / ||W||_F^2`` in float64: the share of the weight that the penalty sees."""
+    left, right = (basis.double() for basis in subspaces)
     exact = weight.double()
     return float((left.T @ exact @ right).square().sum() / exact.square().sum())
 
 
 def enter(case: BenchCase, clock: Clock) -> list[Entrant]:
-    """The methods on one weight; one of this package's that captures too little is rejected.
+    """Make an entrant of each method on one weight; reject this package's where it captures too little.
 
-    ``error`` is how much less than the best possible energy a method's bases capture, relatively.
+    ``error`` is the share of the best possible energy that a method's subspaces lack.
     """
-    weight = decaying(case.shapes[0], case.dtype, clock.device)
+    weight = make_decaying(case.shapes[0], case.dtype, clock.device)
     best = best_energy(weight, case.rank)
     entrants = []
     for name, (role, method, bound) in METHODS.items():
@@ -81,15 +81,15 @@ def enter(case: BenchCase, clock: Clock) -> list[Entrant]:
         entrants.append(entrant)
         try:
             start = time.perf_counter()
-            bases = method(weight, case.rank)
+            subspaces = method(weight, case.rank)
             clock.synchronize()
             entrant.step_seconds = time.perf_counter() - start
         except torch.OutOfMemoryError:
             entrant.reject("not run", "out of memory")
             continue
-        entrant.energy = min(1.0, energy(weight, bases))
+        entrant.energy = min(1.0, captured_energy(weight, subspaces))
         entrant.error = abs(1 - entrant.energy / best)
-        # Written so that NaN is wrong.
+        # The comparison is written so that NaN is wrong.
         if bound is not None and not entrant.error <= bound:
             entrant.reject("wrong", f"captured energy {entrant.energy:.6f}, expected {best:.6f}")
         else:
@@ -97,7 +97,7 @@ def enter(case: BenchCase, clock: Clock) -> list[Entrant]:
     return entrants
 
 
-def _step(method: Callable[[Tensor, int], Bases], weight: Tensor, rank: int) -> Callable[[], None]:
+def _step(method: Callable[[Tensor, int], Subspaces], weight: Tensor, rank: int) -> Callable[[], None]:
     def step() -> None:
         method(weight, rank)
 

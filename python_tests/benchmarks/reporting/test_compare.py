@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.reporting import compare
-from benchmarks.reporting.results import load
+from benchmarks.reporting.reading import load
 from result_files import RUN, write
 
 FAST, MIDDLE, SLOW = [0.100, 0.101, 0.102], [0.100, 0.110, 0.130], [0.120, 0.121, 0.122]

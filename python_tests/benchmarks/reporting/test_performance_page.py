@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.reporting import performance_page
-from benchmarks.reporting.results import load
+from benchmarks.reporting.reading import load
 from result_files import write as write_results
 
 RESULT: dict[str, Any] = {"seconds": [0.010] * 3, "flops": 3_000_000_000, "extra_bytes": 838861}
@@ -42,7 +42,7 @@ def table(text: str) -> list[dict[str, str]]:
 
 
 def test_the_table_is_what_a_hand_computes(tmp_path: Path) -> None:
-    text = performance_page.performance([load(write(tmp_path / "r.jsonl", *ROWS))])
+    text = performance_page.write_tables([load(write(tmp_path / "r.jsonl", *ROWS))])
     assert table(text) == [
         {
             "layer, rank": "toy, 4",
@@ -63,7 +63,7 @@ def test_the_table_is_what_a_hand_computes(tmp_path: Path) -> None:
 
 
 def test_the_caption_says_where_the_figures_are_from(tmp_path: Path) -> None:
-    dirty = performance_page.performance([load(write(tmp_path / "r.jsonl", *ROWS, run={"dirty": True}))])
+    dirty = performance_page.write_tables([load(write(tmp_path / "r.jsonl", *ROWS, run={"dirty": True}))])
     caption = " ".join(dirty.partition("\n\n")[2].split())
     for part in (
         "3 interleaved rounds",
@@ -79,21 +79,21 @@ def test_the_caption_says_where_the_figures_are_from(tmp_path: Path) -> None:
 
 def test_the_fastest_backend_is_ours_and_a_wrong_one_has_no_time(tmp_path: Path) -> None:
     wrong = {"status": "wrong", "seconds": [], "error": 0.3}
-    (row,) = table(performance_page.performance([load(write(tmp_path / "r.jsonl", wrong, *ROWS[3:]))]))
+    (row,) = table(performance_page.write_tables([load(write(tmp_path / "r.jsonl", wrong, *ROWS[3:]))]))
     assert row["ours"] == "torch, base form" and row["time and rate"].startswith("32.0 ms")
-    (row,) = table(performance_page.performance([load(write(tmp_path / "r.jsonl", wrong, *ROWS[4:]))]))
+    (row,) = table(performance_page.write_tables([load(write(tmp_path / "r.jsonl", wrong, *ROWS[4:]))]))
     assert row["time and rate"] == "not timed: error 0.3, bound 0.01" and "plain torch" not in row
 
 
 def test_columns_that_no_row_fills_are_left_out(tmp_path: Path) -> None:
-    (row,) = table(performance_page.performance([load(write(tmp_path / "r.jsonl", *ROWS[:4]))]))
+    (row,) = table(performance_page.write_tables([load(write(tmp_path / "r.jsonl", *ROWS[:4]))]))
     assert "block form" in row
     assert not any("published," in title or "plain" in title for title in row if title != "published bf16, fp32, fp16")
 
 
 def test_rows_of_two_dtypes_are_told_apart(tmp_path: Path) -> None:
     other = {"case": "toy layer k=4 float32", "dtype": "float32"}
-    rows = table(performance_page.performance([load(write(tmp_path / "r.jsonl", {}, other))]))
+    rows = table(performance_page.write_tables([load(write(tmp_path / "r.jsonl", {}, other))]))
     assert [row["layer, rank"] for row in rows] == ["toy, 4, bfloat16", "toy, 4, float32"]
 
 
@@ -104,8 +104,8 @@ def test_the_newest_file_of_each_device_counts(tmp_path: Path) -> None:
         load(write(tmp_path / "new.jsonl", {"seconds": [0.020] * 3}, run={"started": "2026-02-01T00:00:00+00:00"})),
         load(write(tmp_path / "old.jsonl", {"seconds": [0.050] * 3})),
     ]
-    text = performance_page.performance(files)
-    assert text == performance_page.performance(files[::-1])
+    text = performance_page.write_tables(files)
+    assert text == performance_page.write_tables(files[::-1])
     assert text.count("| layer, rank |") == 2 and "20.0 ms" in text and "50.0 ms" not in text
     assert text.index("native, base form") < text.index("triton, base form")
 
@@ -159,12 +159,12 @@ def test_printing_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
 )
 def test_markers_are_needed_once_each(page: str) -> None:
     with pytest.raises(ValueError, match="expected one of each, in this order"):
-        performance_page.updated(page, "figures")
+        performance_page.replace_tables(page, "figures")
 
 
 def test_a_file_without_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"r\.jsonl: got no result of suite 'layer'"):
-        performance_page.performance([load(write(tmp_path / "r.jsonl", {"suite": "model"}))])
+        performance_page.write_tables([load(write(tmp_path / "r.jsonl", {"suite": "model"}))])
 
 
 def test_the_page_holds_what_the_committed_figures_say() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.reporting import report
-from benchmarks.reporting.results import load
+from benchmarks.reporting.reading import load
 from result_files import write as write_results
 
 RUN: dict[str, Any] = {
@@ -174,7 +174,7 @@ def test_where_something_else_wins_stands_before_the_tables(text: str) -> None:
 
 
 def test_wins_name_case_and_measure(tmp_path: Path) -> None:
-    found = report.wins(load(write(tmp_path / "r.jsonl", *LAYER, *ANCHORS)))
+    found = report.find_wins(load(write(tmp_path / "r.jsonl", *LAYER, *ANCHORS)))
     assert [(win.case, win.measure, win.provider, win.ours) for win in found] == [
         ("toy layer k=4", "time", "published, bf16", "native, base form"),
         # In the anchors' case both take the same time: no win.
@@ -190,13 +190,13 @@ def test_wins_name_case_and_measure(tmp_path: Path) -> None:
 def test_an_alternative_wins_where_ours_is_wrong(tmp_path: Path) -> None:
     wrong = {"status": "wrong", "seconds": [], "error": 0.5}
     plain = {"provider": "plain torch, base form", "role": "plain"}
-    (win,) = report.wins(load(write(tmp_path / "r.jsonl", wrong, plain)))
+    (win,) = report.find_wins(load(write(tmp_path / "r.jsonl", wrong, plain)))
     assert win.provider == "plain torch, base form" and win.mine == "not timed: error 0.5, bound 0.01"
 
 
 def test_an_anchor_has_no_gradient(tmp_path: Path) -> None:
     rows = [{**row, "error": 1e-4} for row in ANCHORS]
-    text = report.page(load(write(tmp_path / "r.jsonl", *rows)), [])
+    text = report.format_page(load(write(tmp_path / "r.jsonl", *rows)), [])
     _, cells = _Page(text).row("randomised")
     assert cells["energy lost of the best possible"] == "0.0001" and cells["energy"] == "0.91"
     assert "gradient error against float64" not in cells
@@ -204,7 +204,7 @@ def test_an_anchor_has_no_gradient(tmp_path: Path) -> None:
 
 def test_the_gemm_is_no_alternative(tmp_path: Path) -> None:
     gemm = {"provider": "torch.mm", "role": "gemm", "seconds": [0.001] * 4, "error": None, "extra_bytes": 0}
-    assert report.wins(load(write(tmp_path / "r.jsonl", {}, gemm))) == []
+    assert report.find_wins(load(write(tmp_path / "r.jsonl", {}, gemm))) == []
 
 
 def test_a_report_of_nothing_but_failures_is_made(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which cases there are, at every scale."""
+"""The cases at every scale."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_cases_have_names_of_their_own_and_providers_that_exist(suite: Suite, sc
     for case in found:
         assert case.suite == suite and set(case.only) <= names
         assert (case.axis is None) == (case.x is None) == (suite != "scaling")
-        # Of whole models some anchors are full, but never all: the products would have no rate.
+        # Some anchors of whole models are full, but never all: the products would have no rate.
         assert any(case.rank < min(shape) for shape in case.shapes)
         assert suite != "layer" or not case.only
 

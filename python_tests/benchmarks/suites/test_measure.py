@@ -1,4 +1,4 @@
-"""The measuring itself: who is wrong is not timed, all others take turns, and the file says so."""
+"""The measurement: a provider that is wrong is not timed, all others take turns, and the file records both."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.reporting.reading import load
 from benchmarks.reporting.recording import Recorder
-from benchmarks.reporting.results import SUITES, Role, load
+from benchmarks.reporting.results import SUITES, Role
 from benchmarks.suites import machine, measure, memory, providers, subspaces
 from benchmarks.suites.cases import BenchCase
 from benchmarks.suites.layer import Layer
@@ -92,7 +93,7 @@ def test_the_order_is_the_same_when_somebody_else_times_one_of_them(clock: Count
         entrants = _entrants("abc", log)
         rounds = Rounds(entrants, clock, rounds=3, budget=1.0)
         if main is not None:
-            # As pytest-benchmark does it.
+            # pytest-benchmark does the same.
             for _ in range(rounds.count(entrants[main])):
                 rounds.prepare(entrants[main])
                 before = len(log)
@@ -170,9 +171,11 @@ def test_a_wrong_gradient_is_reported_and_never_timed(factor: float, clock: Coun
     result = found["sabotaged"]
     assert result.status == "wrong" and result.seconds == () and result.error_bound == 0.02
     assert result.error is not None and not result.error <= 0.02
-    assert "gradient error" in result.why and measure.wrong([result]) == [f"layer, toy, sabotaged: {result.why}"]
+    assert "gradient error" in result.why
+    assert measure.describe_wrong([result]) == [f"layer, toy, sabotaged: {result.why}"]
     # The others are.
-    assert found[PLAIN].status == "timed" and len(found[PLAIN].seconds) == 3 and not measure.wrong([found[PLAIN]])
+    assert found[PLAIN].status == "timed" and len(found[PLAIN].seconds) == 3
+    assert not measure.describe_wrong([found[PLAIN]])
 
 
 def test_without_a_bound_the_error_is_recorded_and_the_time_too(clock: CountingClock) -> None:
@@ -244,7 +247,7 @@ def test_an_anchor_that_captures_too_little_is_wrong(clock: CountingClock, monke
     right = measure.run(case, subspaces.enter(case, clock), clock)
     assert [result.status for result in right] == ["timed"] * 3 and all(len(result.seconds) == 2 for result in right)
     exact = right[names.index("torch.linalg.svd, fp32")].energy
-    values = torch.linalg.svdvals(subspaces.decaying((48, 64), torch.bfloat16, CPU).double()).square()
+    values = torch.linalg.svdvals(subspaces.make_decaying((48, 64), torch.bfloat16, CPU).double()).square()
     assert exact == pytest.approx(float(values[:16].sum() / values.sum()), rel=1e-4)
     monkeypatch.setitem(subspaces.METHODS, names[0], ("ours", lazy, subspaces.MAX_SHORTFALL))
     wrong = measure.run(case, subspaces.enter(case, clock), clock)[0]
@@ -258,7 +261,7 @@ def test_the_clock_of_a_cpu_times_a_step_and_has_no_host() -> None:
     clock, log = Clock(CPU), []
     clock.flush()
     assert clock.seconds(lambda: log.append(1)) > 0 and log == [1]  # type: ignore[func-returns-value]
-    assert clock.host_seconds(lambda: None) is None and measure.launches(lambda: None, CPU) is None
+    assert clock.host_seconds(lambda: None) is None and measure.count_launches(lambda: None, CPU) is None
 
 
 @dataclass
@@ -279,10 +282,10 @@ def test_kernels_are_counted_and_nothing_else() -> None:
         Event("Torch-Compiled Region", 13, gpu, is_user_annotation=True),
         Event("gemm", 2, gpu),
     ]
-    assert measure.kernels(events) == 5
+    assert measure.count_kernels(events) == 5
 
 
-@pytest.mark.skipif(not memory.supported(), reason="the peak is Linux's")
+@pytest.mark.skipif(not memory.is_supported(), reason="the peak is Linux's")
 def test_memory_of_a_step_is_what_it_holds_at_its_peak(clock: CountingClock) -> None:
     case = replace(CASE, shapes=((1024, 2048),), rank=32, memory=True, only=(ours_name("torch", "base"), PLAIN, GEMM))
     found = {
@@ -300,7 +303,7 @@ def test_memory_of_a_step_is_what_it_holds_at_its_peak(clock: CountingClock) -> 
 
 def test_lines_are_those_that_the_report_reads(tmp_path: Path, clock: CountingClock) -> None:
     path = tmp_path / "new" / "run.jsonl"
-    recorder = Recorder(path, machine.run_record(CPU, "python benchmark"))
+    recorder = Recorder(path, machine.describe_run(CPU, "python benchmark"))
     sabotaged = Sabotaged(float("nan"))
     found = [sabotaged.provider(), *providers.providers(CPU, CASE.dtype, compiling=False)]
     written = measure.run(CASE, measure.enter(CASE, found, clock), clock)
@@ -325,7 +328,7 @@ def test_a_file_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="'cuda', but torch sees no GPU"):
-        machine.chosen_device("cuda")
+        machine.choose_device("cuda")
     with pytest.raises(SystemExit) as caught:
         machine.main(["--device", "cuda"])
     assert caught.value.code == 2 and "torch sees no GPU" in capsys.readouterr().err
@@ -348,7 +351,7 @@ def test_a_session_measures_every_suite(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(output) in done.stdout
     read = load(output)
-    # What matters most comes first.
+    # The most important suite comes first.
     assert list(dict.fromkeys(case.suite for case in read.cases)) == list(SUITES)
     for case in read.cases:
         statuses = {result.provider: result.status for result in case.results}

@@ -31,7 +31,7 @@ SHAPES = [(48, 96), (96, 48), (64, 64), (16, 96)]
 RANK = 16
 DTYPES = (torch.bfloat16, torch.float32)
 NAMES = [provider.name for provider in providers(CPU, torch.bfloat16, compiling=False)]
-# Of a drift as large as the weight, where nothing cancels: the rounding of each one's own products.
+# Errors with a drift as large as the weight, where nothing cancels: the rounding of each provider's own products.
 ROUNDING = {FP16: 0.005, BF16: 0.03, FP32: 0.005, COMPILED: 0.03}
 
 
