@@ -42,7 +42,7 @@ def part(name: str, program: str, *arguments: str | Path, limit: float = 60, **o
 
 def outcomes_of(wanted: list[Part], folder: Path, **options: Any) -> tuple[bool, dict[str, Outcome]]:
     found: dict[str, Outcome] = {}
-    right = run_parts(wanted, folder, told=lambda outcome: found.update({outcome.part.name: outcome}), **options)
+    right = run_parts(wanted, folder, report=lambda outcome: found.update({outcome.part.name: outcome}), **options)
     return right, found
 
 
@@ -146,7 +146,7 @@ def test_a_signal_ends_it_with_a_table(tmp_path: Path) -> None:
         slow = "import time; open('begun', 'w').close(); time.sleep(600)"
         wanted = [Part(name, python("-c", slow), 500, alone=True) for name in ("running", "waiting")]
         outcomes = []
-        right = run_parts(wanted, pathlib.Path("logs"), told=outcomes.append)
+        right = run_parts(wanted, pathlib.Path("logs"), report=outcomes.append)
         print(summary(outcomes, 1.0))
         sys.exit(not right)
     """)
@@ -359,7 +359,7 @@ CLEAN = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: 0 hazards dis
     ],
 )
 def test_reports_are_told_apart_by_kernel(said: str, kernels: list[tuple[str, bool]]) -> None:
-    assert [(report.kernel, report.ours) for report in sanitize.reports(said.splitlines())] == kernels
+    assert [(report.kernel, report.ours) for report in sanitize.parse_reports(said.splitlines())] == kernels
 
 
 def test_every_kernel_of_this_package_is_known() -> None:
@@ -367,7 +367,7 @@ def test_every_kernel_of_this_package_is_known() -> None:
 
     for kernel in ARGUMENTS:
         said = f"========= Invalid __shared__ write of size 4 bytes\n=========     at {kernel}_kernel+0x10\n"
-        (report,) = sanitize.reports(said.splitlines())
+        (report,) = sanitize.parse_reports(said.splitlines())
         assert report.ours and report.kernel == f"{kernel}_kernel"
 
 
@@ -404,7 +404,7 @@ def test_the_tools_verdict(
 def test_without_the_tool_it_is_skipped_with_a_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sanitize, "sanitizer", lambda: None)
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
     assert sanitize.main(["memcheck"]) == parts.SKIPPED == sanitize.SKIPPED
     assert "compute-sanitizer is not installed here" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="tool: got \\['memchek'\\], expected one of memcheck, racecheck"):

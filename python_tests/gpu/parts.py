@@ -67,10 +67,10 @@ class Outcome:
         return self.result not in ("passed", "skipped")
 
 
-def run_parts(parts: Sequence[Part], folder: Path, lanes: int = 3, told: Callable[[Outcome], None] = print) -> bool:
-    """Run every part, at most ``lanes`` at a time; their logs go to ``folder``, each outcome to ``told`` as it comes.
+def run_parts(parts: Sequence[Part], folder: Path, lanes: int = 3, report: Callable[[Outcome], None] = print) -> bool:
+    """Run every part, at most ``lanes`` at a time; their logs go to ``folder``, each outcome to ``report`` as it comes.
 
-    SIGINT or SIGTERM ends what runs, and the rest is told as stopped.
+    SIGINT or SIGTERM ends what runs, and the rest is reported as stopped.
 
     Returns:
         Whether every part passed or had nothing to do.
@@ -84,7 +84,7 @@ def run_parts(parts: Sequence[Part], folder: Path, lanes: int = 3, told: Callabl
         outcome = run_part(part, folder, stop)
         with telling:
             wrong.extend([outcome] if outcome.wrong else [])
-            told(outcome)
+            report(outcome)
 
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -136,16 +136,16 @@ def run_part(part: Part, folder: Path, stop: threading.Event) -> Outcome:
         except OSError as error:
             output.write(f"{command[0]}: {error.strerror}\n")
             process = None
-    result: Result = "failed" if process is None else _ended(process, began + part.limit, stop)
+    result: Result = "failed" if process is None else _wait(process, began + part.limit, stop)
     seconds = time.monotonic() - began
     counts = read_counts(report) if part.counted else None
     if part.counted and counts is None and result == "passed":
-        # It ended well and left no count: then nothing of it can be trusted.
+        # It ended well without a count, so that nothing it says can be trusted.
         result = "failed"
     return Outcome(part, result, seconds, log, last_line(log), counts)
 
 
-def _ended(process: subprocess.Popen[bytes], deadline: float, stop: threading.Event) -> Result:
+def _wait(process: subprocess.Popen[bytes], deadline: float, stop: threading.Event) -> Result:
     while True:
         try:
             code = process.wait(_POLL)
@@ -193,7 +193,7 @@ def read_counts(report: Path) -> Counts | None:
     return Counts(total["tests"] - failed - total["skipped"], failed, total["skipped"], tuple(sorted(reasons.items())))
 
 
-# -- what is told ------------------------------------------------------------------------------------------
+# -- reporting ---------------------------------------------------------------------------------------------
 
 HEAD = f"{'part':<26}{'result':<11}{'passed':>7}{'failed':>7}{'skipped':>8}{'seconds':>9}{'limit':>7}"
 
@@ -232,6 +232,6 @@ def python(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, *arguments)
 
 
-def inherited(root: Path, variables: Mapping[str, str] = os.environ) -> str:
-    """PYTHONPATH with the working tree first: nothing is installed for a run, and what is must not pass for it."""
+def python_path(root: Path, variables: Mapping[str, str] = os.environ) -> str:
+    """PYTHONPATH with the working tree first: a run installs nothing, and no installed package may hide the tree."""
     return os.pathsep.join([str(root), *filter(None, [variables.get("PYTHONPATH")])])

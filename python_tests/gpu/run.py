@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from parts import HEAD, Outcome, Part, inherited, python, row, run_parts, summary
+from parts import HEAD, Outcome, Part, python, python_path, row, run_parts, summary
 
 ROOT = Path(__file__).parents[2]
 HERE = Path("python_tests", "gpu")
@@ -58,8 +58,8 @@ def parts(cpu_tests: bool = False) -> list[Part]:
     return found
 
 
-def chosen(options: argparse.Namespace) -> list[Part]:
-    """The parts that were asked for.
+def choose(options: argparse.Namespace) -> list[Part]:
+    """The parts that the options select.
 
     Raises:
         ValueError: a name that no part has.
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="name the parts and their commands")
     options = parser.parse_args(arguments)
     try:
-        wanted = chosen(options)
+        wanted = choose(options)
     except ValueError as error:
         parser.error(str(error))
     if options.list:
@@ -97,16 +97,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "PYTHON names another Python: make test-gpu PYTHON=..."
         )
     os.chdir(ROOT)
-    os.environ.update(PYTHONPATH=inherited(ROOT), PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
+    os.environ.update(PYTHONPATH=python_path(ROOT), PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
     print(HEAD, flush=True)
     outcomes: list[Outcome] = []
 
-    def told(outcome: Outcome) -> None:
+    def report(outcome: Outcome) -> None:
         outcomes.append(outcome)
         print(row(outcome), flush=True)
 
     began = time.monotonic()
-    right = run_parts(wanted, LOGS, lanes=4, told=told)
+    right = run_parts(wanted, LOGS, lanes=4, report=report)
     print("\n" + summary(outcomes, time.monotonic() - began), flush=True)
     return 0 if right else 1
 

@@ -3,7 +3,7 @@
     python python_tests/gpu/sanitize.py memcheck [seconds]
 
 Exit status 1 where one of this package's kernels is reported, or the program itself failed; 77 where the tool is not
-installed. PyTorch's own kernels are reported at times (initcheck): that is counted and told, and no failure.
+installed. PyTorch's own kernels are reported at times (initcheck): this is counted and printed, and is no failure.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Report:
     ours: bool
 
 
-def reports(lines: Iterable[str]) -> Iterator[Report]:
+def parse_reports(lines: Iterable[str]) -> Iterator[Report]:
     """The reports in a tool's output: lines begin with "=========", those that continue a report are indented."""
     block: list[str] = []
     for line in [*lines, "========= end"]:
@@ -72,17 +72,17 @@ def _report(block: Sequence[str]) -> Report:
     return Report(block[0], site, own is not None)
 
 
-def told(found: Sequence[Report]) -> list[str]:
-    """Lines for people: how often each kernel was reported, and by which words first."""
-    counts = Counter((report.ours, report.kernel) for report in found)
-    first = {(report.ours, report.kernel): report.text for report in reversed(found)}
+def describe(reports: Sequence[Report]) -> list[str]:
+    """Lines to print: how often each kernel was reported, and its first report."""
+    counts = Counter((report.ours, report.kernel) for report in reports)
+    first = {(report.ours, report.kernel): report.text for report in reversed(reports)}
     return [
         f"{'this package' if ours else 'others'}: {number} x {kernel or 'no kernel'}: {first[ours, kernel]}"
         for (ours, kernel), number in sorted(counts.items(), reverse=True)
     ]
 
 
-def sanitizer() -> str | None:
+def find_sanitizer() -> str | None:
     """compute-sanitizer's path; None where there is none."""
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(_PLACES))
 
@@ -91,11 +91,11 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] not in TOOLS:
         raise SystemExit(f"tool: got {arguments[:1]}, expected one of {', '.join(TOOLS)}")
     tool, seconds = arguments[0], arguments[1:]
-    found = sanitizer()
-    if found is None:
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
         print(f"compute-sanitizer is not installed here: no {tool}")
         return SKIPPED
-    command = [found, "--tool", tool, *TOOLS[tool], "--error-exitcode", str(_REPORTED), "--print-limit", "20000"]
+    command = [sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", str(_REPORTED), "--print-limit", "20000"]
     command += [sys.executable, str(HERE / "sanitized.py"), *seconds]
     # Without PyTorch's cache each tensor is an allocation of its own: reads beside it are seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "RPSFT_SELFTEST": "0"}
@@ -108,9 +108,9 @@ def main(arguments: Sequence[str]) -> int:
         lines.append(line)
         print(line, end="", flush=True)
     code = run.wait()
-    all_reports = list(reports(lines))
+    all_reports = list(parse_reports(lines))
     ours = sum(report.ours for report in all_reports)
-    print(*told(all_reports), sep="\n")
+    print(*describe(all_reports), sep="\n")
     ran = next((line.strip() for line in reversed(lines) if "cases ran" in line), "")
     others = len(all_reports) - ours
     print(f"{tool}: {ours} reports of this package's kernels, {others} of others; {ran or 'it broke off'}")

@@ -284,7 +284,7 @@ _GRAD_TYPES: tuple[TypeName, ...] = ("bf16", "fp16", "fp32")
 _BOTH = (False, True)
 
 
-def accesses(descriptors: bool) -> tuple[Access, ...]:
+def list_accesses(descriptors: bool) -> tuple[Access, ...]:
     """The ways in which a launch can read: one for operands of any strides, and those for aligned operands."""
     strided = Access(aligned=False, descriptor=False, even=False)
     if descriptors:
@@ -310,7 +310,7 @@ def list_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...] =
 
 def _all_variants(architecture: str, descriptors: bool, ranks: tuple[int, ...]) -> Iterator[Variant]:
     yield squares_variant()
-    for rank, basis, access in product(ranks, _BASIS_TYPES, accesses(descriptors)):
+    for rank, basis, access in product(ranks, _BASIS_TYPES, list_accesses(descriptors)):
         yield from _forward_variants(architecture, rank, basis, access)
         yield from _backward_variants(architecture, rank, basis, access)
     for (weight, base), aligned in product(WEIGHT_AND_BASE, _BOTH):

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import toolchain
 from .library import FOLDER, Device, KernelMatch, Library, Refused, ServedTable
 from .loader import kernel, launcher, launcher_missing
-from .targets import BY_CAPABILITY, BY_TABLE, Compatibility, dotted
+from .targets import BY_CAPABILITY, BY_TABLE, Compatibility, format_capability
 
 if TYPE_CHECKING:
     from ..variants import Variant
@@ -125,7 +125,7 @@ def unavailable(device: torch.device) -> str | None:
         return None
     reason = (
         f"this installation's kernels ({library.arch_names()}) do not run on compute capability "
-        f"{dotted(facts.capability)}"
+        f"{format_capability(facts.capability)}"
     )
     obstacles = [library.obstacles(facts, refused), *_reasons.get(index, [])]
     return "; ".join([reason, *filter(None, obstacles)])
@@ -203,7 +203,8 @@ def bind(
     facts, refused = _device_facts(index), _refused.get(index, _NOTHING)
     match = _find(library, variant, facts, refused)
     if match is None:
-        why = f"compute capability {dotted(facts.capability)}: {_explain_no_match(library, variant, facts, refused)}"
+        reason = _explain_no_match(library, variant, facts, refused)
+        why = f"compute capability {format_capability(facts.capability)}: {reason}"
         _fall_back_to_jit(index, "no match", variant, "; ".join([why, *_reasons.get(index, [])]))
         return None
     values = []
@@ -266,7 +267,7 @@ def _skip_image(index: int, match: KernelMatch, facts: Device, error: str) -> No
         _reasons[index] = [*_reasons.get(index, []), f"the driver refused {arch} {kind}: {error}"]
     _log.warning(
         f"cuda:{index}: {arch} {kind} compiled ahead of time is passed over on compute capability "
-        f"{dotted(facts.capability)}: {error}"
+        f"{format_capability(facts.capability)}: {error}"
     )
 
 
@@ -287,7 +288,7 @@ def _fall_back_to_jit(index: int, kind: str, variant: Variant, reason: str | Non
 
 
 def _describe(match: KernelMatch, facts: Device) -> str:
-    arch, capability = match.entry["arch"], dotted(facts.capability)
+    arch, capability = match.entry["arch"], format_capability(facts.capability)
     tiles = f"with the tiles of {match.entry['table']}"
     return {
         Compatibility.EXACT: f"{arch} machine code on compute capability {capability}",

@@ -87,7 +87,7 @@ class Generation:
     @property
     def dotted(self) -> str:
         """The compute capability as NVIDIA writes it, such as ``"9.0"``."""
-        return dotted(self.capability)
+        return format_capability(self.capability)
 
     @property
     def triton_target(self) -> tuple[str, int | str, int]:
@@ -214,7 +214,7 @@ class Target(NamedTuple):
         return self.generation.table
 
 
-def dotted(capability: int) -> str:
+def format_capability(capability: int) -> str:
     """A compute capability as NVIDIA writes it: ``"9.0"`` for 90."""
     return f"{capability // 10}.{capability % 10}"
 
@@ -238,7 +238,7 @@ def parse_architectures(text: str, source: str = "architectures") -> list[Target
 
     "9.0" and "9.0a" are the same, because Triton compiles 9.0 and newer for that architecture alone. PTX is kept where
     the list asks for it, and for the newest target whose PTX newer GPUs can translate. Compute capabilities that no
-    kernel is compiled for are skipped (:func:`left_out`).
+    kernel is compiled for are skipped (:func:`skipped_words`).
 
     Args:
         text: architectures, separated by semicolons, commas or spaces.
@@ -265,7 +265,7 @@ def parse_architectures(text: str, source: str = "architectures") -> list[Target
     return sorted(targets.values(), key=lambda target: GENERATIONS.index(target.generation))
 
 
-def left_out(text: str) -> list[str]:
+def skipped_words(text: str) -> list[str]:
     """The words of a list that name GPUs which no kernel is compiled for."""
     return [word for word in _words(text) if _is_skipped(word)]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from .devices import NoDevices, compute_capabilities
-from .targets import BY_CAPABILITY, Target, dotted, left_out, parse_architectures
+from .targets import BY_CAPABILITY, Target, format_capability, parse_architectures, skipped_words
 
 VARIABLE = "RPSFT_CUDA_ARCHS"
 NATIVE = "native"
@@ -76,7 +76,7 @@ def parse_wanted(text: str, source: str) -> WantedTargets:
             are no such GPUs.
     """
     if text.strip().lower() != NATIVE:
-        notes = tuple(f"{source}: no kernels are compiled for {word}" for word in left_out(text))
+        notes = tuple(f"{source}: no kernels are compiled for {word}" for word in skipped_words(text))
         return WantedTargets(tuple(parse_architectures(text, source)), text, True, notes)
     try:
         targets, notes = _native_targets()
@@ -99,7 +99,7 @@ def _native_targets() -> tuple[tuple[Target, ...], tuple[str, ...]]:
     """Targets for this machine's GPUs, and notes about GPUs that no kernel is compiled for."""
     capabilities = compute_capabilities()
     notes = tuple(
-        f"no kernels are compiled for this machine's GPU of compute capability {dotted(capability)}"
+        f"no kernels are compiled for this machine's GPU of compute capability {format_capability(capability)}"
         for capability in capabilities
         if capability not in BY_CAPABILITY
     )

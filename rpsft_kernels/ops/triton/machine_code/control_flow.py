@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from .sass import JUMPS, Disassembly, Instruction, Unknown
 
 
-def edges(code: Disassembly) -> dict[int, tuple[int, ...]]:
+def find_edges(code: Disassembly) -> dict[int, tuple[int, ...]]:
     """The instructions that can follow each reachable instruction, all by their numbers.
 
     Raises:
         Unknown: the code does not tell where control goes.
     """
-    return _Flow(code).edges()
+    return _Flow(code).find_edges()
 
 
 class Worklist:
@@ -43,7 +43,7 @@ class Worklist:
 
 
 class _Flow:
-    """Computes the edges.
+    """Finds the edges.
 
     ``BSSY B0, label`` begins a region; ``BSYNC B0`` at its end waits for all its threads, and control continues at the
     label. So the state carries the regions that may have begun: one bit for each barrier and the BSSY that set it last.
@@ -56,7 +56,7 @@ class _Flow:
         self.barriers = {name: i for i, name in enumerate(sorted(n for n in set_here if n.startswith("B")))}
         self.returns = [each.number + 1 for each in code.instructions if each.name == "CALL"]
 
-    def edges(self) -> dict[int, tuple[int, ...]]:
+    def find_edges(self) -> dict[int, tuple[int, ...]]:
         states = dict.fromkeys(self.code.entries, 0)
         following: dict[int, tuple[int, ...]] = {}
         work = Worklist(self.code.entries)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from .control_flow import Worklist, edges
+from .control_flow import Worklist, find_edges
 from .cubin import disassemble
 from .sass import PRODUCTS, Disassembly, Instruction, Unknown, parse, register_number
 
@@ -171,7 +171,7 @@ class _Analysis:
 
     def _states(self) -> dict[int, int]:
         """The products that may be pending before each reachable instruction."""
-        following = edges(self.code)
+        following = find_edges(self.code)
         states = dict.fromkeys(self.code.entries, 0)
         work = Worklist(self.code.entries)
         for number in work:
