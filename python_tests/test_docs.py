@@ -1,4 +1,4 @@
-"""What the pages say about the repository is true: links, paths, targets, environment variables, versions."""
+"""The pages are right about the repository: links, paths, targets, environment variables, versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 ENVIRONMENT = ROOT / "docs" / "environment.md"
 # The first folder of what can be named by its path from the root.
 _ROOMS = r"rpsft_kernels|csrc|python_tests|benchmarks|build_tools|examples|docs|\.ci"
-# What a build or a run makes.
+# Files that a build or a run makes.
 _MADE = ("rpsft_kernels/kernels", "rpsft_kernels/_native_build.txt")
 
 
@@ -37,7 +37,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not fragment or fragment in _anchors(linked), target
 
 
-# Not the changes: they may name what is gone.
+# The changelog is left out: it may name files that are gone.
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_paths_exist(page: Path) -> None:
     for path in re.findall(rf"(?<![\w/.-])((?:{_ROOMS})/[\w./*-]*\w)", page.read_text()):

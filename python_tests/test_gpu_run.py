@@ -1,4 +1,4 @@
-"""What ``make test-gpu`` is made of, without a GPU: parts and their table, what is built, a sanitizer's words."""
+"""``make test-gpu`` without a GPU: its parts and their table, its builds, the output of a sanitizer."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def test_what_the_native_module_needs_is_named(monkeypatch: pytest.MonkeyPatch, 
 
 # -- the sanitizer -----------------------------------------------------------------------------------------
 
-# As NVIDIA's manual shows its tools' output.
+# Output of NVIDIA's tools as their manual shows it.
 MEMCHECK = """\
 ========= COMPUTE-SANITIZER
 ========= Invalid __global__ read of size 16 bytes

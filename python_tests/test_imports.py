@@ -1,5 +1,5 @@
-"""Imports go downwards only: every import statement of the package is read, those inside functions and under
-TYPE_CHECKING as well.
+"""Imports go downwards only. Every import statement of the package is read, also those inside functions and under
+TYPE_CHECKING.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tools",),
     ("demo", "__main__"),
 )
-# Inside ops: all that files below a name may import of the package, by names that stand for what is below them too.
+# Inside ops: everything in the package that files below a name may import. A name stands for everything below it, too.
 TRITON = f"{PACKAGE}.ops.triton"
 AOT = f"{TRITON}.aot"
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     f"{PACKAGE}.ops.runs": (f"{PACKAGE}.ops.operands",),
     # The Triton backend: no other backend, no dispatch and no self-test.
     TRITON: (TRITON, f"{PACKAGE}.ops.operands", f"{PACKAGE}.ops.runs", f"{PACKAGE}.private_names"),
-    # The kernels' digest names a build: what they import has to be part of it.
+    # The kernels' digest names a build, and has to cover everything that they import.
     f"{TRITON}.kernels": (f"{TRITON}.kernels", f"{TRITON}.fields", f"{TRITON}.variants"),
     f"{TRITON}.machine_code": (f"{TRITON}.machine_code", f"{AOT}.targets"),
     # setup.py loads these by their paths, before anything of the package can be imported.
@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     f"{AOT}.devices": (),
     f"{AOT}.wanted": (f"{AOT}.targets", f"{AOT}.devices"),
 }
-# Who may import what is not of the package nor of the standard library; the longest name that fits a file decides.
+# Modules outside the package and the standard library that files may import; the longest name that fits a file decides.
 MAY_REQUIRE: dict[str, set[str]] = {
     f"{TRITON}.kernels": {"triton"},
     f"{TRITON}.machine_code": {"triton"},
@@ -73,16 +73,16 @@ MAY_REQUIRE: dict[str, set[str]] = {
 
 
 def modules(root: Path, package: str = PACKAGE) -> dict[str, Path]:
-    """Every file of the package below ``root``, by the name of its module."""
-    found = {}
+    """Return every file of the package below ``root``, by the name of its module."""
+    paths = {}
     for path in sorted((root / package).rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        names = path.relative_to(root).with_suffix("").parts
+        paths[".".join(names[:-1] if names[-1] == "__init__" else names)] = path
+    return paths
 
 
 def imported(name: str, known: Mapping[str, Path]) -> set[str]:
-    """All modules that a module of ``known`` imports, wherever the statement stands."""
+    """Return all modules that a module of ``known`` imports, wherever the statement stands."""
     path = known[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     return set(_names(ast.parse(path.read_text(encoding="utf-8")), package, known)) - {name}
@@ -95,17 +95,17 @@ def _names(tree: ast.AST, package: str, known: Mapping[str, Path]) -> Iterator[s
         elif isinstance(node, ast.ImportFrom):
             above = package.rsplit(".", node.level - 1)[0] if node.level else ""
             module = ".".join(filter(None, (above, node.module)))
-            # What is imported from a package may be one of its modules, or a name in its __init__.py.
+            # A name that is imported from a package may be one of its modules, or defined in its __init__.py.
             yield from (f"{module}.{a.name}" if f"{module}.{a.name}" in known else module for a in node.names)
 
 
 def graph(known: Mapping[str, Path]) -> dict[str, set[str]]:
-    """The modules of ``known`` that each of them imports."""
+    """Return the modules of ``known`` that each of them imports."""
     return {name: imported(name, known) & known.keys() for name in known}
 
 
 def circle(arrows: Mapping[str, set[str]]) -> list[str]:
-    """The names along a circle of imports; empty where there is none."""
+    """Return the names along a circle of imports; empty if there is none."""
     try:
         TopologicalSorter(arrows).prepare()
     except CycleError as error:
@@ -119,7 +119,7 @@ def is_below(name: str, top: str) -> bool:
 
 
 def longest(name: str, tops: Mapping[str, object]) -> str | None:
-    """The most special of the names that ``name`` is or is below."""
+    """Return the longest of the names that ``name`` is or is below."""
     return max((top for top in tops if is_below(name, top)), key=len, default=None)
 
 
@@ -151,7 +151,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     assert " imports ".join(circle(ARROWS)) == ""
 
 
-def test_inside_the_operations_each_part_knows_what_it_may() -> None:
+def test_files_of_the_operations_import_what_they_may() -> None:
     assert all(top in KNOWN for top in MAY_IMPORT), "a rule for a file that is not there"
     wrong = [
         f"{name} imports {other}, beside {rule}"
@@ -164,7 +164,7 @@ def test_inside_the_operations_each_part_knows_what_it_may() -> None:
     assert wrong == []
 
 
-def test_what_is_not_of_the_package_is_imported_where_it_may_be() -> None:
+def test_other_packages_are_imported_where_they_may_be() -> None:
     assert all(top in KNOWN for top in MAY_REQUIRE), "a rule for a file that is not there"
     wrong = []
     for name in KNOWN:

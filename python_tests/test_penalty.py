@@ -41,11 +41,11 @@ def anchored(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, rk.Anchor]:
-    """A leaf that has moved from its anchor by a few percent, and the anchor."""
+    """Make a leaf that has moved from its anchor by a few percent, and the anchor."""
     pretrained = random_matrix(*shape, dtype, scale=0.2, seed=seed, device=device)
     rank = min(shape) if form == "full" else 3
     anchor = rk.Anchor.from_weight(pretrained, rank, keep_base=form != "block")
-    # The fully captured smallest weight is full whatever was asked for.
+    # The smallest weight gets a full anchor in any case: its rank reaches min(m, n).
     assert anchor.form == form or min(shape) <= 3
     step = random_matrix(*shape, torch.float64, scale=0.01, seed=seed + 1, device=device)
     weight = laid_out((pretrained.double() + step).to(dtype), layout)
@@ -180,7 +180,7 @@ def test_a_list_of_float32_and_float64() -> None:
     assert abs(float(value.detach()) / total_of(*zip(*pairs, strict=True)) - 1) < 1e-6
 
 
-def test_nothing_is_zero() -> None:
+def test_an_empty_list_is_zero() -> None:
     for value in (rk.rotation_penalty([], []), rk.accumulate_rotation_grad_([], [], 1.0)):
         assert value.item() == 0.0 and value.dtype == torch.float32 and not value.requires_grad
 
@@ -219,7 +219,7 @@ def test_a_wrapped_module_and_a_plain_mapping(device: torch.device) -> None:
 
 
 def test_gradients_reach_what_a_weight_is_made_of() -> None:
-    # A merged low-rank adapter: the weight is no leaf; nothing is to be said about its .grad.
+    # The weight of a merged low-rank adapter is no leaf; torch must not warn about its .grad.
     pretrained = random_matrix(20, 12, scale=0.2)
     anchor = rk.Anchor.from_weight(pretrained, 3)
     up, down = (random_matrix(*s, scale=0.1, seed=4).requires_grad_() for s in ((20, 2), (2, 12)))

@@ -23,7 +23,7 @@ from rpsft_kernels.private_names import Zero3Parameter, fsdp2_parameters, shards
 from rpsft_kernels.private_names.table import TABLE, Row, read, spellings
 
 ROOT = Path(__file__).parents[1]
-# Where torch defines each holder, and for wrapped modules where it names them.
+# The files in which torch defines each holder or, for wrapped modules, names them.
 SOURCES = {
     "torch.compile's OptimizedModule": "_dynamo/eval_frame.py",
     "checkpoint_wrapper's CheckpointWrapper": "distributed/algorithms/_checkpoint/checkpoint_wrapper.py",

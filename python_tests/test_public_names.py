@@ -1,4 +1,4 @@
-"""What is seen by somebody who imports the package and looks around: its public names, and nothing heavy imported."""
+"""Importing the package shows its public names alone, and imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ["Anchor", "Anchors", "accumulate_rotation_grad_", "project", "rotation_
 
 def test_dir_shows_the_public_names() -> None:
     assert dir(rk) == sorted(rk.__all__) == NAMES
-    # What is not shown is there all the same.
+    # Names that are not shown can be reached all the same.
     assert rk.__version__ and rk.ops.available_backends
 
 

@@ -87,8 +87,14 @@ class GroupReduction:
             scalars[0] = local.detach()
         sums = [projected.squares.detach().sum().to(group_call.device, dtype) for projected in shared]
         scalars[1 + group_call.rank] = torch.stack(sums).sum()
-        grad_scale = weights[members[0].bucket.members[0]].weight.grad_scale
-        return cls(group_call, members, grad_scale, local, scalars, group_call.start(scalars))
+        return cls(
+            group_call=group_call,
+            members=members,
+            grad_scale=weights[members[0].bucket.members[0]].weight.grad_scale,
+            local=local,
+            scalars=scalars,
+            pending=group_call.start(scalars),
+        )
 
     def finish(self) -> None:
         """Wait for the sums."""
