@@ -21,7 +21,7 @@ with rk.use_backend("triton"):
 """
 
 
-def said(cache: Path, **variables: str) -> str:
+def run_step(cache: Path, **variables: str) -> str:
     """Run a process that makes one step, with records of self-tests in ``cache``; returns what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "RPSFT_SELFTEST"}
     environment |= {"XDG_CACHE_HOME": str(cache), **variables}
@@ -33,15 +33,15 @@ def said(cache: Path, **variables: str) -> str:
 
 
 def test_it_runs_once(tmp_path: Path, device: torch.device) -> None:
-    first = said(tmp_path)
+    first = run_step(tmp_path)
     assert "no record of having passed the self-test: the quick part runs now" in first
     assert "self-test passed in" in first
     (record,) = (tmp_path / "rpsft_kernels").glob("selftest-*.json")
-    assert "self-test" not in said(tmp_path)
+    assert "self-test" not in run_step(tmp_path)
     record.write_text("{}")
-    assert "self-test passed in" in said(tmp_path)
+    assert "self-test passed in" in run_step(tmp_path)
 
 
 def test_it_can_be_left_out(tmp_path: Path, device: torch.device) -> None:
-    assert "self-test" not in said(tmp_path, RPSFT_SELFTEST="0")
+    assert "self-test" not in run_step(tmp_path, RPSFT_SELFTEST="0")
     assert not list(tmp_path.rglob("selftest-*.json"))

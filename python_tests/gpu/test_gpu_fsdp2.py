@@ -50,7 +50,7 @@ def group(
         dist.destroy_process_group()
 
 
-def pretrained(kind: str, device: torch.device) -> nn.Sequential:
+def make_pretrained(kind: str, device: torch.device) -> nn.Sequential:
     torch.manual_seed(0)
     layers = [layer for out, size in SIZES for layer in (nn.Linear(size, out, bias=False), nn.Tanh())]
     # Exact in bfloat16, as checkpoints are.
@@ -58,7 +58,7 @@ def pretrained(kind: str, device: torch.device) -> nn.Sequential:
     return model if kind == "bfloat16 weights" else model.float()
 
 
-def moved(model: nn.Sequential) -> nn.Sequential:
+def move(model: nn.Sequential) -> nn.Sequential:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -67,7 +67,7 @@ def moved(model: nn.Sequential) -> nn.Sequential:
     return model
 
 
-def sharded(model: nn.Sequential, kind: str) -> nn.Sequential:
+def shard(model: nn.Sequential, kind: str) -> nn.Sequential:
     for layer in model:
         if isinstance(layer, nn.Linear):
             fsdp.fully_shard(layer, **KINDS[kind])
@@ -102,17 +102,17 @@ def tolerance(kind: str) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_calls_are_those_of_the_unsharded_weights(kind: str, group: str, device: torch.device) -> None:
-    whole = pretrained(kind, device)
+    whole = make_pretrained(kind, device)
     reference = rk.Anchors.from_model(whole, RANK, progress=False)
     assert {anchor.form for anchor in reference.values()} == {"base", "full"}
-    model = sharded(pretrained(kind, device), kind)
+    model = shard(make_pretrained(kind, device), kind)
     anchors = rk.Anchors.from_model(model, RANK, progress=False)
     assert list(anchors) == list(reference)
     # At the anchor, before anything was trained.
     loss_of(model, kind, batch(device)).backward()
     model.zero_grad()
     assert rk.rotation_penalty(model, anchors).item() == 0.0
-    moved(whole)
+    move(whole)
     with torch.no_grad():
         for sharded_one, whole_one in zip(model.parameters(), whole.parameters(), strict=True):
             sharded_one.to_local().copy_(whole_one)
@@ -140,7 +140,7 @@ def test_both_calls_are_those_of_the_unsharded_weights(kind: str, group: str, de
 @pytest.mark.parametrize("call", ["autograd", "accumulate"])
 @pytest.mark.parametrize("kind", ["plain", "CPU offload"])
 def test_training_stays_with_the_unsharded_model(kind: str, call: str, group: str, device: torch.device) -> None:
-    def trained(model: nn.Sequential) -> dict[str, Tensor]:
+    def train(model: nn.Sequential) -> dict[str, Tensor]:
         anchors = rk.Anchors.from_model(model, RANK, progress=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
         for turn in range(5):
@@ -154,9 +154,9 @@ def test_training_stays_with_the_unsharded_model(kind: str, call: str, group: st
             optimizer.zero_grad()
         return tensors(model, device)
 
-    start = tensors(pretrained(kind, device), device)
-    alone = trained(pretrained(kind, device))
-    found = trained(sharded(pretrained(kind, device), kind))
+    start = tensors(make_pretrained(kind, device), device)
+    alone = train(make_pretrained(kind, device))
+    found = train(shard(make_pretrained(kind, device), kind))
     for name, value in alone.items():
         distance = (value - start[name]).norm()
         assert float(distance) > 0

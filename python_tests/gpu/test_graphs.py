@@ -13,7 +13,7 @@ from stepping import BACKENDS, CALLS, FORMS, Model
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def captured(model: Model, call: str, warm: int = 2) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def capture(model: Model, call: str, warm: int = 2) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A graph of one step, and R as each replay leaves it. The gradients that exist hold the sum of the warm steps."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -52,7 +52,7 @@ def test_a_replay_does_what_the_step_does(
 ) -> None:
     model = Model(form, dtype, device, backend)
     model.give_gradients()
-    graph, value = captured(model, call)
+    graph, value = capture(model, call)
     pointers = [parameter.grad.data_ptr() for parameter in model.trained() if parameter.grad is not None]
     before = None
     for _ in range(3):
@@ -69,7 +69,7 @@ def test_gradients_that_the_capture_made_are_written_at_each_replay(call: str, d
     model.step(call)
     for parameter in model.trained():
         parameter.grad = None
-    graph, _ = captured(model, call, warm=0)
+    graph, _ = capture(model, call, warm=0)
     model.move()
     for _ in range(2):
         graph.replay()
@@ -84,7 +84,7 @@ def test_replays_survive_what_happens_after_the_capture(device: torch.device) ->
     # Host memory that the graph reads, and device memory that it has given back, must not become another's.
     model = Model("base", torch.bfloat16, device, "triton")
     model.give_gradients()
-    graph, value = captured(model, "accumulate")
+    graph, value = capture(model, "accumulate")
     others = [Model("base", torch.float32, device, "triton") for _ in range(3)]
     for turn in range(20):
         for other in others:
@@ -103,7 +103,7 @@ def test_two_graphs_and_steps_between_them(device: torch.device) -> None:
     models = [Model(form, torch.bfloat16, device, "triton") for form in ("base", "block")]
     for model in models:
         model.give_gradients()
-    graphs = [captured(model, "accumulate") for model in models]
+    graphs = [capture(model, "accumulate") for model in models]
     for _ in range(3):
         for model, (graph, value) in zip(models, graphs, strict=True):
             model.move()

@@ -23,7 +23,7 @@ def blocks_of(rows: int) -> Iterator[slice]:
         yield slice(start, min(start + ROWS, rows))
 
 
-def filled(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def make_filled(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """W0 and a W that has moved from it, in bfloat16."""
     generator = torch.Generator(device).manual_seed(rows)
     base = torch.empty(rows, cols, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
@@ -48,7 +48,7 @@ def test_every_element_counts(shape: tuple[int, int], device: torch.device) -> N
         pytest.skip(f"needs {_NEEDED >> 30} GiB of free GPU memory, and there are {free >> 30}")
     rows, cols = shape
     assert rows * cols > 2**31
-    weight, base = filled(rows, cols, device)
+    weight, base = make_filled(rows, cols, device)
     left, right = basis(rows, device), basis(cols, device)
     (drift,), squares = ops.project_drift(ops.Operands([weight], [left], [right], [base]), "triton")
     exact = torch.zeros(RANK, RANK, dtype=torch.float64, device=device)

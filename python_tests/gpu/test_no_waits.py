@@ -26,7 +26,7 @@ def watched() -> Iterator[None]:
         torch.cuda.synchronize()
 
 
-def warmed(form: str, dtype: torch.dtype, device: torch.device, backend: str, call: str) -> Model:
+def warm_up(form: str, dtype: torch.dtype, device: torch.device, backend: str, call: str) -> Model:
     """A model that has made a step, by which kernels are loaded; without gradients."""
     model = Model(form, dtype, device, backend)
     model.step(call, 0.1)
@@ -42,7 +42,7 @@ def warmed(form: str, dtype: torch.dtype, device: torch.device, backend: str, ca
 def test_no_call_of_torch_waits(
     call: str, backend: str, form: str, dtype: torch.dtype, device: torch.device, request: pytest.FixtureRequest
 ) -> None:
-    model = warmed(form, dtype, device, backend, call)
+    model = warm_up(form, dtype, device, backend, call)
     request.getfixturevalue("watched")
     # New gradients, then those that exist; a coefficient of its own each time.
     values = [model.step(call, coeff) for coeff in (0.2, 0.3)]
@@ -59,7 +59,7 @@ def test_the_watch_sees_a_wait(watched: None, device: torch.device) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("call", CALLS)
 def test_the_host_is_done_before_the_gpu(call: str, backend: str, form: str, device: torch.device) -> None:
-    model = warmed(form, torch.bfloat16, device, backend, call)
+    model = warm_up(form, torch.bfloat16, device, backend, call)
     model.step(call, 0.2)
     torch.cuda.synchronize()
     stream = torch.cuda.current_stream()

@@ -107,7 +107,7 @@ def test_a_loop_whose_steps_alternate_between_streams(device: torch.device, side
     pretrained = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in ((512, 264), (264, 512))]
     anchors = [rk.Anchor.from_weight(weight, 24) for weight in pretrained]
 
-    def trained(streams: list[torch.cuda.Stream]) -> list[Tensor]:
+    def train(streams: list[torch.cuda.Stream]) -> list[Tensor]:
         weights = [(weight * 1.01).requires_grad_() for weight in pretrained]
         torch.cuda.synchronize()
         before: torch.cuda.Stream | None = None
@@ -126,5 +126,5 @@ def test_a_loop_whose_steps_alternate_between_streams(device: torch.device, side
         return [weight.detach() for weight in weights]
 
     current = torch.cuda.current_stream(device)
-    for one, other in zip(trained([current]), trained([current, side]), strict=True):
+    for one, other in zip(train([current]), train([current, side]), strict=True):
         assert torch.equal(one, other)

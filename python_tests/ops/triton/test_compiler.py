@@ -25,7 +25,7 @@ RANKS = (32, 64, 128, 768)
 PRODUCTS = ("project", "drift", "pull", "gradient")
 
 
-def surveyed(architecture: str) -> Iterator[dict[str, Any]]:
+def read_survey(architecture: str) -> Iterator[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "rpsft_kernels", "compile", "--arch", architecture, "--jobs", "1"]
     command += [word for rank in RANKS for word in ("--rank", str(rank))]
@@ -59,7 +59,7 @@ def test_every_variant_of_the_wheel_compiles_well(full_wheel: FullWheel) -> None
 
 @pytest.mark.parametrize("architecture", [name for name in MATRIX if name != "sm_90"])
 def test_every_variant_compiles_well(architecture: str) -> None:
-    check(architecture, surveyed(architecture))
+    check(architecture, read_survey(architecture))
 
 
 def check(architecture: str, resources: Iterable[dict[str, Any]]) -> None:

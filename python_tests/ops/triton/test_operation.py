@@ -46,7 +46,7 @@ class Bench:
         operation.bind(self.scratch)
         self.table.send()
 
-    def changed(self) -> set[str]:
+    def take_changes(self) -> set[str]:
         """The columns on the device that differ from those of the last call."""
         used = self.table._used
         now = self.table.memory.numpy().reshape(self.table.host.shape)[:used].copy()
@@ -77,31 +77,33 @@ def matrices(layout: Layout = "contiguous", dtype: torch.dtype = torch.bfloat16,
     return [random_matrix(*shape, dtype, seed=seed, layout=layout) for shape in SHAPES]
 
 
-def anchored(weights: list[Tensor], basis: torch.dtype = torch.bfloat16, base: torch.dtype | None = None) -> Operands:
+def make_operands(
+    weights: list[Tensor], basis: torch.dtype = torch.bfloat16, base: torch.dtype | None = None
+) -> Operands:
     lefts = [torch.zeros(weight.shape[0], RANK, dtype=basis) for weight in weights]
     rights = [torch.zeros(weight.shape[1], RANK, dtype=basis) for weight in weights]
     return Operands(weights, lefts, rights, [torch.zeros(w.shape, dtype=base or w.dtype) for w in weights])
 
 
-def projection(bench: Bench) -> Projection:
+def make_projection(bench: Bench) -> Projection:
     return Projection(bench.table.take(len(SHAPES)), CPU, PROFILE, bench.squares, 2)
 
 
 def test_equal_tensors_change_nothing(bench: Bench) -> None:
-    operation, operands = projection(bench), anchored(matrices())
+    operation, operands = make_projection(bench), make_operands(matrices())
     operation.stage(operands, None)
     bench.send(operation)
-    assert bench.changed() and {variant.kernel for variant in bench.found} == {"project", "drift", "squares"}
+    assert bench.take_changes() and {variant.kernel for variant in bench.found} == {"project", "drift", "squares"}
     bench.found.clear()
     for _ in range(2):
         operation.stage(operands, None)
         assert operation.is_bound(bench.scratch)
         bench.send(operation)
-        assert bench.changed() == set() and bench.found == []
+        assert bench.take_changes() == set() and bench.found == []
 
 
 def test_rows_are_in_the_order_of_the_groups(bench: Bench) -> None:
-    operation, operands = projection(bench), anchored(matrices())
+    operation, operands = make_projection(bench), make_operands(matrices())
     operation.stage(operands, None)
     bench.send(operation)
     addresses = addresses_of(operands.weights)
@@ -115,29 +117,29 @@ def test_rows_are_in_the_order_of_the_groups(bench: Bench) -> None:
 
 
 def test_other_weights_that_lie_alike_move_their_column_alone(bench: Bench) -> None:
-    operation, operands = projection(bench), anchored(matrices())
+    operation, operands = make_projection(bench), make_operands(matrices())
     operation.stage(operands, None)
     bench.send(operation)
-    bench.changed()
+    bench.take_changes()
     bench.found.clear()
     others = matrices(seed=1)
     operation.stage(operands._replace(weights=others), None)
     assert operation.is_bound(bench.scratch)
     bench.send(operation)
-    assert bench.changed() == {"WEIGHT"} and bench.found == []
+    assert bench.take_changes() == {"WEIGHT"} and bench.found == []
     assert bench.column(operation, "WEIGHT") == [others[i].data_ptr() for i in (0, 2, 1)]
 
 
 def test_drifts_of_their_own_move_their_column_alone(bench: Bench) -> None:
-    operation, operands = projection(bench), anchored(matrices())
+    operation, operands = make_projection(bench), make_operands(matrices())
     operation.stage(operands, None)
     bench.send(operation)
-    bench.changed()
+    bench.take_changes()
     bench.found.clear()
     drifts = [torch.zeros(RANK, RANK) for _ in SHAPES]
     operation.stage(operands, addresses_of(drifts))
     bench.send(operation)
-    assert bench.changed() == {"DRIFT"}
+    assert bench.take_changes() == {"DRIFT"}
     operation.stage(operands, None)
     bench.send(operation)
     inside = bench.scratch.drifts
@@ -147,9 +149,9 @@ def test_drifts_of_their_own_move_their_column_alone(bench: Bench) -> None:
 
 @pytest.mark.parametrize("what", ["strides", "dtype", "alignment"])
 def test_what_lies_otherwise_is_planned_anew_on_the_same_rows(what: str, bench: Bench) -> None:
-    neighbour, operation = projection(bench), projection(bench)
+    neighbour, operation = make_projection(bench), make_projection(bench)
     for each in (neighbour, operation):
-        each.stage(anchored(matrices()), None)
+        each.stage(make_operands(matrices()), None)
         bench.send(each)
     rows, kept = operation.rows, bench.table.host[:3].copy()
     others = matrices("transposed") if what == "strides" else matrices(dtype=torch.float32, seed=1)
@@ -157,7 +159,7 @@ def test_what_lies_otherwise_is_planned_anew_on_the_same_rows(what: str, bench: 
         frames = [torch.zeros(m * n + 1, dtype=torch.bfloat16) for m, n in SHAPES]
         others = [frame[1:].view(shape) for frame, shape in zip(frames, SHAPES, strict=True)]
     bench.found.clear()
-    operands = anchored(others)
+    operands = make_operands(others)
     operation.stage(operands, None)
     assert not operation.is_bound(bench.scratch) and neighbour.is_bound(bench.scratch)
     bench.send(operation)
@@ -165,13 +167,13 @@ def test_what_lies_otherwise_is_planned_anew_on_the_same_rows(what: str, bench: 
     assert sorted(bench.column(operation, "WEIGHT")) == sorted(addresses_of(others))
     assert sorted(bench.column(operation, "BASE")) == sorted(addresses_of(operands.pretrained))
     assert np.array_equal(bench.table.host[:3], kept), "the rows of others are as they were"
-    bench.changed()
+    bench.take_changes()
 
 
 def test_casts_of_an_anchor_are_made_anew_and_live_until_the_next(bench: Bench) -> None:
     """Kernels cannot read these anchors as they are; the casts change only columns of the table."""
-    operation = projection(bench)
-    operands = anchored(matrices(), basis=torch.float16, base=torch.float64)
+    operation = make_projection(bench)
+    operands = make_operands(matrices(), basis=torch.float16, base=torch.float64)
     operation.stage(operands, None)
     bench.send(operation)
     for _ in range(2):
@@ -179,15 +181,15 @@ def test_casts_of_an_anchor_are_made_anew_and_live_until_the_next(bench: Bench) 
         assert len(cast) == 3 * len(SHAPES)
         named = [at for name in ("LEFT", "RIGHT", "BASE") for at in bench.column(operation, name)]
         assert set(named) == cast
-        bench.changed()
+        bench.take_changes()
         bench.found.clear()
         operation.stage(operands, None)
         bench.send(operation)
-        assert bench.changed() <= {"LEFT", "RIGHT", "BASE"} and bench.found == []
+        assert bench.take_changes() <= {"LEFT", "RIGHT", "BASE"} and bench.found == []
 
 
 def test_casts_go_when_a_call_ends(bench: Bench) -> None:
-    operation, operands = projection(bench), anchored(matrices(), basis=torch.float16)
+    operation, operands = make_projection(bench), make_operands(matrices(), basis=torch.float16)
     operation.stage(operands, None)
     bench.send(operation)
     operation.release()
@@ -197,8 +199,8 @@ def test_casts_go_when_a_call_ends(bench: Bench) -> None:
 
 
 def test_what_is_refused_is_refused_again_and_then_planned_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    operation, others = projection(bench), matrices("transposed")
-    operation.stage(anchored(matrices()), None)
+    operation, others = make_projection(bench), matrices("transposed")
+    operation.stage(make_operands(matrices()), None)
     bench.send(operation)
     find = triton_launch.find_start
 
@@ -206,7 +208,7 @@ def test_what_is_refused_is_refused_again_and_then_planned_anew(bench: Bench, mo
         raise ValueError(f"{variant.label()} is not launched")
 
     monkeypatch.setattr(triton_launch, "find_start", refuse)
-    operands = anchored(others)
+    operands = make_operands(others)
     for _ in range(2):
         operation.stage(operands, None)
         with pytest.raises(ValueError, match="is not launched"):
@@ -221,10 +223,10 @@ def test_what_is_refused_is_refused_again_and_then_planned_anew(bench: Bench, mo
 
 
 def test_a_cast_that_finds_no_memory_leaves_nothing_half_planned(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    operation = projection(bench)
-    operation.stage(anchored(matrices()), None)
+    operation = make_projection(bench)
+    operation.stage(make_operands(matrices()), None)
     bench.send(operation)
-    others = anchored(matrices("transposed"), basis=torch.float16)
+    others = make_operands(matrices("transposed"), basis=torch.float16)
 
     def no_memory(_: Operands) -> Operands:
         raise torch.OutOfMemoryError("out of memory")
@@ -243,22 +245,22 @@ def test_a_cast_that_finds_no_memory_leaves_nothing_half_planned(bench: Bench, m
 
 
 def test_launches_are_made_anew_where_the_scratch_memory_has_moved(bench: Bench) -> None:
-    operation, operands = projection(bench), anchored(matrices())
+    operation, operands = make_projection(bench), make_operands(matrices())
     operation.stage(operands, None)
     bench.send(operation)
-    bench.changed()
+    bench.take_changes()
     bench.found.clear()
     bench.scratch.reserve(Sizes(planes=1 << 20, slots=1 << 16, drifts=1 << 16))
     assert not operation.is_bound(bench.scratch)
     bench.send(operation)
-    assert bench.changed() == {"PLANES", "DRIFT"}
+    assert bench.take_changes() == {"PLANES", "DRIFT"}
     assert {variant.kernel for variant in bench.found} == {"project", "drift", "squares"}
     assert min(bench.column(operation, "PLANES")) == bench.scratch.planes.data_ptr()
 
 
 def test_gradients_follow_the_projection_that_leaves_their_drifts(bench: Bench) -> None:
-    operands = anchored(matrices())
-    first = projection(bench)
+    operands = make_operands(matrices())
+    first = make_projection(bench)
     pull = PullBack(bench.table.take(2), CPU, PROFILE, True, None)
     first.stage(operands, None)
     bench.send(first)
@@ -277,7 +279,7 @@ def test_gradients_follow_the_projection_that_leaves_their_drifts(bench: Bench) 
 
 
 def test_scales_move_their_column_alone(bench: Bench) -> None:
-    operands = anchored(matrices()).for_pull_back()
+    operands = make_operands(matrices()).for_pull_back()
     pull = PullBack(bench.table.take(3), CPU, PROFILE, True, None)
     grads, drifts = [torch.zeros(shape) for shape in SHAPES], [torch.zeros(RANK, RANK) for _ in SHAPES]
 
@@ -287,14 +289,14 @@ def test_scales_move_their_column_alone(bench: Bench) -> None:
 
     stage([1.0, 2.0, 3.0], grads)
     assert bench.column(pull, SCALE) == float_bits([1.0, 3.0, 2.0])
-    bench.changed()
+    bench.take_changes()
     bench.found.clear()
     stage([1.0, 2.0, 4.0], grads)
-    assert bench.changed() == {SCALE} and bench.found == []
+    assert bench.take_changes() == {SCALE} and bench.found == []
     assert bench.column(pull, SCALE) == float_bits([1.0, 4.0, 2.0])
     others = [torch.zeros(shape) for shape in SHAPES]
     stage([1.0, 2.0, 4.0], others)
-    assert bench.changed() == {"GRAD"} and bench.found == []
+    assert bench.take_changes() == {"GRAD"} and bench.found == []
     # Planned anew, the scales are still there.
     flipped = [laid_out(grad, "transposed") for grad in others]
     stage([1.0, 2.0, 4.0], flipped)
@@ -309,8 +311,8 @@ def test_full_anchors_are_staged_alike(bench: Bench) -> None:
     operation.stage(operands, None)
     bench.send(operation)
     assert {variant.kernel for variant in bench.found} == {"full_drift", "squares"}
-    bench.changed()
+    bench.take_changes()
     bench.found.clear()
     operation.stage(operands._replace(weights=matrices(seed=2)), None)
     bench.send(operation)
-    assert bench.changed() == {"WEIGHT"} and bench.found == []
+    assert bench.take_changes() == {"WEIGHT"} and bench.found == []

@@ -10,7 +10,7 @@ from rpsft_kernels.tools.models import MODELS
 from rpsft_kernels.tools.schedule import schedule_report
 
 
-def walked(schedule: Schedule) -> list[list[tuple[int, int]]]:
+def walk(schedule: Schedule) -> list[list[tuple[int, int]]]:
     """(weight, tile) in the order in which each program computes them."""
     programs = []
     for first, last in zip(schedule.starts[:-1], schedule.starts[1:], strict=True):
@@ -26,7 +26,7 @@ GRIDS = (Grid(3, 4, 1, 5), Grid(1, 1, 1, 1), Grid(0, 7, 1, 3), Grid(2, 2, 3, 10)
 @pytest.mark.parametrize("programs", [1, 2, 7, 500])
 def test_every_tile_is_computed_once(programs: int, banded: bool) -> None:
     schedule = build_schedule(GRIDS, programs, banded)
-    counted = Counter(entry for program in walked(schedule) for entry in program)
+    counted = Counter(entry for program in walk(schedule) for entry in program)
     expected = {(w, t) for w, grid in enumerate(GRIDS) for t in range(grid.tiles)}
     assert counted == Counter(expected)
     assert schedule.programs == min(programs, len(expected))
@@ -35,7 +35,7 @@ def test_every_tile_is_computed_once(programs: int, banded: bool) -> None:
 
 def test_costs_are_balanced() -> None:
     schedule = build_schedule(GRIDS, 7, False)
-    loads = [sum(GRIDS[w].cost for w, _ in program) for program in walked(schedule)]
+    loads = [sum(GRIDS[w].cost for w, _ in program) for program in walk(schedule)]
     assert sum(loads) == schedule.total_cost
     assert max(loads) == schedule.longest_cost
     assert max(loads) - min(loads) <= max(grid.cost for grid in GRIDS)
@@ -44,7 +44,7 @@ def test_costs_are_balanced() -> None:
 
 def test_concurrent_programs_hold_neighbouring_tiles() -> None:
     schedule = build_schedule((Grid(4, 3, 1, 1),), 6, False)
-    first_wave = [program[0][1] for program in walked(schedule)]
+    first_wave = [program[0][1] for program in walk(schedule)]
     assert sorted(first_wave) == list(range(6))
 
 

@@ -18,7 +18,7 @@ def _split(text: str) -> list[str]:
     return [" ".join(each.split()) for each in text.split(";")]
 
 
-def between(instruction: str) -> list[str]:
+def find_between(instruction: str) -> list[str]:
     """The findings with an instruction between a product and its wait; behind the wait there are none."""
     assert find_hazards(program(PRODUCT, WAIT, instruction)) == []
     return find_hazards(program(PRODUCT, instruction, WAIT))
@@ -41,7 +41,7 @@ TOUCHING = """
 
 @pytest.mark.parametrize("instruction", _split(TOUCHING))
 def test_a_write_of_the_operand_is_found(instruction: str) -> None:
-    (found,) = between(instruction)
+    (found,) = find_between(instruction)
     assert found.startswith(f"made: {instruction} at 0x10 writes R5")
     assert f"while {PRODUCT} at 0x0 may still use them: no WARPGROUP.DEPBAR.LE gsb0, 0x0, lies between" in found
 
@@ -65,7 +65,7 @@ HARMLESS = """
 
 @pytest.mark.parametrize("instruction", _split(HARMLESS))
 def test_what_touches_nothing_of_it_is_left_alone(instruction: str) -> None:
-    assert between(instruction) == []
+    assert find_between(instruction) == []
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_what_touches_nothing_of_it_is_left_alone(instruction: str) -> None:
     ],
 )
 def test_accumulators_are_neither_read_nor_written(instruction: str, how: str) -> None:
-    assert any(f"{instruction} at 0x10 {how} while" in each for each in between(instruction))
+    assert any(f"{instruction} at 0x10 {how} while" in each for each in find_between(instruction))
 
 
 @pytest.mark.parametrize(
