@@ -215,7 +215,7 @@ Case = Forward | Backward | Full
 
 
 def ways(architecture: str) -> list[tuple[str, int]]:
-    """How operands may lie, with the rank classes by which that differs."""
+    """List the ways in which operands may lie, with the rank classes by which these differ."""
     aligned = ("aligned",) if DESCRIPTORS[architecture] else ("aligned", "even")
     return [("strided", 32), *product(aligned, rank_classes())]
 
@@ -237,7 +237,7 @@ def cases(architecture: str, way: str, rank: int) -> list[Case]:
 
 
 def asked(architecture: str, case: Case) -> set[Variant]:
-    """The variants that a case launches."""
+    """Return the variants that a case launches."""
     launched: set[Variant] = set()
     with planned_for(profile_of(architecture), lambda variant, programs, arguments: launched.add(variant)):
         case.plan()
@@ -245,12 +245,12 @@ def asked(architecture: str, case: Case) -> set[Variant]:
 
 
 def chosen(architecture: str, way: str, rank: int) -> list[Case]:
-    """Of the cases, those that launch a variant that none before them does."""
+    """Choose the cases that launch a variant that none before them does."""
     seen: set[Variant] = set()
-    found = []
+    selected = []
     for case in cases(architecture, way, rank):
         new = asked(architecture, case) - seen
         if new:
             seen |= new
-            found.append(case)
-    return found
+            selected.append(case)
+    return selected

@@ -1,4 +1,4 @@
-"""What the planners launch, run on the compiled PTX of each variant by the emulator in ``ptxrun``."""
+"""Runs the planners' launches on the compiled PTX of each variant, by the emulator in ``ptxrun``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Emulator(TorchFunctionMode):
             self.memory.add(region_of(tensor, f"given {tuple(tensor.shape)}", unwritten))
 
     def unwritten_bytes(self, tensor: Tensor) -> int:
-        """Of a tensor that held nothing: bytes that no kernel wrote."""
+        """Count the bytes of a new tensor that no kernel wrote."""
         return int(np.count_nonzero(~self._written(tensor)))
 
     def __enter__(self) -> Emulator:
@@ -83,7 +83,7 @@ class Emulator(TorchFunctionMode):
         return result
 
     def _written(self, tensor: Tensor) -> npt.NDArray[np.bool_]:
-        """For every byte of a tensor, whether it holds something: a view, or a copy where all of its memory does."""
+        """Tell for every byte of a tensor whether it was written: a view, or a copy where all of its memory was."""
         region = self.memory.find(tensor.data_ptr())
         itemsize = tensor.element_size()
         shape = (*tensor.shape, itemsize)

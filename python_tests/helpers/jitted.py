@@ -54,9 +54,10 @@ def main() -> None:
     driver = Driver()
     triton.runtime.driver.set_active(driver)
     variants = [
-        variant for variant in list_variants("sm_90", DESCRIPTORS["sm_90"], rank_classes())
+        variant
+        for variant in list_variants("sm_90", DESCRIPTORS["sm_90"], rank_classes())
         if any(fnmatch.fnmatchcase(variant.label(), glob) for glob in sys.argv[1:])
-    ]  # fmt: skip
+    ]
 
     results = []
     with (

@@ -1,4 +1,4 @@
-"""What the launcher promises, over a stand-in for the driver: each promise is checked in a process of its own.
+"""The launcher's promises, checked over a stand-in for the driver, each in a process of its own.
 
 ``python launches.py <promise> <the compiled module> <the stand-in>``; ``test_launcher.py`` is the caller.
 """
@@ -56,7 +56,7 @@ class Stub:
         return [call["call"] for call in self.log()]
 
     def stack(self) -> tuple[int, int]:
-        """How many contexts this thread has pushed, and the device of the current one; -1: there is none."""
+        """Return the number of contexts that this thread has pushed, and the current one's device, -1 without one."""
         return self._library.stub_depth(), self._library.stub_current()
 
     def push(self, device: int) -> None:
@@ -204,7 +204,7 @@ def shared_memory_is_raised_only_where_it_must_be(cuda: Any, stub: Stub) -> None
         ("entry", 48 * KIB, []),
         ("entry", 48 * KIB + 1, [(DYNAMIC_SHARED, 48 * KIB + 1), (CARVEOUT, 100)]),
         ("entry", 227 * KIB, [(DYNAMIC_SHARED, 227 * KIB), (CARVEOUT, 100)]),
-        # What the kernel declares counts too: CUDA leaves the rest of 48 KiB.
+        # The kernel's declared memory counts too: CUDA leaves the rest of 48 KiB.
         ("entry shared=1024", 47 * KIB, []),
         ("entry shared=1024", 47 * KIB + 16, [(DYNAMIC_SHARED, 47 * KIB + 16), (CARVEOUT, 100)]),
     ]
@@ -357,7 +357,7 @@ def an_image_that_does_not_suit_is_an_error_of_its_own(cuda: Any, stub: Stub) ->
         stub.fail(call, 209)
         assert f"{call} failed with" in message(cuda.LoadError, make(cuda).launch, 0, 0, (1, 1, 1), [])
         stub.fail(call, 0)
-    # What has nothing to do with the image is none of these.
+    # An error that has nothing to do with the image is none of these.
     stub.fail("cuModuleLoadDataEx", 2)
     message(RuntimeError, make(cuda).launch, 0, 0, (1, 1, 1), [])
 

@@ -40,7 +40,7 @@ def program(*lines: str) -> str:
     return "\n".join([*head, "made:", ".text.made:", *body, ""])
 
 
-def numbered(text: str) -> str:
+def number_lines(text: str) -> str:
     """The text with its instructions' addresses counted anew, for lines have been put in or taken out."""
     addresses = count(0, 16)
     return re.sub(r"/\*[0-9a-f]{4,}\*/", lambda _: f"/*{next(addresses):04x}*/", text)
@@ -52,10 +52,10 @@ def put(text: str, line: str, *, before: str | None = None, behind: str | None =
     places = [i for i, each in enumerate(lines) if re.search(before or behind or "", each)]
     place = places[which] + (behind is not None)
     new = line if line.endswith(":") else f"        /*0000*/                   {line} ;"
-    return numbered("\n".join([*lines[:place], new, *lines[place:], ""]))
+    return number_lines("\n".join([*lines[:place], new, *lines[place:], ""]))
 
 
-# What breaks the rule. Of project, 3.6.0's computed wrong numbers on an H200.
+# Kernels that break the rule. 3.6.0's project kernel computed wrong numbers on an H200.
 BROKEN = {
     "3.6.0": {"project", "gradient", "drift"},
     "3.7.0": {"project", "gradient", "drift"},

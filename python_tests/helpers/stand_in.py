@@ -36,12 +36,12 @@ _BODIES: dict[Any, Callable[..., Any]] = {
 _MM_DTYPE = getattr(torch.ops.aten.mm, "dtype", None)
 
 
-def _multiplied(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+def _multiply(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     return one.to(dtype) @ other.to(dtype)
 
 
-# Operators that the CPU lacks, and what they compute.
-_FOR_GPUS_ALONE: dict[Any, Callable[..., Any]] = {} if _MM_DTYPE is None else {_MM_DTYPE: _multiplied}
+# Operators that the CPU lacks, with functions that compute them.
+_FOR_GPUS_ALONE: dict[Any, Callable[..., Any]] = {} if _MM_DTYPE is None else {_MM_DTYPE: _multiply}
 _WAITING_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -73,7 +73,7 @@ class OnGpu(Tensor):
     def record_stream(self, stream: Any) -> None:
         pass
 
-    # What torch would take for no copy, as the tensor lies on the CPU for it.
+    # torch would make no copy here, as the tensor lies on the CPU for it.
     def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.to("cpu")
 
@@ -241,7 +241,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(triton_backend, "unavailable", lambda device, dtype: None)
     # Fake tensors' mode is on for the sake of the device's name alone: these have memory.
     monkeypatch.setattr(plan, "is_traced", lambda: False)
-    # What has passed its self-test is not tested again.
+    # A device that has passed its self-test is not tested again.
     monkeypatch.setattr(gate, "_passed", {DEVICE})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())

@@ -15,15 +15,31 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _FILES = (
-    "CMakeLists.txt", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "requirements-dev.txt",
+    "CMakeLists.txt",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+    "requirements-dev.txt",
     "setup.py",
-)  # fmt: skip
+)
 _FOLDERS = ("rpsft_kernels", "csrc", "build_tools")
 # Variables that decide how a package is built: a test sets them, or they are not set.
 _VARIABLES = (
-    "CXX", "MAX_JOBS", "PYTHONPATH", "RPSFT_AOT_KERNELS", "RPSFT_AOT_PREBUILT", "RPSFT_CUDA_ARCHS", "RPSFT_CUDA_DRIVER",
-    "RPSFT_NATIVE", "RPSFT_STRICT", "SOURCE_DATE_EPOCH", "TORCH_CUDA_ARCH_LIST", "TRITON_INTERPRET",
-)  # fmt: skip
+    "CXX",
+    "MAX_JOBS",
+    "PYTHONPATH",
+    "RPSFT_AOT_KERNELS",
+    "RPSFT_AOT_PREBUILT",
+    "RPSFT_CUDA_ARCHS",
+    "RPSFT_CUDA_DRIVER",
+    "RPSFT_NATIVE",
+    "RPSFT_STRICT",
+    "SOURCE_DATE_EPOCH",
+    "TORCH_CUDA_ARCH_LIST",
+    "TRITON_INTERPRET",
+)
 
 
 def copy_sources(folder: Path, *, objects: bool = False) -> Path:

@@ -66,7 +66,7 @@ class World:
         self.native = Recorder()
         self.compiled: list[Variant] = []
         self.scratch: list[int] = []
-        # What a build left out: see ``aot_compile.LeftOut``.
+        # The variants that a build left out, with the reason.
         self.left_out: list[dict[str, str]] = []
         for module in (aot_dispatch, aot_loader):
             monkeypatch.setattr(module, "launcher", lambda: self.native)

@@ -1,4 +1,4 @@
-"""One weight's anchor: what RPSFT (arXiv 2605.10973) keeps of the pretrained weight W0."""
+"""One weight's anchor: the pieces of the pretrained weight W0 that RPSFT (arXiv 2605.10973) keeps."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Anchor:
         keep_base: bool = True,
         basis_dtype: torch.dtype = torch.bfloat16,
     ) -> Anchor:
-        """The anchor of a pretrained weight, on the weight's device. Shares no memory with it.
+        """Make the anchor of a pretrained weight, on the weight's device. It shares no memory with the weight.
 
         Args:
             weight: W0, shape (m, n), a tensor or parameter in bfloat16, float16, float32 or float64, any
@@ -118,19 +118,19 @@ class Anchor:
         return Shard.whole(self.shape) if self.part is None else self.part
 
     def pieces(self) -> dict[str, Tensor]:
-        """The tensors that this form has, by attribute name."""
+        """Return the tensors that this form has, by attribute name."""
         named = {"left": self.left, "right": self.right, "base": self.base, "block": self.block}
         return {name: piece for name, piece in named.items() if piece is not None}
 
     def to(self, device: torch.device | str) -> Anchor:
-        """The same anchor on ``device``; itself if it is there already."""
+        """Return the same anchor on ``device``; itself if it is there already."""
         moved = {name: piece.to(device) for name, piece in self.pieces().items()}
         if all(moved[name] is piece for name, piece in self.pieces().items()):
             return self
         return self._with(moved)
 
     def rebuilt_block(self, weight: Tensor) -> Anchor:
-        """A block-form anchor whose block is recomputed from W0 by the backend in force.
+        """Return a block-form anchor whose block is recomputed from W0 by the backend in force.
 
         Backends round differently; the penalty is exactly 0 at W0 only with a block of the same arithmetic.
 

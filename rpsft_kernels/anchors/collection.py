@@ -77,7 +77,7 @@ class Anchors(Mapping[str, Anchor]):
         basis_dtype: torch.dtype = torch.bfloat16,
         progress: bool = True,
     ) -> Anchors:
-        """Anchors for every 2-D floating point parameter of a pretrained model, each on its own device.
+        """Make anchors for every 2-D floating point parameter of a pretrained model, each on its own device.
 
         If the model is sharded or replicated over processes, every rank makes this call and gets anchors of the shards
         that it works on: with FSDP2 and tensor parallelism (DTensor), FSDP1 and DeepSpeed ZeRO-3 its shard of each
@@ -191,7 +191,7 @@ class Anchors(Mapping[str, Anchor]):
         ranks: int | None = None,
         layout: Layout = "shard0",
     ) -> AnchorMemory:
-        """Bytes of the anchors that :meth:`from_model` would make, before anything is allocated.
+        """Count the bytes of the anchors that :meth:`from_model` would make, before anything is allocated.
 
         Args:
             model: As for :meth:`from_model`; the meta device serves.
@@ -268,7 +268,7 @@ class Anchors(Mapping[str, Anchor]):
         return sum(anchor.nbytes for anchor in self._anchors.values())
 
     def summary(self) -> str:
-        """A table by form: weights, bytes and captured energy; then what was skipped, by reason."""
+        """Write a table by form: weights, bytes and captured energy; then the skipped parameters by reason."""
         return table(self._anchors, self._skipped)
 
     def __getitem__(self, name: str) -> Anchor:

@@ -1,4 +1,4 @@
-"""Bytes of anchors, before any is made."""
+"""Counts the bytes of anchors before any is made."""
 
 from __future__ import annotations
 

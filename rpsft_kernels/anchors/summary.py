@@ -1,4 +1,4 @@
-"""Anchors summarised as text."""
+"""Summarises anchors as text."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def plot_comparison(comparison: Comparison, title: str, path: Path) -> None:
     Raises:
         OSError: ``path`` cannot be written.
     """
-    # Not pyplot: a figure of its own needs no display and leaves the caller's backend alone.
+    # A figure of its own, without pyplot, needs no display and leaves the caller's backend alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

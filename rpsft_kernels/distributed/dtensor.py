@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: object) -> bool:
-    # Without importing torch.distributed.tensor, which takes a while.
+    # torch.distributed.tensor is not imported for this, as that takes a while.
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
@@ -33,14 +33,14 @@ class DTensorWeight(LocalWeight):
         if hasattr(local, "wait"):
             # A redistribution that is still on its way has no memory of its own.
             local = local.wait()
-        # An empty shard has any shape that its maker gave it.
+        # An empty shard may have another shape, which depends on its maker.
         return local if self.shard.numel else local.reshape(self.shard.local_shape)
 
     def values(self) -> Tensor:
         return self._local(self.parameter)
 
     def state(self) -> tuple[object, ...]:
-        # Not the mesh itself, which would be kept alive.
+        # A weak reference, because the mesh itself would be kept alive.
         return *super().state(), self._dtensor.placements, weakref.ref(self._dtensor.device_mesh)
 
     def check_gradient(self, name: str) -> None:
@@ -61,7 +61,7 @@ class DTensorWeight(LocalWeight):
     @torch.no_grad()
     def gradient(self) -> Tensor:
         if self.parameter.grad is None:
-            # Not DTensor.from_local, which moves shards on the CPU (FSDP2's CPU offload) to the mesh's GPU.
+            # DTensor.from_local would move shards on the CPU (FSDP2's CPU offload) to the mesh's GPU.
             self.parameter.grad = torch.empty_like(self.parameter, dtype=self.gradient_dtype)
         return self._local(self.parameter.grad)
 

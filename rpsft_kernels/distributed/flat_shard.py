@@ -22,7 +22,7 @@ class FlatShardWeight(LocalWeight):
         return False
 
     def state(self) -> tuple[object, ...]:
-        # Not the parameter's shape, which is that of the shard or of the whole, as it is gathered or not.
+        # The parameter's shape does not count: it is that of the whole while the parameter is gathered.
         return self.dtype, self.device, self.requires_grad
 
     def view_shard(self, flat: Tensor, begin: int = 0) -> Tensor:

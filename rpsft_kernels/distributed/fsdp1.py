@@ -43,7 +43,7 @@ class FlatParameterWeight(FlatShardWeight):
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        # Not the dtype of the gradient at hand: a rank with an empty shard has none, and must give the same answer.
+        # A gradient at hand does not decide: a rank with an empty shard has none, and must give the same answer.
         reduced = self.handle.reduced_dtype
         return self.dtype if reduced is None else reduced
 

@@ -34,7 +34,7 @@ class ModuleSnapshot:
     def find(self) -> list[Tensor] | None:
         """Return the parameters; None unless every module has the same modules and parameters under the same names."""
         shown_by_module = []
-        # In line: this runs for every module at every step.
+        # This is written in line, because it runs for every module at every step.
         for reference, module_names, module_ids, names, ids in self._shown:
             module = reference()
             if module is None:

@@ -153,7 +153,7 @@ class LocalWeight:
 
 @dataclass(frozen=True)
 class ReplicatedWeight(LocalWeight):
-    """A weight that every rank of ``group`` holds whole and whose gradients are averaged over them by others.
+    """A weight that every rank of ``group`` holds whole and whose gradients its wrapper averages.
 
     The work is divided: this rank computes its shard alone, and multiplies that shard's gradient by the group's size.
     ``gradient_error`` says why gradients cannot be added to; it is empty where they can.

@@ -48,7 +48,7 @@ class ZeroWeight(FlatShardWeight):
         if not self._zero3.has_optimizer:
             raise ValueError(f"{name}: got a parameter without DeepSpeed's optimizer; call deepspeed.initialize first")
         if not self._zero3.ready:
-            # DeepSpeed's next backward pass would write over what is added now.
+            # DeepSpeed's next backward pass would overwrite a gradient that is added to now.
             raise ValueError(
                 f"{name}: got a DeepSpeed ZeRO-3 parameter without a gradient for the next step, expected this call "
                 "between engine.backward of the last micro-batch and engine.step"

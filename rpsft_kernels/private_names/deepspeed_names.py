@@ -64,7 +64,7 @@ class Zero3Parameter:
 
     @property
     def loss_scale(self) -> float:
-        """Factor by which gradients are kept multiplied until the step, in float16."""
+        """Factor that gradients in float16 are multiplied by until the step."""
         if not self.has_optimizer:
             return 1.0
         return float(self._optimizer("what gradients are multiplied by"))

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Fail here if the pipe is closed, not at the interpreter's exit, which would report it.
             sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes once more at its exit: into nothing.
+        # The interpreter flushes once more at its exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

@@ -53,9 +53,14 @@ def assemble(text: str, target: str) -> None:
 
 
 def kernel(
-    body: str, args: Sequence[Any] = (), threads: int = 128, shared: int = 0, target: str = "sm_80", programs: int = 1,
+    body: str,
+    args: Sequence[Any] = (),
+    threads: int = 128,
+    shared: int = 0,
+    target: str = "sm_80",
+    programs: int = 1,
     **options: Any,
-) -> Stats:  # fmt: skip
+) -> Stats:
     """Run ``body``, which refers to parameter i as [p<i>]; ``args`` are arrays or integers."""
     params = ", ".join(
         f".param .u64 p{i}" if not isinstance(a, int) else f".param .u32 p{i}" for i, a in enumerate(args)

@@ -21,7 +21,7 @@ POISON = {1: 0x7F, 2: 0x7FFF, 4: 0x7FFF7FFF, 8: 0x7FFF7FFF7FFF7FFF}  # NaN, and 
 
 
 class Ctx:
-    """What a builder needs to compile one instruction: arrays of its operands and where to put the result."""
+    """The context in which a builder compiles one instruction: arrays of its operands and the place of the result."""
 
     def __init__(self, m, ins, masked):
         self.m, self.ins, self.parts, self.ops = m, ins, ins.parts, ins.ops

@@ -121,7 +121,7 @@ class GlobalMemory:
         self._index()
 
     def begin_launch(self):
-        """What one launch wrote is no race for the next."""
+        """Forget who wrote: the writes of one launch are no race for the next."""
         for r in self.regions:
             r.owner = None
 

@@ -18,7 +18,7 @@ def decode(x, ty):
 
 
 class Shape:
-    """Where the elements of the fragments are: positions in (register, lane, element) order."""
+    """The places of the elements of the fragments: positions in (register, lane, element) order."""
 
     def __init__(self, op):
         p = op.split(".")

@@ -131,7 +131,7 @@ class SharedAccess:
 
 
 def differ(now, stored, width):
-    """Which threads do not find the value that they just stored."""
+    """Tell which threads do not find the value that they just stored."""
     if width == 16:
         return (now.view(np.uint64) != stored.view(np.uint64)).reshape(-1, 2).any(1)
     return now != stored

@@ -1,4 +1,4 @@
-"""What a launch did, and what is known of its program."""
+"""Counts of a launch, and the hazards of its program."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,5 +15,5 @@ class Stats:
     hazards: list[str] = field(default_factory=list)
 
     def count(self, prefix):
-        """Executions of the opcodes that begin with ``prefix``."""
+        """Count the executions of the opcodes that begin with ``prefix``."""
         return sum(n for op, n in self.instructions.items() if op.startswith(prefix))
