@@ -100,6 +100,6 @@ class FidelityCase:
 
 
 def _top_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    # Not by the package's own function: the reference is independent of it.
+    # The package's own function is not used: the reference is independent of it.
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     return left[:, :rank], values[:rank], right[:rank].T

@@ -144,7 +144,7 @@ def load(path: Path | str) -> ResultFile:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}") from error
-    # Not splitlines: a string may hold one of the rarer characters that it takes for the end of a line.
+    # splitlines would also cut at rarer characters, which a string may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

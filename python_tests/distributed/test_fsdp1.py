@@ -31,7 +31,7 @@ FROZEN: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def cases(*names: str) -> list[Any]:
-    """By name, with what one asks of torch."""
+    """Name the cases, with the torch that each requires."""
     refused = pytest.mark.skipif(
         TORCH < (2, 9),
         reason="FSDP1 of torch before 2.9 takes no new gradient where it keeps parameters and shards none",

@@ -23,7 +23,7 @@ needs_uneven = pytest.mark.skipif(
 
 
 def cases(*names: str) -> list[Any]:
-    """By name, with what each asks of torch."""
+    """Name the cases, with the torch that each requires."""
     needs = {"llama under FSDP2": [needs_fsdp2], "uneven llama under FSDP2": [needs_fsdp2, needs_uneven]}
     return [pytest.param(name, marks=needs.get(name, ())) for name in names]
 

@@ -58,7 +58,7 @@ def initialize(
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        # Not clipped; it is by default.
+        # DeepSpeed clips by default.
         "gradient_clipping": 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

@@ -372,7 +372,7 @@ def a_first_launch_may_be_captured_into_a_graph(cuda: Any, stub: Stub) -> None:
     kernel.launch(0, 7, (1, 1, 1), [])
     assert len(stub.log("cuThreadExchangeStreamCaptureMode")) == 2, "only to load"
     assert [call["result"] for call in stub.log("cuLaunchKernel")] == [0, 0]
-    # Whatever fails in between.
+    # Any call in between may fail.
     for call in ("cuCtxPushCurrent_v2", "cuModuleLoadDataEx", "cuModuleGetFunction", "cuFuncGetAttribute"):
         stub.fail(call, 2)
         message(RuntimeError, make(cuda).launch, 0, 0, (1, 1, 1), [])

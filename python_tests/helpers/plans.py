@@ -15,7 +15,7 @@ from support import exact_gradient, exact_penalty, relative_error
 
 COEFF = 0.3
 RANK = 8
-# By the dtype of a weight's gradient: what a float32 or a rounded result may be away from float64, relatively.
+# Largest relative error against float64 of a float32 or a rounded result, by the dtype of a weight's gradient.
 BOUNDS = {torch.float32: 0.01, torch.bfloat16: 0.02, torch.float64: 0.01}
 Weights = nn.Module | Sequence[Tensor] | Tensor
 
@@ -44,7 +44,7 @@ class Case:
     model: nn.Module
     anchors: dict[str, rk.Anchor]
     coeff: float = COEFF
-    # Whatever a mutation replaces, so that its address is not given to another.
+    # Objects that a mutation replaced, so that no other gets their addresses.
     kept: list[object] = field(default_factory=list)
 
     @classmethod

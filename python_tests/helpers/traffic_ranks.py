@@ -23,7 +23,7 @@ from rpsft_kernels.evaluation.pairing import pair
 from rpsft_kernels.ops import BucketLimits
 from rpsft_kernels.ops import buckets as ops_buckets
 
-# Whatever moves tensors or objects between ranks.
+# The functions that move tensors or objects between ranks.
 _MOVERS = [
     name
     for name in dir(dist)

@@ -105,7 +105,7 @@ def test_a_table_that_was_tuned_is_compiled(two: World, tmp_path: Path, monkeypa
 
 
 def test_it_never_fails(two: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is wrong with the machine or the environment is told in its place, and the rest too."""
+    """A fault of the machine or the environment is reported in its place, and all other facts as ever."""
     two.install((SQUARES, "sm_90a"))
     monkeypatch.setenv("RPSFT_AOT", "yes")
     monkeypatch.setenv("RPSFT_TILES", "/nowhere/table.json")

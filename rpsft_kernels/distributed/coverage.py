@@ -1,10 +1,10 @@
 """Checks that the shards of a weight cover every element exactly once, from one number per rank.
 
 No rank has to know where every other rank's shard lies. Each element (row r, column c) weighs x^r y^c modulo a prime p,
-with x and y drawn from the parameter's name. A shard weighs the sum over its elements, and shards that tile the matrix
-add up to the matrix's own weight. Any other multiset of elements differs from it by a polynomial in x and y that is not
-zero and has degree at most m + n; such a polynomial vanishes at no more than a share of (m + n) / p of all points
-(Schwartz and Zippel), about one in 10^7 for matrices of 50,000 rows and columns.
+with x and y drawn from the parameter's name. A shard weighs the sum over its elements, and shards that make up the
+matrix add up to the matrix's own weight. Any other multiset of elements differs from it by a polynomial in x and y that
+is not zero and has degree at most m + n; such a polynomial vanishes at no more than a share of (m + n) / p of all
+points (Schwartz and Zippel), about one in 10^7 for matrices of 50,000 rows and columns.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ class ScheduleReport:
     """One evaluation of the penalty and its gradient.
 
     Attributes:
-        buckets: how many buckets the weights form.
+        buckets: number of buckets that the weights form.
         launches: kernel launches a step: forward and gradient of every bucket.
         workspace_bytes: the most that one bucket's intermediates take.
-        filled: share of multiprocessor time that the static schedule fills, by the tiles' multiply-adds; what a tile
-            costs besides (filling its pipeline, storing its result) is not counted.
+        filled: share of multiprocessor time that the static schedule fills, by the tiles' multiply-adds; a tile's
+            other costs (filling its pipeline, storing its result) do not count.
         filled_by_phase: the same for each phase.
     """
 
@@ -70,18 +70,18 @@ def schedule_report(
             )
     profile = Profile(architecture, multiprocessors, DESCRIPTORS[architecture])
     dtype = type_name(weight_dtype)
-    form = Precision(dtype, "bf16" if keep_base else None, "bf16")
-    buckets = plan_buckets([WeightSpec(m, n, rank, parts=form.planes) for m, n in shapes], limits)
+    precision = Precision(dtype, "bf16" if keep_base else None, "bf16")
+    buckets = plan_buckets([WeightSpec(m, n, rank, parts=precision.planes) for m, n in shapes], limits)
     busy: dict[str, float] = {}
     spent: dict[str, float] = {}
     launches = workspace = 0
     for bucket in buckets:
         transposed = shapes[bucket[0]][0] > shapes[bucket[0]][1]
-        group = ProjectKey(form, rank_class(rank), transposed, transposed, True)
-        pulled = PullKey(form.basis, dtype, rank_class(rank), transposed, transposed, True, True)
+        project_key = ProjectKey(precision, rank_class(rank), transposed, transposed, True)
+        pull_key = PullKey(precision.basis, dtype, rank_class(rank), transposed, transposed, True, True)
         problems = tuple(_contiguous(*shapes[i], rank) for i in bucket)
-        forward = plan_forward(profile, group, problems, not keep_base, rank % 4 == 0)
-        backward = plan_backward(profile, pulled, problems, rank % 4 == 0, True)
+        forward = plan_forward(profile, project_key, problems, not keep_base, rank % 4 == 0)
+        backward = plan_backward(profile, pull_key, problems, rank % 4 == 0, True)
         # One more launch sums the squares, which are a few hundred numbers.
         launches += len(forward.schedules) + 1 + len(backward.schedules)
         workspace = max(workspace, forward.workspace_bytes, backward.workspace_bytes)
@@ -95,11 +95,11 @@ def schedule_report(
             busy[name] = busy.get(name, 0.0) + schedule.total_cost
             spent[name] = spent.get(name, 0.0) + schedule.longest_cost * multiprocessors * blocks
     return ScheduleReport(
-        len(buckets),
-        launches,
-        workspace,
-        sum(busy.values()) / sum(spent.values()),
-        {name: busy[name] / spent[name] for name in busy},
+        buckets=len(buckets),
+        launches=launches,
+        workspace_bytes=workspace,
+        filled=sum(busy.values()) / sum(spent.values()),
+        filled_by_phase={name: busy[name] / spent[name] for name in busy},
     )
 
 
