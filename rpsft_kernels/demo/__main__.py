@@ -70,11 +70,11 @@ def run(options: Options) -> Comparison:
     return compare(
         model,
         anchors,
-        encode_sums(tokenizer, training),
-        encode_sums(tokenizer, held_out),
-        knowledge,
-        Settings(options.steps, options.batch, options.lr),
-        options.coeff,
+        training=encode_sums(tokenizer, training),
+        held_out=encode_sums(tokenizer, held_out),
+        knowledge=knowledge,
+        settings=Settings(options.steps, options.batch, options.lr),
+        coeff=options.coeff,
     )
 
 

@@ -100,7 +100,7 @@ def compare(
                 states.append(measure(done))
 
         try:
-            run = fine_tune(model, anchors, training, settings, applied, label, after_step)
+            run = fine_tune(model, anchors, training, settings, coeff=applied, label=label, after_step=after_step)
         finally:
             restore_parameters(model, saved)
         courses.append(Course(run, states))
