@@ -90,8 +90,9 @@ def accumulate_rotation_grad_(
 
     Raises:
         ValueError: as :func:`rotation_penalty`; also if coeff is not finite, a tensor is not a leaf that requires
-            grad, every anchored weight of a module is frozen, a gradient is sparse or averaged over ranks already, or
-            DeepSpeed ZeRO-1/2 keeps it to itself. No gradient has changed then.
+            grad, every anchored weight of a module is frozen, a gradient is sparse, averaged over ranks already or in
+            a dtype that the backend cannot add to, or DeepSpeed ZeRO-1/2 keeps it to itself. No gradient has changed
+            then.
         RuntimeError: as :func:`rotation_penalty`.
 
     The product is added inside the kernel, summed in float32 and rounded once to the gradient's own dtype; no tensor as

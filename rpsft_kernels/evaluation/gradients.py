@@ -78,6 +78,9 @@ class Gradients:
         """Yield a bucket's pull-backs in order, and make the gradients that do not exist.
 
         It has to be called for the buckets in the order in which they are pulled back.
+
+        Raises:
+            ValueError: the bucket's backend cannot add to a gradient's dtype.
         """
         wanted, first = [], 0
         for i, count in zip(bucket.busy, bucket.counts, strict=True):
@@ -92,6 +95,9 @@ class Gradients:
                 self._ensure(i)
         places = {i: place for place, i in enumerate(bucket.members)}
         for chosen, accumulate in self._split(wanted):
+            anchored = self._weights[chosen[0][0]]
+            dtype, name = anchored.weight.gradient_dtype, f"{anchored.name}.grad"
+            ops.check_gradient_dtype(bucket.backend, dtype, anchored.weight.dtype, name)
             yield self._make_pull_back(bucket, tensors, places, chosen, accumulate)
 
     def drop_made(self) -> None:

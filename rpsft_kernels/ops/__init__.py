@@ -6,7 +6,14 @@ few launches.
 """
 
 from .buckets import BucketLimits, WeightSpec, intermediate_parts, limits_of, plan_buckets
-from .dispatch import arithmetic_id, available_backends, requested_backend, resolve_backend, use_backend
+from .dispatch import (
+    arithmetic_id,
+    available_backends,
+    check_gradient_dtype,
+    requested_backend,
+    resolve_backend,
+    use_backend,
+)
 from .operands import Operands
 from .programs import prepare_program
 from .reference import accumulation_dtype
@@ -22,6 +29,7 @@ __all__ = [
     "accumulation_dtype",
     "arithmetic_id",
     "available_backends",
+    "check_gradient_dtype",
     "differentiate_projection",
     "empty_grads",
     "intermediate_parts",

@@ -12,6 +12,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from ..checks import dtype_name
 from ..private_names import constant_under_dynamo
 from .operands import Operands
 
@@ -25,6 +26,9 @@ class Backend(Protocol):
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return the reason why the backend cannot serve weights of this dtype on this device, or None when it can."""
+
+    def cannot_write(self, dtype: torch.dtype) -> str | None:
+        """Return the reason why the backend cannot add to gradients of this dtype, or None when it can."""
 
     def arithmetic(self, device: torch.device) -> str:
         """Name what decides the bits of a projection on this device, beyond the backend's own name."""
@@ -109,6 +113,20 @@ def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | N
     if preferred is not None and load(preferred).unavailable(device, dtype) is None:
         return preferred
     return "torch"
+
+
+def check_gradient_dtype(backend: str, dtype: torch.dtype, weight_dtype: torch.dtype, name: str) -> None:
+    """Raise a ValueError under a gradient's ``name`` unless a backend can add to gradients of ``dtype``."""
+    reason = load(backend).cannot_write(dtype)
+    if reason is None:
+        return
+    way_out = f"cast it: {name} = {name}.to({weight_dtype})"
+    if load("torch").cannot_write(dtype) is None:
+        way_out += ", or use_backend('torch')"
+    raise ValueError(
+        f"{name}: got a gradient in {dtype_name(dtype)}, expected one that backend {backend!r} can add to: {reason}; "
+        f"{way_out}"
+    )
 
 
 def arithmetic_id(backend: str, device: torch.device, dtype: torch.dtype) -> str:

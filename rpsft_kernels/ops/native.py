@@ -80,6 +80,10 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def cannot_write(dtype: torch.dtype) -> str | None:
+    return None if dtype in _DTYPES else "it writes bfloat16, float16 and float32 only"
+
+
 def arithmetic(device: torch.device) -> str:
     return instruction_set()
 

@@ -28,6 +28,12 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def cannot_write(dtype: torch.dtype) -> str | None:
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return "it writes bfloat16, float16, float32 and float64 only"
+    return None
+
+
 def arithmetic(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type

@@ -35,6 +35,12 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return "its kernels run on CUDA and ROCm devices"
 
 
+def cannot_write(dtype: torch.dtype) -> str | None:
+    from .layout import TYPE_NAMES
+
+    return None if dtype in TYPE_NAMES else "its kernels write bfloat16, float16 and float32 only"
+
+
 def _is_interpreted() -> bool:
     from .tile_table import is_interpreted
 
