@@ -95,7 +95,10 @@ class Anchors(Mapping[str, Anchor]):
             progress: Whether to draw a progress bar on stderr.
 
         Tied parameters are anchored once, under their first name; a glob that matches any of their names has
-        matched them. :attr:`skipped` has the parameters that were not anchored, with the reason.
+        matched them. :attr:`skipped` has the parameters that were not anchored, with the reason. Among them is what is
+        no weight of its own, whatever its shape: packed 4-bit values, scales and zero points, parts and bases of PEFT's
+        adapters, and parametrised weights (weight_norm, spectral_norm, pruning), whose effective weight is not a
+        parameter. :meth:`Anchor.from_weight` anchors any tensor that you know to be a weight all the same.
 
         Raises:
             ValueError: a glob matches no parameter; nothing is left to anchor; a weight is on the meta device or not

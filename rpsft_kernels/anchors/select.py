@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import DTYPES, dtype_name
 from ..distributed import LocalWeight, ParameterRef, find_parameters
+from .not_weights import find_non_weights
 
 Patterns = str | Sequence[str] | None
 
@@ -28,6 +29,8 @@ class Selection:
 def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> Selection:
     """Select every 2-D floating point parameter that the globs admit; a tied parameter once, under its first name.
 
+    Parameters that are no weights of their own (``not_weights.py``) are left out.
+
     A glob that matches one name of a tied parameter has matched the parameter; ``exclude`` wins.
 
     Raises:
@@ -37,6 +40,7 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
     parameters = find_parameters(model)
     included = _check_patterns(include, "include", parameters)
     excluded = _check_patterns(exclude, "exclude", parameters)
+    non_weights = find_non_weights(model, parameters)
     names: dict[int, list[str]] = {}
     for name, reference in parameters.items():
         names.setdefault(reference.identity, []).append(name)
@@ -54,7 +58,7 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
         if reason is None:
             if is_lazy(reference.parameter):
                 raise ValueError(f"{name}: got an uninitialised lazy parameter; run one forward pass first")
-            reason = _reason_unsuitable(reference)
+            reason = _first_reason(aliases, non_weights) or _reason_unsuitable(reference)
         if reason is None:
             chosen[name] = reference.locate(name)
         else:
@@ -98,6 +102,10 @@ def _reason_excluded(aliases: list[str], patterns: Sequence[str] | None) -> str 
                 through = "" if alias == aliases[0] else f" through its tied name {alias}"
                 return f"excluded by {pattern!r}{through}"
     return None
+
+
+def _first_reason(aliases: list[str], reasons: Mapping[str, str]) -> str | None:
+    return next((reasons[alias] for alias in aliases if alias in reasons), None)
 
 
 def _reason_unsuitable(reference: ParameterRef) -> str | None:

@@ -2,6 +2,7 @@
 
 from .discover import ParameterRef, find_parameters, locate_tensor
 from .group_call import GroupCall, PendingSum
+from .names import named_owners
 from .partition import assign_shards, divide
 from .shard import Rect, Shard
 from .snapshot import ModuleSnapshot
@@ -22,4 +23,5 @@ __all__ = [
     "divide",
     "find_parameters",
     "locate_tensor",
+    "named_owners",
 ]

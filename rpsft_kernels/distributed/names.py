@@ -40,11 +40,7 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    replicas = {
-        path
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (DistributedDataParallel, DataParallel)) or is_deepspeed(module)
-    }
+    replicas = _replica_paths(model)
     weights: dict[str, nn.Parameter] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         name = canonical_name(path, replicas)
@@ -54,3 +50,18 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
                 f"{path!r}), expected one; rename a submodule"
             )
     return weights
+
+
+def named_owners(model: nn.Module) -> dict[str, nn.Module]:
+    """Find every module by canonical path, ``""`` for the model; of a module and its wrappers the innermost."""
+    replicas = _replica_paths(model)
+    # Wrappers come before what they wrap.
+    return {canonical_name(path, replicas): module for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def _replica_paths(model: nn.Module) -> set[str]:
+    return {
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (DistributedDataParallel, DataParallel)) or is_deepspeed(module)
+    }
