@@ -53,6 +53,8 @@ def rotation_penalty(
     one pass with the task loss, autograd sums the two before it adds to ``.grad``: gradients that exist already (from
     earlier micro-batches) then have a second set beside them, as large as the anchored weights.
     :func:`accumulate_rotation_grad_` needs neither. R has second derivatives, and no forward-mode differentiation.
+    Where C is summed over ranks a backward pass with ``create_graph=True`` raises a ValueError: R is quadratic, and its
+    Hessian's product with v is R's gradient at W + v less that at W.
     """
     call = open_call(weights, anchors, PenaltyRequest())
     if call is None:

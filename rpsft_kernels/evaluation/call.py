@@ -16,7 +16,7 @@ from .foreign_blocks import warn_of_foreign_blocks
 from .forward_mode import check_tangents
 from .gradients import Gradients, PullBack
 from .plan import PlannedWeights, groups_of, prepare, recall
-from .reduce import GroupReduction, start_drifts
+from .reduce import GroupReduction, refuse_second_derivatives, start_drifts
 from .requests import AccumulationRequest, Request
 
 
@@ -28,7 +28,7 @@ class Call:
 
     def __init__(self, planned: PlannedWeights, request: Request) -> None:
         self.weights, self._plan = planned
-        self._coeff = float(request.coeff) if isinstance(request, AccumulationRequest) else None
+        self._coeff = request.factor if isinstance(request, AccumulationRequest) else None
         self.group_calls: dict[str, GroupCall] = {}
         self.gradients = Gradients(self.weights, self._coeff or 0.0, self._plan.tied)
         self._runs: list[ops.Run] = []
@@ -128,7 +128,10 @@ class Call:
         """Return R; autograd connects it to the weights if gradients are on."""
         _, summands = self._project_shared()
         squares = [self._project(bucket).squares for bucket in self._local]
-        return self._total(squares + summands)
+        total = self._total(squares + summands)
+        if total.requires_grad and any(bucket.summed for bucket in self._shared):
+            return refuse_second_derivatives(total)
+        return total
 
     def accumulate_(self) -> Tensor:
         """Add ``coeff * dR/dW`` to the gradients and return R. All sums have arrived and are finite before that."""

@@ -34,6 +34,34 @@ def _replace_by_sum(local: Tensor, reduced: Tensor, grad_scale: float) -> Tensor
     return result
 
 
+class _RefuseSecondDerivatives(torch.autograd.Function):
+    """Returns R as it is; its backward pass refuses to be recorded.
+
+    A recorded pass would take the sum of C for one that only this rank's shard reaches: the derivatives of the other
+    ranks' gradients would be missing. Nothing of R's backward pass has run before this node.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor) -> Tensor:
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "create_graph: got create_graph=True for a rotation_penalty whose C is summed over ranks, expected a "
+                "backward pass that is not differentiated again. R is quadratic, so that its Hessian's product with v "
+                "needs no second derivative: it is R's gradient at W + v less that at W"
+            )
+        return grad
+
+
+def refuse_second_derivatives(total: Tensor) -> Tensor:
+    """Return R; its ``backward`` raises a ValueError for ``create_graph=True``."""
+    result: Tensor = _RefuseSecondDerivatives.apply(total)  # type: ignore[no-untyped-call, unused-ignore]
+    return result
+
+
 def start_drifts(projected: ProjectedBucket, group_call: GroupCall) -> None:
     """Start the sum of a bucket's C over the ranks of its group."""
     projected.flat = torch.cat([drift.reshape(-1) for drift in projected.drifts])
