@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -389,13 +391,16 @@ def test_a_new_gradient_of_a_strided_weight(layout: Layout) -> None:
     assert relative_error(weight.grad, exact_gradient(weight.detach(), anchor, 1.0)) < 2e-6
 
 
-@pytest.mark.parametrize("coeff", [0, 0.0, -1.5, 3, True + 1])
-def test_any_finite_coefficient(coeff: float) -> None:
+@pytest.mark.parametrize(
+    "coeff",
+    [0, 0.0, -1.5, 3, True + 1, Fraction(1, 4), torch.tensor(0.25), torch.tensor(3), np.float32(0.25)],
+)
+def test_any_finite_coefficient(coeff: Any) -> None:
     weight, anchor = anchored((20, 12), "base")
     value = rk.accumulate_rotation_grad_(weight, anchor, coeff)
     assert float(value) == pytest.approx(total_of([weight], [anchor]), rel=1e-5)
     assert weight.grad is not None
-    assert relative_error(weight.grad, exact_gradient(weight.detach(), anchor, 2.0 * coeff)) < 2e-6
+    assert relative_error(weight.grad, exact_gradient(weight.detach(), anchor, 2.0 * float(coeff))) < 2e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -666,17 +671,69 @@ def test_anchors_that_are_not_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    "coeff", [float("nan"), float("inf"), -float("inf"), 10**400, "1", None, True, torch.ones(()), 1j]
+    "coeff",
+    [
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        10**400,
+        pytest.param(10**5000, id="5001 digits"),
+        "1",
+        b"1",
+        None,
+        True,
+        1j,
+        torch.tensor(True),
+        torch.tensor(float("nan")),
+        torch.tensor(1j),
+        torch.ones(2),
+        torch.ones((), device="meta"),
+        torch.ones((), requires_grad=True),
+        np.bool_(True),
+        np.complex64(1),
+    ],
 )
 def test_bad_coefficients(coeff: Any, pairs: tuple[list[Tensor], list[rk.Anchor]]) -> None:
     weights, anchors = pairs
     model, named = moved_model("cpu")
     for given in ((weights, anchors), (weights[0], anchors[0]), (model, named), ([], [])):
         refused(
-            r"coeff: got .*, expected a finite Python number \(the paper's lambda\)",
+            r"coeff: got .*, expected a finite number \(the paper's lambda\)",
             lambda w, a: rk.accumulate_rotation_grad_(w, a, coeff),
             *given,
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*block was computed by")
+@pytest.mark.parametrize("form", ANCHOR_FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_coefficient_that_float32_does_not_hold(backend: str, form: str, device: torch.device) -> None:
+    """Gradients are scaled by 2 coeff. Up to the largest, they are no NaN at the anchor."""
+    weight, anchor = anchored((24, 40), form, device=device)
+    if anchor.base is not None:
+        weight.data.copy_(anchor.base)
+    message = (
+        r"coeff: got .*, expected at most 1\.7e\+38 in magnitude: weights\.grad is scaled by 2 coeff in float32, which"
+    )
+    with rk.use_backend(backend):
+        for coeff in (1e39, 2.5e38, -2.5e38):
+            refused(message, lambda w, a, c=coeff: rk.accumulate_rotation_grad_(w, a, c), weight, anchor)
+        rk.accumulate_rotation_grad_(weight, anchor, 1.7e38)
+    assert weight.grad is not None and not weight.grad.isnan().any()
+    assert form == "block" or not weight.grad.any()
+
+
+def test_coefficients_of_float64_weights_are_bounded_by_float64() -> None:
+    weight, anchor = anchored((24, 40), "base", torch.float64)
+    rk.accumulate_rotation_grad_(weight, anchor, 1e39)
+    assert weight.grad is not None
+    assert relative_error(weight.grad, exact_gradient(weight.detach(), anchor, 2e39)) < 1e-12
+    refused(
+        r"coeff: got 1e\+308, expected at most 9e\+307 in magnitude: weights\.grad is scaled by 2 coeff in float64",
+        lambda w, a: rk.accumulate_rotation_grad_(w, a, 1e308),
+        weight,
+        anchor,
+    )
 
 
 def test_accumulation_needs_leaves_that_require_grad(pairs: tuple[list[Tensor], list[rk.Anchor]]) -> None:

@@ -50,6 +50,52 @@ def check_rank(rank: object) -> None:
         raise ValueError(f"rank: got {rank!r}, expected an int of at least 1 (the paper takes 768)")
 
 
+def read_coeff(coeff: object) -> float:
+    """Return ``coeff`` as a Python number. One on a GPU is waited for.
+
+    Raises:
+        ValueError: ``float()`` does not take it, it is a bool or text, or a number that is not finite, or it requires
+            grad.
+    """
+    if type(coeff) is not float:
+        reason = _why_no_coeff(coeff)
+        if reason is not None:
+            raise ValueError(f"coeff: got {reason}")
+    try:
+        number = float(coeff)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(
+            f"coeff: got {_show(coeff)}, expected a finite number (the paper's lambda), which float() takes; it said: "
+            f"{error}"
+        ) from error
+    if not math.isfinite(number):
+        raise ValueError(f"coeff: got {number!r}, expected a finite number (the paper's lambda)")
+    return number
+
+
+def _why_no_coeff(coeff: object) -> str | None:
+    """Return why a value is no coefficient although ``float()`` may take it: what came, and what was expected."""
+    expected = "expected a finite number (the paper's lambda)"
+    # The dtypes of torch and of NumPy have equal names.
+    dtype = str(getattr(coeff, "dtype", "")).removeprefix("torch.")
+    if isinstance(coeff, (bool, complex, str, bytes, bytearray)) or dtype == "bool" or dtype.startswith("complex"):
+        return f"{_show(coeff)}, {expected}: bools, text and complex numbers are none; pass a float"
+    if isinstance(coeff, Tensor) and coeff.requires_grad:
+        return f"a tensor that requires grad, {expected}: this call has no derivative; pass coeff.detach()"
+    if hasattr(coeff, "placements"):
+        return f"a DTensor, {expected}; pass coeff.full_tensor()"
+    return None
+
+
+def _show(value: object) -> str:
+    """Return a value as a message shows it, however large it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} in {dtype_name(value.dtype)} on {value.device}"
+    if type(value) is int and value.bit_length() > 1100:
+        return f"an int of {value.bit_length()} bits"
+    return repr(value)
+
+
 def check_basis_dtype(dtype: torch.dtype, weight_dtype: torch.dtype, name: str) -> None:
     """Raise a ValueError under ``name`` unless U and V may be kept in ``dtype`` for weights of ``weight_dtype``."""
     if dtype == torch.float16:

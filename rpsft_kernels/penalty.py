@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def rotation_penalty(
 def accumulate_rotation_grad_(
     weights: Tensor | Sequence[Tensor] | nn.Module,
     anchors: Anchor | Sequence[Anchor] | Mapping[str, Anchor],
-    coeff: float,
+    coeff: SupportsFloat,
 ) -> Tensor:
     """Add ``coeff * dR/dW`` to every weight's ``.grad`` without autograd; returns R (not multiplied by coeff).
 
@@ -84,14 +85,15 @@ def accumulate_rotation_grad_(
     Args:
         weights: as for :func:`rotation_penalty`; tensors must be leaves that require grad.
         anchors: as for :func:`rotation_penalty`.
-        coeff: the paper's lambda, a finite number.
+        coeff: the paper's lambda, a finite number: whatever ``float()`` takes but bools and text. 2 coeff has to be a
+            float32 (float64 for float64 weights). A tensor on a GPU is waited for.
 
     Returns:
         R, detached: the same bits as :func:`rotation_penalty` returns for the same weights, anchors, backend and
         machine.
 
     Raises:
-        ValueError: as :func:`rotation_penalty`; also if coeff is not finite, a tensor is not a leaf that requires
+        ValueError: as :func:`rotation_penalty`; also if coeff is no such number, a tensor is not a leaf that requires
             grad, every anchored weight of a module is frozen, a gradient is sparse, averaged over ranks already or in
             a dtype that the backend cannot add to, or DeepSpeed ZeRO-1/2 keeps it to itself. No gradient has changed
             then.

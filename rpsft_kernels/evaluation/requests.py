@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from .. import ops
+from ..checks import dtype_name, read_coeff
 from .pairing import AnchoredWeight
+
+# No number of ranks or loss scale is so large that the factor of a gradient with such a coeff overflows.
+_SMALL = 1e18
 
 
 @dataclass(frozen=True)
@@ -33,18 +38,22 @@ class AccumulationRequest:
     """R, and ``coeff * dR/dW`` added to the gradients.
 
     Attributes:
-        coeff: as the user passed it.
+        coeff: as the user passed it, any number that ``float()`` takes.
         of_module: whether the weights are a module's; some of those may be frozen.
     """
 
-    coeff: float
+    coeff: object
     of_module: bool
 
+    @cached_property
+    def factor(self) -> float:
+        """``coeff`` as a Python number; a ValueError if it is none. Read once: a tensor on a GPU is waited for."""
+        return read_coeff(self.coeff)
+
     def check(self, weights: Sequence[AnchoredWeight]) -> None:
-        """Raise a ValueError unless coeff is a finite number and every gradient can be added to."""
-        coeff = self.coeff
-        if isinstance(coeff, bool) or not isinstance(coeff, (int, float)) or not abs(coeff) <= sys.float_info.max:
-            raise ValueError(f"coeff: got {coeff!r}, expected a finite Python number (the paper's lambda)")
+        """Raise a ValueError unless coeff is a number that gradients can be scaled by, and all can be added to."""
+        if abs(self.factor) > _SMALL:
+            self._check_scales(weights)
         for anchored in weights:
             parameter = anchored.weight.parameter
             if not self.of_module and not (parameter.requires_grad and parameter.is_leaf):
@@ -58,6 +67,19 @@ class AccumulationRequest:
                 "model: every anchored parameter is frozen, expected at least one that requires grad; "
                 "use rotation_penalty to evaluate the penalty alone"
             )
+
+    def _check_scales(self, weights: Sequence[AnchoredWeight]) -> None:
+        """Raise a ValueError unless the dtype of every pull-back's sums holds the factor of the gradient."""
+        for anchored in weights:
+            scale, dtype = anchored.weight.grad_scale, ops.accumulation_dtype(anchored.weight.dtype)
+            largest = torch.finfo(dtype).max
+            bound = largest / 2 / scale
+            if abs(self.factor) > bound:
+                times = "" if scale == 1 else f" times {scale:g} (the number of ranks, or the loss scale)"
+                raise ValueError(
+                    f"coeff: got {self.factor!r}, expected at most {bound:.2g} in magnitude: {anchored.name}.grad is "
+                    f"scaled by 2 coeff{times} in {dtype_name(dtype)}, which holds numbers up to {largest:.2g}"
+                )
 
 
 Request = PenaltyRequest | AccumulationRequest
