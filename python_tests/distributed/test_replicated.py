@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ranks import run_ranks
-from replicated_ranks import FROZEN, compare_all, refusals, train
+from replicated_ranks import FROZEN, compare_all, refusals, train, verify_one_weight
 
 TOLERANCES = {"float32 bases": 1e-5, "bfloat16 bases": 0.01, "bfloat16 bases, blocks": 0.02}
 KINDS: dict[str, dict[str, Any]] = {
@@ -88,3 +89,12 @@ def test_models_and_anchors_that_do_not_go_together() -> None:
     for rank in run_ranks(3, refusals):
         for case, messages in rank.items():
             assert all(expected[case] in message for message in messages), (case, messages)
+
+
+def test_anchors_of_one_weight_are_verified_and_loaded(tmp_path: Path) -> None:
+    """One rank has all of the work: the others have shards of nothing."""
+    for before, after in [
+        (found[:3], found[3:]) for found in run_ranks(2, verify_one_weight, str(tmp_path / "anchors"))
+    ]:
+        assert before == ["accepted"] * 3
+        assert all("got other values" in message for message in after)

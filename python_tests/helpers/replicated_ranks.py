@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -226,3 +227,19 @@ def _errors_of_calls(model: nn.Module, anchors: rk.Anchors) -> list[str]:
         refused(lambda: rk.rotation_penalty(model, anchors)),
         refused(lambda: rk.accumulate_rotation_grad_(model, anchors, COEFF)),
     ]
+
+
+def verify_one_weight(path: str) -> list[str]:
+    """Save and load anchors of one weight, which one rank alone works on; returns what verifying says, then and after
+    another rank's copy and every copy of it have changed.
+    """
+    model = DistributedDataParallel(linear_layers((60, 40)))
+    whole = rk.Anchors.from_model(model.module, RANK, progress=False)
+    anchors = rk.Anchors.from_model(model, RANK, progress=False)
+    anchors.save(path)
+    loaded = rk.Anchors.load(path, model)
+    assert dict(loaded)["0.weight"].part == anchors["0.weight"].part
+    found = [refused(partial(given.verify, model)) for given in (anchors, loaded, whole)]
+    with torch.no_grad():
+        next(model.parameters())[3, 2] += 1
+    return [*found, *(refused(partial(given.verify, model)) for given in (anchors, whole))]

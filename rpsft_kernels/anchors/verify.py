@@ -51,14 +51,16 @@ def _whole_sums(weights: list[LocalWeight]) -> list[int]:
     """Return the checksums of whole weights that lie in one group."""
     own = [shard_sum(weight) for weight in weights]
     group = weights[0].group
-    # A replica lies whole on every rank: read all of it where no shards were assigned.
-    if group is None or (isinstance(weights[0], ReplicatedWeight) and all(w.shard.is_whole for w in weights)):
+    # A replica lies whole on every rank: each reads all of it where the work on it is not divided. Its shard does not
+    # tell: of one that is divided, a single rank may have all and the others nothing.
+    alone = [isinstance(weight, ReplicatedWeight) and not weight.divided for weight in weights]
+    if group is None or all(alone):
         return own
     signed = [value - _WRAP if value >= _WRAP // 2 else value for value in own]
     table = torch.tensor(signed, dtype=torch.int64, device=weights[0].device)
     # Integers wrap around, as the checksum does.
     dist.all_reduce(table, group=group)
-    return [value % _WRAP for value in table.tolist()]
+    return [value if whole else total % _WRAP for value, total, whole in zip(own, table.tolist(), alone, strict=True)]
 
 
 def shard_sum(weight: LocalWeight) -> int:

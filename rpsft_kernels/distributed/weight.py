@@ -161,6 +161,11 @@ class ReplicatedWeight(LocalWeight):
 
     gradient_error: str = ""
 
+    @property
+    def divided(self) -> bool:
+        """Whether ranks have shares of the work; the same on every rank, also where one of them has all of it."""
+        return self.grad_scale != 1.0
+
     def with_work(self, shard: Shard | None) -> LocalWeight:
         if shard is None or self.group is None:
             return self
