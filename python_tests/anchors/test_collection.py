@@ -14,8 +14,9 @@ from torch import nn
 
 from rpsft_kernels import ops
 from rpsft_kernels.anchors.anchor import Anchor
+from rpsft_kernels.anchors.checksums import checksum_bytes
 from rpsft_kernels.anchors.collection import Anchors
-from rpsft_kernels.anchors.file_format import FORMAT
+from rpsft_kernels.anchors.file_format import CHECKSUM, FORMAT
 from rpsft_kernels.anchors.fingerprint import Fingerprint
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -291,7 +292,7 @@ def test_fingerprint_in_a_file_must_be_the_weights_own(tmp_path: Path) -> None:
     known = '"name": "key.weight", "shape": [4, {}], "dtype": "bfloat16", "checksum"'
     changed = description.replace(known.format(24), known.format(25))
     assert changed != description
-    save_file(tensors, path, metadata={FORMAT: changed})
+    save_file(tensors, path, metadata={FORMAT: changed, CHECKSUM: checksum_bytes(changed.encode())})
     with pytest.raises(ValueError, match=rf"{path}: fingerprints\['key.weight'\]: got Fingerprint"):
         Anchors.load(path)
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
 import os
+import resource
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import rpsft_kernels.anchors.file_format as anchor_file
+import rpsft_kernels.anchors.checksums as checksums
 from rpsft_kernels.anchors.anchor import Anchor
-from rpsft_kernels.anchors.file_format import FORMAT, Contents, write_anchors
+from rpsft_kernels.anchors.checksums import checksum_bytes, write_piece
+from rpsft_kernels.anchors.collection import Anchors
+from rpsft_kernels.anchors.file_format import CHECKSUM, FORMAT, Contents, write_anchors
 from rpsft_kernels.anchors.fingerprint import Fingerprint
 from rpsft_kernels.anchors.load import read_anchors
 
@@ -36,12 +41,31 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def _rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
-    tensors = load_file(path)
+def _describe(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
-        description = json.loads(file.metadata()[FORMAT])
+        description: dict[str, Any] = json.loads(file.metadata()[FORMAT])
+    return description
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
+    """Change a file, and compute its checksums anew."""
+    tensors, description = load_file(path), _describe(path)
     change(tensors, description)
-    save_file(tensors, path, metadata={FORMAT: json.dumps(description)})
+    for record in description["weights"]:
+        for piece in record.get("checksums", {}):
+            stored = tensors.get(f"{record['name']}:{piece}")
+            if stored is not None:
+                record["checksums"][piece] = write_piece(io.BytesIO(), stored)
+    text = json.dumps(description)
+    save_file(tensors, path, metadata={FORMAT: text, CHECKSUM: checksum_bytes(text.encode())})
+
+
+def _make_old(path: Path) -> None:
+    """Rewrite a file as versions without checksums wrote it."""
+    tensors, description = load_file(path), _describe(path)
+    for record in description["weights"]:
+        del record["checksums"]
+    save_file(tensors, path, metadata={"format": "pt", FORMAT: json.dumps(description)})
 
 
 def test_file_holds_unpadded_tensors_and_a_description(path: Path) -> None:
@@ -61,7 +85,19 @@ def test_file_holds_unpadded_tensors_and_a_description(path: Path) -> None:
     assert description["skipped"] == {"a.bias": "1-D"}
     assert [record["name"] for record in description["weights"]] == ["a.weight", "b:weight", "c"]
     assert set(description["weights"][0]) == {
-        *("name", "shape", "dtype", "rank", "form", "energy", "arithmetic", "fingerprint", "part", "left_out")
+        *(
+            "name",
+            "shape",
+            "dtype",
+            "rank",
+            "form",
+            "energy",
+            "arithmetic",
+            "fingerprint",
+            "part",
+            "left_out",
+            "checksums",
+        )
     }
 
 
@@ -100,16 +136,14 @@ def test_writing_replaces_a_file_and_leaves_nothing_else(path: Path) -> None:
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_failed_write_keeps_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = path.read_bytes()
-
-    def torn(tensors: object, filename: Path, metadata: object) -> None:
-        filename.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(anchor_file, "save_file", torn)
-    with pytest.raises(OSError, match="disk full"):
-        write_anchors(path, _contents())
+def test_a_full_disk_keeps_the_old_file(path: Path) -> None:
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large; nothing was written: .*anchors.safetensors"):
+            write_anchors(path, _contents())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
@@ -121,6 +155,8 @@ def test_unusable_paths(tmp_path: Path) -> None:
         read_anchors(tmp_path, "cpu")
     with pytest.raises(FileNotFoundError):
         read_anchors(tmp_path / "anchors", "cpu")
+    with pytest.raises(ValueError, match="path: got '/dev/null', a device, expected a regular file"):
+        read_anchors(os.devnull, "cpu")
 
 
 def test_other_files(path: Path) -> None:
@@ -193,4 +229,117 @@ def _record(**changes: Any) -> Callable[[dict[str, Tensor], dict[str, Any]], Non
 def test_damaged_files(path: Path, change: Callable[..., None], message: str) -> None:
     _rewrite(path, change)
     with pytest.raises(ValueError, match=r"anchors\.safetensors: " + message):
+        read_anchors(path, "cpu")
+
+
+_ODD_VALUES = [None, True, -1, 0, 1, 2.5, 1 << 40, "x", "", {}, [], [1], [4, 3], [1, 2, 3], [None, 1], [[]]]
+
+
+def _refusal(path: Path) -> str:
+    """Return why a file is refused, and nothing where it loads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            Anchors.load(path)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_any_field_may_be_damaged(path: Path, old: bool) -> None:
+    if old:
+        _make_old(path)
+    whole, description = path.read_bytes(), _describe(path)
+    places: list[list[Any]] = [[key] for key in description]
+    places += [["weights", 2, key] for key in description["weights"][2]]
+    places += [["weights", 0, "fingerprint", key] for key in description["weights"][0]["fingerprint"]]
+    places += [] if old else [["weights", 2, "checksums", "base"], ["weights", 2, "checksums", "base", "rows"]]
+    part = {"rows": [0, 4], "cols": [0, 3], "flat": [0, 12], "alone": True}
+    places += [["weights", 2, "part", key] for key in part]
+    refused = 0
+    for place in places:
+        for value in _ODD_VALUES:
+            tensors, changed = load_file(path), json.loads(json.dumps(description))
+            if "part" in place[:-1]:
+                changed["weights"][2]["part"] = {**part}
+                tensors["c:base"] = tensors["c:base"].flatten()
+            record = changed
+            for key in place[:-1]:
+                record = record[key]
+            record[place[-1]] = value
+            text = json.dumps(changed)
+            crc = {} if old else {CHECKSUM: checksum_bytes(text.encode())}
+            save_file(tensors, path, metadata={FORMAT: text, **crc})
+            refusal = _refusal(path)
+            refused += bool(refusal)
+            assert not refusal or "anchors.safetensors" in refusal, (place, value)
+            path.write_bytes(whole)
+    assert refused > len(places) * len(_ODD_VALUES) // 2
+
+
+def test_an_index_may_be_damaged(path: Path, tmp_path: Path) -> None:
+    index = tmp_path / "anchors.json"
+    for files in (*_ODD_VALUES, [path.name] * 2, [f"../{tmp_path.name}/{path.name}"], [str(path)], [".."], [""]):
+        for content in (files, {"files": files}):
+            index.write_text(json.dumps(content))
+            with pytest.raises(ValueError, match="anchors.json: got |path: got the folder"):
+                read_anchors(tmp_path, "cpu")
+    index.write_text(json.dumps({"files": [path.name]}))
+    assert list(read_anchors(tmp_path, "cpu").anchors) == ["a.weight", "b:weight", "c"]
+
+
+def test_each_flipped_bit_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "_BLOCK_BYTES", 64)
+    write_anchors(path, _contents())
+    whole, written = path.read_bytes(), _contents()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for i in (*range(0, header, 5), *range(header, len(whole))):
+        changed = bytearray(whole)
+        changed[i] ^= 1 << i % 8
+        path.write_bytes(changed)
+        refusal = _refusal(path)
+        if refusal:
+            assert str(path) in refusal and (i < header or "the file is damaged" in refusal)
+            continue
+        read = read_anchors(path, "cpu")
+        # The one field that nobody reads.
+        assert i < header and b'"format": "pt"' not in changed
+        assert read.fingerprints == written.fingerprints and read.skipped == written.skipped
+        for name, anchor in written.anchors.items():
+            assert repr(read.anchors[name]) == repr(anchor)
+            assert all(torch.equal(read.anchors[name].pieces()[p], tensor) for p, tensor in anchor.pieces().items())
+
+
+def test_a_flipped_bit_is_named(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 64
+    path.write_bytes(content)
+    message = r"anchors\.safetensors: b:weight: right: got rows 0:12 with checksum [0-9a-f]{8}, expected [0-9a-f]{8}"
+    with pytest.raises(ValueError, match=message):
+        read_anchors(path, "cpu")
+
+
+def test_files_without_checksums_load_with_a_note(path: Path) -> None:
+    _make_old(path)
+    with pytest.warns(UserWarning, match=r"anchors\.safetensors: got a file without checksums, of an earlier") as notes:
+        read = Anchors.load(path)
+    assert [note.filename for note in notes] == [__file__]
+    for name, anchor in _contents().anchors.items():
+        assert all(torch.equal(read[name].pieces()[piece], tensor) for piece, tensor in anchor.pieces().items())
+    read.save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Anchors.load(path)
+
+
+def test_checksums_do_not_go_unnoticed(path: Path) -> None:
+    tensors, description = load_file(path), _describe(path)
+    save_file(tensors, path, metadata={FORMAT: json.dumps(description)})
+    with pytest.raises(ValueError, match=r"got a damaged description \(no 'rpsft_kernels.anchors.collection.crc32'"):
+        read_anchors(path, "cpu")
+    del description["weights"][0]["checksums"]["left"]
+    text = json.dumps(description)
+    save_file(tensors, path, metadata={FORMAT: text, CHECKSUM: checksum_bytes(text.encode())})
+    with pytest.raises(ValueError, match=r"a\.weight: left: got checksums 'none', expected rows"):
         read_anchors(path, "cpu")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,45 @@ def test_files_of_different_saves_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b" / file).replace(tmp_path / "a" / file)
     with pytest.raises(ValueError, match="got files of different saves"):
         rk.Anchors.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_rank_is_told_to_all(rank: int, tmp_path: Path) -> None:
+    path = tmp_path / "anchors"
+    for message in run_ranks(2, anchors_ranks.save_to_a_full_disk, str(path), rank):
+        assert message.startswith(f"path: the anchors were not saved: rank {rank}: [Errno 27] File too large; nothing")
+    assert sorted(path.iterdir()) == [path / f"rank-{1 - rank:05d}-of-00002.safetensors"]
+
+
+def test_an_index_that_cannot_be_written_is_told_to_all(tmp_path: Path) -> None:
+    path = tmp_path / "anchors"
+    for message in run_ranks(2, anchors_ranks.save_without_index, str(path)):
+        assert message == "path: the anchors were not saved: rank 0: [Errno 28] No space left on device"
+    (path / "anchors.json").mkdir()
+    for message in run_ranks(2, anchors_ranks.save_made, str(path)):
+        assert message.startswith("path: the anchors were not saved: rank 0: [Errno ")
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("scratch")
+    # By two ranks there is no file of a third, whose killed writer left something behind.
+    (tmp_path / "scratch").mkdir()
+    left_over = tmp_path / "scratch" / f".rank-00002-of-00003.safetensors.{'0' * 32}.tmp"
+    left_over.touch()
+    os.utime(left_over, (0, 0))
+    for existing in (True, False):
+        assert run_ranks(2, anchors_ranks.save_and_load, str(link)) == [0, 0]
+        assert link.is_symlink() and (link / "anchors.json").is_file() and not left_over.exists(), existing
+        shutil.rmtree(tmp_path / "scratch")
+
+
+def test_a_damaged_row_is_seen_by_the_rank_that_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "anchors"
+    run_ranks(2, anchors_ranks.save, "rows", str(path), FORMS["base"])
+    file = path / "rank-00001-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"anchors: .*: got rows .* with checksum .*: the file is damaged"):
+        rk.Anchors.load(path)

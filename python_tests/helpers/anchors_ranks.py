@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rpsft_kernels as rk
+import rpsft_kernels.anchors.file_format as file_format
+import rpsft_kernels.anchors.save as save_module
 from fsdp2_ranks import wrapped as fully_sharded
 from llama import RANK, drift, expected, llama, whole_anchors
 from rpsft_kernels.distributed import find_parameters
@@ -100,6 +104,63 @@ def unwritable(path: str) -> str:
     dist.barrier()
     try:
         anchors.save(path)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def save_to_a_full_disk(path: str, full_rank: int) -> str:
+    """Return this rank's error where ``full_rank`` alone can write no more than a kilobyte to a file."""
+    anchors, limits = made("rows"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The ranks' messages to each other go through files too.
+    write = file_format.write_piece
+
+    def write_to_a_full_disk(file: Any, piece: torch.Tensor) -> dict[str, Any]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        try:
+            file.write(b"0" * 2048)
+            file.flush()
+            return write(file, piece)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    if dist.get_rank() == full_rank:
+        file_format.write_piece = write_to_a_full_disk
+    try:
+        anchors.save(path)
+    except ValueError as error:
+        return str(error)
+    finally:
+        file_format.write_piece = write
+    return ""
+
+
+def save_without_index(path: str) -> str:
+    """Return this rank's error where the first rank cannot write the index."""
+    anchors = made("rows")
+
+    def refuse(target: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write, save_module.write_whole = save_module.write_whole, refuse  # type: ignore[assignment]
+    try:
+        anchors.save(path)
+    except ValueError as error:
+        return str(error)
+    finally:
+        save_module.write_whole = write
+    return ""
+
+
+def save_and_load(path: str) -> int:
+    anchors = made("rows")
+    anchors.save(path)
+    return rk.Anchors.load(path, wrapped(llama(), "rows")).nbytes - anchors.nbytes
+
+
+def save_made(path: str) -> str:
+    try:
+        made("rows").save(path)
     except ValueError as error:
         return str(error)
     return ""

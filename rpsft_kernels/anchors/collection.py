@@ -138,7 +138,7 @@ class Anchors(Mapping[str, Anchor]):
             verify: False for a ``model`` that has been trained since: it then tells only which shards to read.
 
         Raises:
-            ValueError: the file is not one of ours, of another version, incomplete or not finite (the message
+            ValueError: the file is not one of ours, of another version, incomplete, damaged or not finite (the message
                 names file and weight), ``model`` is not the model that was anchored, or blocks would have to be
                 rebuilt for another sharding without the pretrained weights.
             FileNotFoundError: there is no such file.
@@ -167,14 +167,15 @@ class Anchors(Mapping[str, Anchor]):
         return anchors
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, whole or not at all; an existing file is replaced.
+        """Write one safetensors file, whole or not at all; an existing file is replaced, a symbolic link followed.
 
         Anchors of shards (from a model that lies over several ranks) go to a folder instead, which all ranks of the job
         write together: a file per rank and an index. Any number of ranks can load it.
 
         Raises:
             ValueError: the folder of ``path`` does not exist, or ``path`` is a folder (for anchors of shards: a file),
-                or another rank could not write.
+                a device or a pipe, or (for anchors of shards) a rank could not write.
+            OSError: the file could not be written, for want of space for example; the file that was there remains.
         """
         contents = Contents(self._anchors, self._fingerprints, self._skipped)
         if any(anchor.part is not None for anchor in self._anchors.values()):

@@ -1,29 +1,36 @@
-"""Anchors on disk: one safetensors file with a JSON description in its metadata."""
+"""Anchors on disk: one safetensors file with a JSON description in its metadata.
+
+Fields that were added since the first version (``checksums`` in a record, ``CHECKSUM`` in the metadata) are ignored by
+versions that do not know them, and may be absent.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checks import DTYPES, dtype_name
 from ..distributed.shard import Shard
 from .anchor import Anchor
+from .checksums import StoredPiece, blank_checksums, checksum_bytes, write_piece
 from .fingerprint import Fingerprint
+from .whole_file import check_regular, write_whole
 
 FORMAT = "rpsft_kernels.anchors.collection"
+CHECKSUM = f"{FORMAT}.crc32"
 VERSION = 1
 
 PIECES = {"base": ("left", "right", "base"), "block": ("left", "right", "block"), "full": ("base",)}
 DTYPE_OF = {dtype_name(dtype): dtype for dtype in DTYPES}
+_SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ def write_anchors(
     left_out: Collection[tuple[str, str]] = (),
     save_id: str | None = None,
 ) -> None:
-    """Write the file whole or not at all: under another name in its folder first, which is then renamed.
+    """Write the file whole or not at all (:func:`write_whole`), with checksums of its description and its pieces.
 
     Args:
         path: The file.
@@ -50,42 +57,41 @@ def write_anchors(
         save_id: The same in all files of one sharded save.
 
     Raises:
-        ValueError: ``path`` is a folder, or lies in one that does not exist.
+        ValueError: ``path`` is a folder, a device or a pipe, or lies in a folder that does not exist.
+        OSError: the file cannot be written, for want of space for example.
     """
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        raise ValueError(
-            f"path: got {str(target)!r}, expected a file name in an existing folder; create the folder first"
-        )
     left_out_of = {name: [piece for owner, piece in left_out if owner == name] for name in contents.anchors}
+    records = {
+        name: _record(name, anchor, contents.fingerprints.get(name), left_out_of[name])
+        for name, anchor in contents.anchors.items()
+    }
     description = {
         "format": FORMAT,
         "version": VERSION,
-        "weights": [
-            _record(name, anchor, contents.fingerprints.get(name), left_out_of[name])
-            for name, anchor in contents.anchors.items()
-        ],
+        "weights": list(records.values()),
         "skipped": dict(contents.skipped),
         "save_id": save_id,
     }
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        save_file(
-            _tensors(contents.anchors, left_out), temporary, metadata={"format": "pt", FORMAT: json.dumps(description)}
-        )
-        # The name must not outlive the data in a crash.
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    pieces = _pieces(contents.anchors, left_out)
+    for name, piece, tensor in pieces:
+        records[name]["checksums"][piece] = blank_checksums(tuple(tensor.shape), tensor.element_size())
+    with write_whole(path) as file:
+        # The checksums are known when the pieces have gone to the file, one after the other, and have a fixed width.
+        file.write(_header(description, pieces))
+        for name, piece, tensor in pieces:
+            records[name]["checksums"][piece] = write_piece(file, tensor.to("cpu").contiguous())
+        file.seek(0)
+        file.write(_header(description, pieces))
 
 
 class AnchorFile:
     """One file that :func:`write_anchors` wrote, open for reading; a context manager.
 
+    Attributes:
+        has_checksums: whether what is read is checked; files of earlier versions have no checksums.
+
     Raises:
-        ValueError: it is no such file, of another version, or incomplete; the message names the path.
+        ValueError: it is no such file, of another version, damaged or incomplete; the message names the path.
         FileNotFoundError: there is no such file.
     """
 
@@ -93,6 +99,7 @@ class AnchorFile:
         self.path = Path(path)
         if self.path.is_dir():
             raise ValueError(f"path: got the folder {str(self.path)!r}, expected a file that Anchors.save wrote")
+        check_regular(self.path, self.path)
         try:
             self._open = safe_open(self.path, framework="pt", device="cpu")
             self._file: Any = self._open.__enter__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -100,8 +107,10 @@ class AnchorFile:
             raise ValueError(
                 f"{self.path}: got no readable safetensors file ({error}), expected one from Anchors.save"
             ) from error
-        self._description = _description(self.path, self._file.metadata())
+        metadata = self._file.metadata() or {}
+        self._description = _description(self.path, metadata)
         self.records = _records(self.path, self._description)
+        self.has_checksums = _check_description(self.path, metadata, self.records)
         self._keys = set(self._file.keys())
         _check_tensors(self.path, self._keys, self.records)
 
@@ -115,19 +124,23 @@ class AnchorFile:
         return self._description.get("save_id")
 
     def shard(self, name: str) -> Shard:
-        """Read the shard of the weight that the file's pieces belong to."""
+        """Return the shard of the weight that the file's pieces belong to."""
         record = self.records[name]
-        try:
-            return _shard_from_json(tuple(record["shape"]), record.get("part"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: {name}: {describe_error(error)}") from error
+        return _shard_from_json(tuple(record["shape"]), record.get("part"))
 
     def has(self, name: str, piece: str) -> bool:
         return name in self.records and _key(name, piece) in self._keys
 
-    def read(self, name: str, piece: str) -> Any:
-        """Return a lazy tensor: indexing it reads the indexed elements alone into memory."""
-        return self._file.get_slice(_key(name, piece))
+    def read(self, name: str, piece: str) -> StoredPiece:
+        """Return a piece, of which the rows that are asked for are read into memory alone.
+
+        Raises:
+            ValueError: the record has no checksums of the piece, though the file has checksums.
+        """
+        checksums = None
+        if self.has_checksums:
+            checksums = self.records[name].get("checksums", {}).get(piece, "none")
+        return StoredPiece(self._file.get_slice(_key(name, piece)), checksums)
 
     def fingerprint(self, name: str) -> Fingerprint | None:
         record = self.records[name].get("fingerprint")
@@ -155,6 +168,7 @@ def _record(name: str, anchor: Anchor, fingerprint: Fingerprint | None, left_out
         "fingerprint": None if fingerprint is None else fingerprint.to_json(),
         "part": None if anchor.part is None else _shard_to_json(anchor.part),
         "left_out": left_out,
+        "checksums": {},
     }
 
 
@@ -170,41 +184,67 @@ def _shard_to_json(shard: Shard) -> dict[str, Any]:
 def _shard_from_json(shape: tuple[int, int], record: Any) -> Shard:
     if record is None:
         return Shard.whole(shape)
-    rows, cols, flat = (
-        None if record[key] is None else tuple(map(int, record[key])) for key in ("rows", "cols", "flat")
-    )
-    return Shard(shape, rows, cols, flat, bool(record["alone"]))  # type: ignore[arg-type]
+    rows, cols = (_span(record, key, size) for key, size in zip(("rows", "cols"), shape, strict=True))
+    flat = None if record["flat"] is None else _span(record, "flat", shape[0] * shape[1])
+    shard = Shard(shape, rows, cols, flat, bool(record["alone"]))
+    if flat is not None and Shard.range(shape, *flat).bounds != shard.bounds:
+        raise ValueError(f"part: got {record!r}, expected the rows and columns that the range {flat} touches")
+    return shard
 
 
-def _tensors(anchors: Mapping[str, Anchor], left_out: Collection[tuple[str, str]]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, anchor in anchors.items():
-        for piece, tensor in anchor.pieces().items():
-            if (name, piece) in left_out:
-                continue
-            stored = tensor.to("cpu").contiguous()
-            # safetensors refuses tensors that share memory, as those of one anchor under two names do. Empty tensors
-            # all have the same address, and may share it.
-            storage = stored.untyped_storage().data_ptr()
-            tensors[_key(name, piece)] = stored.clone() if storage in seen and stored.numel() else stored
-            seen.add(storage)
-    return tensors
+def _span(part: Any, key: str, size: int) -> tuple[int, int]:
+    span = part[key]
+    if not (isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)):
+        raise ValueError(f"part: got {key} {span!r}, expected two ints")
+    if not 0 <= span[0] <= span[1] <= size:
+        raise ValueError(f"part: got {key} {span!r}, expected a range within 0 and {size}")
+    return span[0], span[1]
+
+
+def _pieces(anchors: Mapping[str, Anchor], left_out: Collection[tuple[str, str]]) -> list[tuple[str, str, Tensor]]:
+    """List (weight, piece, tensor) in the file's order: wider elements first, so that all are aligned."""
+    pieces = [
+        (name, piece, tensor)
+        for name, anchor in anchors.items()
+        for piece, tensor in anchor.pieces().items()
+        if (name, piece) not in left_out
+    ]
+    return sorted(pieces, key=lambda item: (-item[2].element_size(), _key(item[0], item[1])))
+
+
+def _header(description: Mapping[str, Any], pieces: list[tuple[str, str, Tensor]]) -> bytes:
+    """Write what precedes the tensors of a safetensors file: the length of the header, and the header."""
+    text = json.dumps(description)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", FORMAT: text, CHECKSUM: checksum_bytes(text.encode())}}
+    end = 0
+    for name, piece, tensor in pieces:
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[_key(name, piece)] = {
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def _key(name: str, piece: str) -> str:
     return f"{name}:{piece}"
 
 
-def _description(source: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    text = (metadata or {}).get(FORMAT)
+def _description(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata.get(FORMAT)
     if text is None:
         raise ValueError(
             f"{source}: got a safetensors file without {FORMAT!r} in its metadata, expected one from Anchors.save"
         )
+    checksum = checksum_bytes(text.encode())
+    if metadata.get(CHECKSUM, checksum) != checksum:
+        raise _damage_error(source, f"checksum {checksum}, expected {metadata[CHECKSUM]}")
     try:
         description = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise _damage_error(source, str(error)) from error
     version = description.get("version") if isinstance(description, dict) else None
     if version != VERSION:
@@ -215,7 +255,18 @@ def _description(source: Path, metadata: Mapping[str, str] | None) -> dict[str, 
     skipped = description.get("skipped")
     if not isinstance(skipped, dict) or not all(isinstance(reason, str) for reason in skipped.values()):
         raise _damage_error(source, "skipped: no reasons by name")
+    if not isinstance(description.get("save_id"), (str, type(None))):
+        raise _damage_error(source, "save_id: no name")
     return dict(description)
+
+
+def _check_description(source: Path, metadata: Mapping[str, str], records: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether the file has checksums."""
+    if CHECKSUM in metadata:
+        return True
+    if any("checksums" in record for record in records.values()):
+        raise _damage_error(source, f"no {CHECKSUM!r} in the metadata, though its pieces have checksums")
+    return False
 
 
 def _records(source: Path, description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -226,10 +277,33 @@ def _records(source: Path, description: Mapping[str, Any]) -> dict[str, dict[str
     records: dict[str, dict[str, Any]] = {}
     for record in listed:
         name = record.get("name") if isinstance(record, dict) else None
-        if not isinstance(name, str) or name in records or record.get("form") not in PIECES:
+        form = record.get("form") if isinstance(record, dict) else None
+        if not isinstance(name, str) or name in records or not isinstance(form, str) or form not in PIECES:
             raise damage
+        try:
+            _check_record(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {name}: {describe_error(error)}") from error
         records[name] = record
     return records
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Check what is needed to read the pieces; :class:`Anchor` checks the rest."""
+    shape, rank, left_out = record["shape"], record["rank"], record.get("left_out", [])
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size >= 1 for size in shape)):
+        raise ValueError(f"shape: got {shape!r}, expected (m, n), two positive ints; the record is damaged")
+    if type(rank) is not int or not 1 <= rank <= min(shape):
+        raise ValueError(f"rank: got {rank!r}, expected an int between 1 and {min(shape)}; the record is damaged")
+    if not isinstance(record["dtype"], str) or record["dtype"] not in DTYPE_OF:
+        raise KeyError(record["dtype"])
+    if not isinstance(left_out, list) or not all(isinstance(piece, str) for piece in left_out):
+        raise ValueError(f"left_out: got {left_out!r}, expected a list of pieces; the record is damaged")
+    for key in ("energy", "arithmetic"):
+        record[key]
+    if not isinstance(record.get("checksums", {}), dict):
+        raise ValueError("checksums: got none by piece, expected an object; the record is damaged")
+    _shard_from_json((shape[0], shape[1]), record.get("part"))
 
 
 def _check_tensors(source: Path, present: set[str], records: Mapping[str, Mapping[str, Any]]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor
 from ..distributed import LocalWeight, Rect, Shard
 from ..distributed.shard import Span
 from .anchor import Anchor
+from .checksums import StoredPiece
 from .file_format import DTYPE_OF, PIECES, AnchorFile, Contents, describe_error
 
 INDEX = "anchors.json"
+_SHARED_FACTS = ("shape", "dtype", "rank", "form", "energy")
 
 
 def read_anchors(
@@ -34,17 +37,25 @@ def read_anchors(
             over several ranks gets the anchor of its shard, any other that of the whole.
 
     Raises:
-        ValueError: it is no such file or folder, of another version, incomplete, or its values are not finite; the
-            message names the path and the weight.
+        ValueError: it is no such file or folder, of another version, incomplete, or its values are damaged or not
+            finite; the message names the path and the weight.
         FileNotFoundError: there is no such file.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(AnchorFile(file)) for file in _files(Path(path))]
-        if len({file.save_id for file in files}) > 1 or any(list(f.records) != list(files[0].records) for f in files):
+        if len({file.save_id for file in files}) > 1 or any(_facts(f) != _facts(files[0]) for f in files):
             raise ValueError(f"{path}: got files of different saves, expected those of one; save the anchors again")
+        if not all(file.has_checksums for file in files):
+            warnings.warn(
+                f"{path}: got a file without checksums, of an earlier version of this package: damaged values in it go "
+                "unseen unless they are NaN or infinite; save the anchors again to add checksums",
+                UserWarning,
+                # The caller of Anchors.load.
+                stacklevel=3,
+            )
         weights: Mapping[str, LocalWeight] = {}
         if locate is not None:
-            weights = locate({name: int(record.get("rank", 1)) for name, record in files[0].records.items()})
+            weights = locate({name: record["rank"] for name, record in files[0].records.items()})
         anchors, fingerprints = {}, {}
         for name, record in files[0].records.items():
             weight = weights.get(name)
@@ -59,6 +70,11 @@ def read_anchors(
         return Contents(anchors, fingerprints, files[0].skipped)
 
 
+def _facts(file: AnchorFile) -> dict[str, tuple[Any, ...]]:
+    """Return what all files of one save say of each weight."""
+    return {name: tuple(record[key] for key in _SHARED_FACTS) for name, record in file.records.items()}
+
+
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
@@ -67,9 +83,15 @@ def _files(path: Path) -> list[Path]:
         raise ValueError(f"path: got the folder {str(path)!r} without {INDEX}, expected one that Anchors.save wrote")
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["files"]
-        return [path / str(name) for name in listed]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index}: got a damaged index ({error}); save the anchors again") from error
+    if not (isinstance(listed, list) and listed and all(isinstance(name, str) for name in listed)):
+        raise ValueError(f"{index}: got a damaged index (files {listed!r}); save the anchors again")
+    if len(set(listed)) < len(listed) or any(os.path.basename(name) != name for name in listed):
+        raise ValueError(
+            f"{index}: got files {listed!r}, expected distinct names in the folder; save the anchors again"
+        )
+    return [path / name for name in listed]
 
 
 class _Assembly:
@@ -104,12 +126,16 @@ class _Assembly:
             part=shard,
         )
 
-    def _sources(self, piece: str) -> Iterator[tuple[int, Any]]:
+    def _sources(self, piece: str) -> list[tuple[int, StoredPiece]]:
+        """List the files that have ``piece``, by number."""
+        sources = []
         for i, file in enumerate(self._files):
             if file.has(self._name, piece):
-                source = file.read(self._name, piece)
-                self._check_shape(piece, tuple(source.get_shape()), self._shards[i])
-                yield i, source
+                with _prefix_errors(piece):
+                    source = file.read(self._name, piece)
+                self._check_shape(piece, source.shape, self._shards[i])
+                sources.append((i, source))
+        return sources
 
     def _check_shape(self, piece: str, shape: tuple[int, ...], shard: Shard) -> None:
         rank, (rows, cols) = self._record["rank"], shard.bounds.shape
@@ -126,42 +152,55 @@ class _Assembly:
 
     def _read_rows(self, piece: str, span: Span, spans: list[Span]) -> Tensor:
         """Read the rows ``span`` of a basis, of which each file holds the rows ``spans[file]``."""
-        result: Tensor | None = None
+        ranges: list[tuple[StoredPiece, int, Span]] = []
         missing = span[0]
-        for i, source in sorted(self._sources(piece), key=lambda numbered: spans[numbered[0]]):
+        sources = sorted(self._sources(piece), key=lambda numbered: spans[numbered[0]])
+        for i, source in sources:
             begin, end = spans[i]
             stop = min(end, span[1])
-            if result is None:
-                result = source[:0].new_empty((span[1] - span[0], source.get_shape()[1]))
             if begin <= missing < stop:
-                result[missing - span[0] : stop - span[0]] = source[missing - begin : stop - begin]
+                ranges.append((source, begin, (missing, stop)))
                 missing = stop
-        if result is None or missing < span[1]:
+        if not sources or missing < span[1]:
             raise ValueError(f"got no rows {missing}:{span[1]} of {piece!r} in the files; save the anchors again")
+        with _prefix_errors(piece):
+            result = sources[0][1].allocate((span[1] - span[0], sources[0][1].shape[1]))
+            for source, begin, (first, stop) in ranges:
+                for row, rows in source.blocks(first - begin, stop - begin):
+                    at = row + begin - span[0]
+                    result[at : at + len(rows)] = rows
         return result
 
     def _read_base(self, target: Shard) -> Tensor:
-        result: Tensor | None = None
-        filled = 0
-        for i, source in self._sources("base"):
-            stored = self._shards[i]
-            if result is None:
-                result = source[:0].new_empty(target.local_shape)
-            offset = 0
-            for rect in stored.rects:
-                for wanted, view in target.views(result):
-                    common = rect.common(wanted)
-                    if common is not None:
-                        view[common.within(wanted)] = _read_rectangle(source, stored, rect, offset, common)
-                        filled += common.shape[0] * common.shape[1]
-                offset += rect.shape[0] * rect.shape[1]
-        if result is None or filled != target.numel:
-            raise ValueError(f"got {filled} elements of 'base' in the files, expected {target.numel}; save them again")
+        sources = self._sources("base")
+        # What is missing is found before memory for it is asked for.
+        found = sum(
+            common.shape[0] * common.shape[1]
+            for i, _ in sources
+            for rect in self._shards[i].rects
+            for wanted in target.rects
+            if (common := rect.common(wanted)) is not None
+        )
+        if not sources or found != target.numel:
+            raise ValueError(f"got {found} elements of 'base' in the files, expected {target.numel}; save them again")
+        with _prefix_errors("base"):
+            result = sources[0][1].allocate(target.local_shape)
+            for i, source in sources:
+                stored, offset = self._shards[i], 0
+                for rect in stored.rects:
+                    for wanted, view in target.views(result):
+                        common = rect.common(wanted)
+                        if common is not None:
+                            _read_rectangle(source, stored, rect, offset, common, view[common.within(wanted)])
+                    offset += rect.shape[0] * rect.shape[1]
         return result
 
     def _read_block(self, target: Shard) -> tuple[Tensor, str | None]:
         """Read the block of ``target``: as stored for that shard, or for a whole weight the sum of all blocks."""
-        blocks = [(self._shards[i], source[:]) for i, source in self._sources("block")]
+        with _prefix_errors("block"):
+            blocks = [(self._shards[i], source.read(0, source.shape[0])) for i, source in self._sources("block")]
+        if not blocks:
+            raise ValueError("got no 'block' in the files; save the anchors again")
         for shard, block in blocks:
             if shard == target or (shard.is_whole and target.is_whole):
                 return block.clone(), self._record["arithmetic"]
@@ -172,12 +211,21 @@ class _Assembly:
         return (total if target.is_whole else torch.zeros_like(total)), None
 
 
-def _read_rectangle(source: Any, stored: Shard, rect: Rect, offset: int, wanted: Rect) -> Tensor:
+def _read_rectangle(source: StoredPiece, stored: Shard, rect: Rect, offset: int, wanted: Rect, out: Tensor) -> None:
     """Read ``wanted`` from ``rect`` of a stored shard, whose elements begin at ``offset`` in a flat ``source``."""
     rows, cols = wanted.within(rect)
     if stored.flat is None:
-        elements: Tensor = source[rows, cols]
-        return elements
-    width = rect.shape[1]
-    lines: Tensor = source[offset + rows.start * width : offset + rows.stop * width]
-    return lines.view(-1, width)[:, cols]
+        for row, block in source.blocks(rows.start, rows.stop):
+            out[row - rows.start : row - rows.start + len(block)] = block[:, cols]
+    else:
+        width = rect.shape[1]
+        lines = source.read(offset + rows.start * width, offset + rows.stop * width)
+        out.copy_(lines.view(-1, width)[:, cols])
+
+
+@contextmanager
+def _prefix_errors(piece: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{piece}: {error}") from error

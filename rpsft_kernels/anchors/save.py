@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ..distributed import Shard
 from .file_format import Contents, write_anchors
 from .load import INDEX
+from .whole_file import remove_stale, write_whole
 
 
 def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
@@ -20,17 +21,21 @@ def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
 
     Rows of U and V that several ranks hold are written by the first of them.
 
+    A symbolic link to a folder is followed.
+
     Raises:
-        ValueError: ``path`` is a file, or lies in a folder that does not exist; or another rank could not write.
+        ValueError: ``path`` is a file, or lies in a folder that does not exist; or a rank could not write.
     """
-    folder = Path(path)
+    folder = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     rank, size = dist.get_rank(), dist.get_world_size()
     held: list[Any] = [None] * size
     dist.all_gather_object(held, {name: anchor.held for name, anchor in contents.anchors.items()})
     problem = ""
     if rank == 0:
         try:
-            _make_folder(folder)
+            _make_folder(folder, path)
+        except OSError as error:
+            problem = f"path: the anchors were not saved: rank {rank}: {error}"
         except ValueError as error:
             problem = str(error)
     decision: list[Any] = [(problem, uuid.uuid4().hex)]
@@ -41,29 +46,41 @@ def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
     name = f"rank-{rank:05d}-of-{size:05d}.safetensors"
     try:
         write_anchors(folder / name, contents, _pieces_of_earlier_ranks(held, rank), save_id)
-    except (OSError, ValueError) as error:
-        problem = f"rank {rank}: {error}"
+    except Exception as error:
+        # Whatever it is, the other ranks wait for the outcome.
+        problem = f"rank {rank}: {_describe(error)}"
     outcomes: list[Any] = [None] * size
     dist.all_gather_object(outcomes, (problem, name))
     problems = [outcome[0] for outcome in outcomes if outcome[0]]
     if problems:
         raise ValueError(f"path: the anchors were not saved: {'; '.join(problems)}")
     if rank == 0:
-        temporary = folder / f".{INDEX}.{save_id}.tmp"
-        temporary.write_text(json.dumps({"files": [outcome[1] for outcome in outcomes]}), encoding="utf-8")
-        os.replace(temporary, folder / INDEX)
-    dist.barrier()
+        try:
+            with write_whole(folder / INDEX) as file:
+                file.write(json.dumps({"files": [outcome[1] for outcome in outcomes]}).encode())
+        except Exception as error:
+            problem = f"rank {rank}: {_describe(error)}"
+    decision = [problem]
+    dist.broadcast_object_list(decision, src=0)
+    if decision[0]:
+        raise ValueError(f"path: the anchors were not saved: {decision[0]}")
 
 
-def _make_folder(folder: Path) -> None:
-    if folder.is_file() or not folder.parent.is_dir():
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+
+
+def _make_folder(folder: Path, path: str | os.PathLike[str]) -> None:
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink() or not folder.parent.is_dir()):
         raise ValueError(
-            f"path: got {str(folder)!r}, expected a folder, new or of an earlier save, in one that exists: anchors "
+            f"path: got {str(path)!r}, expected a folder, new or of an earlier save, in one that exists: anchors "
             "of a sharded model are saved as one file per rank"
         )
     folder.mkdir(exist_ok=True)
     # Until the new index is there, the folder is no save: its files are being replaced.
     (folder / INDEX).unlink(missing_ok=True)
+    # Also those of earlier saves by another number of ranks.
+    remove_stale(folder, r"rank-\d+-of-\d+\.safetensors")
 
 
 def _pieces_of_earlier_ranks(held: list[dict[str, Shard]], rank: int) -> set[tuple[str, str]]:
