@@ -12,7 +12,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from .. import ops
 from ..checks import dtype_name
-from ..distributed import LocalWeight, assign_shards, find_parameters
+from ..distributed import LocalWeight, ParameterRef, assign_shards, find_parameters
 from ..distributed.partition import Layout
 from .anchor import Anchor
 from .build import build_anchors
@@ -24,6 +24,7 @@ from .memory import AnchorMemory, anchor_memory, format_bytes
 from .save import save_sharded
 from .select import Patterns, select_weights
 from .summary import table
+from .ties import check_ties, find_broken_ties
 from .verify import find_differences
 
 
@@ -219,9 +220,11 @@ class Anchors(Mapping[str, Anchor]):
 
         Raises:
             ValueError: lists every anchored weight that the model lacks or has in another shape or dtype or
-                with other values, or whose fingerprint was never taken (anchors that were built by hand).
+                with other values, or whose fingerprint was never taken (anchors that were built by hand); and
+                every parameter that was tied to an anchored one and is not now, or the other way round.
         """
         problems = find_differences(self._anchors, self._fingerprints, _locate_anchored(self._anchors, model))
+        problems += find_broken_ties(self._anchors, self._skipped, find_parameters(model))
         if problems:
             listed = "\n  ".join(problems)
             raise ValueError(
@@ -298,6 +301,16 @@ class Anchors(Mapping[str, Anchor]):
 
     def _with(self, anchors: Mapping[str, Anchor]) -> Anchors:
         return Anchors(anchors, fingerprints=self._fingerprints, skipped=self._skipped)
+
+
+def check_ties_of(anchors: Mapping[str, Anchor], parameters: Mapping[str, ParameterRef]) -> None:
+    """Raise a ValueError if a model's parameters are tied otherwise than when these anchors were made.
+
+    A mapping that was put together by hand knows of no ties.
+    """
+    if isinstance(anchors, Anchors):
+        # The plain dictionary, because torch.compile of torch 2.6 traces no proxies of one.
+        check_ties(anchors._anchors, anchors._skipped, parameters)
 
 
 def _locate_anchored(anchors: Mapping[str, Anchor], model: nn.Module) -> dict[str, LocalWeight]:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from ..checks import DTYPES, dtype_name
 from ..distributed import LocalWeight, ParameterRef, find_parameters
 from .not_weights import find_non_weights
+from .ties import describe_tie
 
 Patterns = str | Sequence[str] | None
 
@@ -50,7 +51,7 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
     for name, reference in parameters.items():
         aliases = names[reference.identity]
         if name != aliases[0]:
-            skipped[name] = f"tied to {aliases[0]}"
+            skipped[name] = describe_tie(aliases[0])
             continue
         reason = _reason_excluded(aliases, excluded)
         if reason is None and not _is_included(aliases, included):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anchors.anchor import Anchor
+from ..anchors.collection import check_ties_of
 from ..checks import check_weight, dtype_name
 from ..distributed import (
     LocalWeight,
@@ -80,8 +81,8 @@ def pair(
         parameters: the module's parameters, if the caller has found them already.
 
     Raises:
-        ValueError: a type is wrong, lengths differ, an anchored parameter is missing, or a weight does not fit its
-            anchor.
+        ValueError: a type is wrong, lengths differ, an anchored parameter is missing or tied otherwise than when it was
+            anchored, or a weight does not fit its anchor.
     """
     if isinstance(weights, nn.Module):
         return _pair_by_name(anchors, find_parameters(weights) if parameters is None else parameters)
@@ -145,6 +146,8 @@ def _pair_by_name(anchors: object, parameters: Mapping[str, ParameterRef]) -> li
     paired = _assign_work(paired)
     for anchored in paired:
         _check(anchored)
+    # This comes last, because a module that is moved to another device may lose its ties there.
+    check_ties_of(anchors, parameters)
     return paired
 
 
