@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
@@ -18,6 +19,7 @@ from .anchor import Anchor
 from .build import build_anchors
 from .file_format import Contents, write_anchors
 from .fingerprint import Fingerprint
+from .left_out import describe_left_out
 from .load import read_anchors
 from .make import AnchorOptions
 from .memory import AnchorMemory, anchor_memory, format_bytes
@@ -101,12 +103,19 @@ class Anchors(Mapping[str, Anchor]):
         adapters, and parametrised weights (weight_norm, spectral_norm, pruning), whose effective weight is not a
         parameter. :meth:`Anchor.from_weight` anchors any tensor that you know to be a weight all the same.
 
+        Where a fifth or more of the elements of floating-point parameters of two or more dimensions gets no anchor
+        though no glob leaves it out (experts as 3-D parameters, for example), a UserWarning names the largest, with
+        their shares.
+
         Raises:
             ValueError: a glob matches no parameter; nothing is left to anchor; a weight is on the meta device or not
                 finite (the message names it), or sharded in a way that is not known; or an argument is invalid.
         """
         options = AnchorOptions(rank, keep_base, basis_dtype)
         selection = select_weights(model, include, exclude)
+        left_out = describe_left_out(selection)
+        if left_out is not None:
+            warnings.warn(left_out, UserWarning, stacklevel=2)
         weights = assign_shards(selection.chosen, options.effective_ranks(selection.chosen))
         built: dict[str, tuple[Anchor, Fingerprint]] = {}
         building = build_anchors(weights, options)

@@ -21,10 +21,14 @@ Patterns = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class Selection:
-    """Parameters by canonical name: ``chosen`` are to be anchored, ``skipped`` has the reason for each other one."""
+    """Parameters by canonical name: ``chosen`` are to be anchored, ``skipped`` has the reason for each other one.
+
+    ``elements`` counts those of every floating-point parameter of two or more dimensions that the globs admit.
+    """
 
     chosen: dict[str, LocalWeight]
     skipped: dict[str, str]
+    elements: dict[str, int]
 
 
 def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> Selection:
@@ -48,6 +52,7 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
 
     chosen: dict[str, LocalWeight] = {}
     skipped: dict[str, str] = {}
+    elements: dict[str, int] = {}
     for name, reference in parameters.items():
         aliases = names[reference.identity]
         if name != aliases[0]:
@@ -59,6 +64,8 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
         if reason is None:
             if is_lazy(reference.parameter):
                 raise ValueError(f"{name}: got an uninitialised lazy parameter; run one forward pass first")
+            if len(reference.shape) > 1 and reference.dtype.is_floating_point:
+                elements[name] = math.prod(reference.shape)
             reason = _first_reason(aliases, non_weights) or _reason_unsuitable(reference)
         if reason is None:
             chosen[name] = reference.locate(name)
@@ -71,7 +78,7 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
             "2-D floating point parameter: anchors for nothing would regularise nothing; widen include or "
             "narrow exclude"
         )
-    return Selection(chosen, skipped)
+    return Selection(chosen, skipped, elements)
 
 
 def _check_patterns(given: Patterns, argument: str, names: Mapping[str, object]) -> Sequence[str] | None:
