@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,41 +28,107 @@ def build_anchors(
 
     Raises:
         ValueError: a weight cannot be anchored, here or on another rank; the message names it.
+        RuntimeError: its subspaces cannot be computed; every rank raises it, with the weight's name.
     """
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, dict[str, LocalWeight]] = {}
     for name, weight in weights.items():
         if weight.group is not None:
-            groups.setdefault(weight.group_name, []).append(name)
+            groups.setdefault(weight.group_name, {})[name] = weight
+    shards = _agree(groups, options)
+    for name, weight in weights.items():
+        if weight.group is not None:
             continue
         try:
             values = weight.values()
             solution, basis = solve(values, options)
             anchor = Anchor(**anchor_fields(values, weight.shard, solution, basis, options))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        except Exception as error:
+            if type(error) not in (ValueError, RuntimeError):
+                raise
+            raise type(error)(f"{name}: {error}") from error
         yield name, anchor, Fingerprint.of(name, values)
-    for names in groups.values():
-        yield from _build_together({name: weights[name] for name in names}, options)
+    for group_name, members in groups.items():
+        shards_by_rank = shards[group_name]
+        group = next(iter(members.values())).group
+        assert group is not None
+        for solvers in _assign_solvers(members, shards_by_rank):
+            yield from _Round(solvers, members, shards_by_rank, options, group).run()
 
 
-def _build_together(
-    weights: dict[str, LocalWeight], options: AnchorOptions
-) -> Iterator[tuple[str, Anchor, Fingerprint]]:
-    group = next(iter(weights.values())).group
-    assert group is not None
-    gathered: list[Any] = [None] * group.size()
-    dist.all_gather_object(gathered, {name: weight.shard for name, weight in weights.items()}, group=group)
-    if any(list(shards) != list(weights) for shards in gathered):
-        raise ValueError(
-            "model: got other parameters to anchor on other ranks, expected the same include and exclude on all"
+@dataclass(frozen=True)
+class _Statement:
+    """One rank's part in the agreement on what is anchored, and how.
+
+    Attributes:
+        options: the properties that all anchors share.
+        dtypes: the dtype of each weight of the group, by name.
+        shards: the shard of each weight that lies on that rank.
+        failed: whether that rank has seen a disagreement in another group.
+    """
+
+    options: AnchorOptions
+    dtypes: dict[str, torch.dtype]
+    shards: dict[str, Shard]
+    failed: bool
+
+
+def _agree(
+    groups: Mapping[str, Mapping[str, LocalWeight]], options: AnchorOptions
+) -> dict[str, dict[str, list[Shard]]]:
+    """Return every rank's shard of each weight, by group and name, once all ranks mean the same anchors.
+
+    A rank of several groups carries the disagreement of one into the others, in the second round at the latest.
+
+    Raises:
+        ValueError: ranks differ in their options or weights. Nothing has been computed or sent.
+    """
+    shards: dict[str, dict[str, list[Shard]]] = {}
+    problem = ""
+    for _ in range(min(2, len(groups))):
+        for group_name, weights in groups.items():
+            group = next(iter(weights.values())).group
+            assert group is not None
+            own = _Statement(
+                options=options,
+                dtypes={name: weight.dtype for name, weight in weights.items()},
+                shards={name: weight.shard for name, weight in weights.items()},
+                failed=bool(problem),
+            )
+            gathered: list[Any] = [None] * group.size()
+            dist.all_gather_object(gathered, own, group=group)
+            problem = problem or _find_disagreement(gathered, group)
+            if not problem:
+                shards[group_name] = {name: [statement.shards[name] for statement in gathered] for name in weights}
+    if problem:
+        raise ValueError(problem)
+    return shards
+
+
+def _find_disagreement(statements: Sequence[_Statement], group: dist.ProcessGroup) -> str:
+    """Return the message for ranks that do not mean the same anchors; "" where they do."""
+    for field in dataclasses.fields(AnchorOptions):
+        given = [getattr(statement.options, field.name) for statement in statements]
+        if len(set(given)) > 1:
+            said = ", ".join(f"{value} on rank {dist.get_global_rank(group, i)}" for i, value in enumerate(given))
+            return (
+                f"{field.name}: got {said}, expected the same on every rank: Anchors.from_model is one call of all "
+                "ranks with the same arguments; no anchor was made"
+            )
+    weights = [
+        (list(statement.dtypes.items()), [s.shape for s in statement.shards.values()]) for statement in statements
+    ]
+    if any(other != weights[0] for other in weights):
+        return (
+            "model: got other parameters to anchor on other ranks (names, shapes or dtypes differ), expected the same "
+            "model, include and exclude on all"
         )
-    shards_by_rank = {name: [shards[name] for shards in gathered] for name in weights}
-    for solvers in _assign_solvers(weights, shards_by_rank):
-        yield from _Round(solvers, weights, shards_by_rank, options, group).run()
+    if any(statement.failed for statement in statements):
+        return "model: another rank refused this call for a reason that it raises itself; no anchor was made"
+    return ""
 
 
 def _assign_solvers(
-    weights: dict[str, LocalWeight], shards_by_rank: dict[str, list[Shard]]
+    weights: Mapping[str, LocalWeight], shards_by_rank: Mapping[str, list[Shard]]
 ) -> Iterator[dict[str, int]]:
     """Name the solver of each weight, round by round: a rank solves at most one weight a round, the dearest first."""
 
@@ -83,11 +150,15 @@ def _assign_solvers(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The message of a weight's solver to the other ranks: a solution, or in ``problem`` why there is none."""
+    """The message of a weight's solver to the other ranks: a solution, or in ``problem`` why there is none.
+
+    ``refused`` says whether that is a ValueError, which the caller can do something about.
+    """
 
     solution: Solution | None = None
     fingerprint: Fingerprint | None = None
     problem: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,9 +173,9 @@ class _Round:
         group: the processes that hold the weights.
     """
 
-    solvers: dict[str, int]
-    weights: dict[str, LocalWeight]
-    shards_by_rank: dict[str, list[Shard]]
+    solvers: Mapping[str, int]
+    weights: Mapping[str, LocalWeight]
+    shards_by_rank: Mapping[str, list[Shard]]
     options: AnchorOptions
     group: dist.ProcessGroup
 
@@ -149,10 +220,12 @@ class _Round:
         for name, whole in gathered.items():
             try:
                 solution, basis = solve(whole, self.options)
-            except ValueError as error:
-                outcomes[name] = _Outcome(problem=f"{name}: {error}")
+                outcomes[name] = _Outcome(solution, Fingerprint.of(name, whole))
+            except Exception as error:
+                # Whatever it is, the other ranks wait for the outcome.
+                kind = "" if type(error) in (ValueError, RuntimeError) else f"{type(error).__name__}: "
+                outcomes[name] = _Outcome(problem=f"{name}: {kind}{error}", refused=isinstance(error, ValueError))
                 continue
-            outcomes[name] = _Outcome(solution, Fingerprint.of(name, whole))
             if basis is not None:
                 basis_by_name[name] = basis
         return outcomes, basis_by_name
@@ -161,14 +234,15 @@ class _Round:
         """Tell every rank each weight's outcome, in the order of ``solvers``.
 
         Raises:
-            ValueError: a weight could not be solved.
+            ValueError: a weight was refused.
+            RuntimeError: a weight could not be solved.
         """
         gathered: list[Any] = [None] * self.group.size()
         dist.all_gather_object(gathered, own, group=self.group)
         outcomes: dict[str, _Outcome] = {name: gathered[solver][name] for name, solver in self.solvers.items()}
         for outcome in outcomes.values():
             if outcome.problem:
-                raise ValueError(outcome.problem)
+                raise (ValueError if outcome.refused else RuntimeError)(outcome.problem)
         return outcomes
 
     def _scatter(self, whole_basis_by_name: dict[str, Basis]) -> dict[str, Basis]:
