@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
+import rpsft_kernels as rk
 import rpsft_kernels.anchors.subspace as subspace
+from rpsft_kernels.anchors.make import AnchorOptions, solve
 from rpsft_kernels.anchors.subspace import top_subspaces
 
 
@@ -156,3 +162,125 @@ def test_not_finite(value: float) -> None:
     weight[2, 1] = value
     with pytest.raises(ValueError, match="weight: got NaN or infinity"):
         top_subspaces(weight, 1)
+
+
+def _fail(times: int, monkeypatch: pytest.MonkeyPatch, solver: str = "eigh", error: str = "did not converge") -> None:
+    """Let the first calls of a solver of torch.linalg fail."""
+    solve, calls = getattr(torch.linalg, solver), iter(range(times))
+
+    def fail(matrix: Tensor) -> Any:
+        if next(calls, None) is not None:
+            raise torch.linalg.LinAlgError(f"linalg.{solver}: The algorithm {error}.")
+        return solve(matrix)
+
+    monkeypatch.setattr(torch.linalg, solver, fail)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_another_solver_is_tried(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = _matrix(*shape, seed=5)
+    expected = top_subspaces(weight, 7)
+    _fail(1, monkeypatch)
+    message = r"were not found by torch\.linalg\.eigh on the CPU: .*did not converge\.; torch\.linalg\.svd on the"
+    with pytest.warns(UserWarning, match=message):
+        spaces = top_subspaces(weight, 7)
+    # Each vector has the sign that the solver gave it.
+    signs = (spaces.left * expected.left).sum(0).sign()
+    torch.testing.assert_close(spaces.left * signs, expected.left, atol=1e-12, rtol=0)
+    torch.testing.assert_close(spaces.right * signs, expected.right, atol=1e-12, rtol=0)
+    torch.testing.assert_close(spaces.values, expected.values, atol=1e-14, rtol=1e-13)
+    assert spaces.energy == pytest.approx(expected.energy, abs=1e-14)
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(7, 5), torch.ones(6, 9)], ids=["zeros", "ones"])
+def test_another_solver_finds_bases_of_null_directions(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fail(1, monkeypatch)
+    with pytest.warns(UserWarning, match="is tried"):
+        spaces = top_subspaces(weight, 3)
+    _assert_orthonormal(spaces.left)
+    _assert_orthonormal(spaces.right)
+    assert spaces.energy == pytest.approx(1.0, abs=1e-14)
+
+
+def test_values_that_are_not_finite_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = torch.linalg.eigh
+
+    def spoil(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = solve(matrix)
+        return values, vectors * float("nan")
+
+    monkeypatch.setattr(torch.linalg, "eigh", spoil)
+    with pytest.warns(
+        UserWarning, match="eigh on the CPU: RuntimeError: got NaN or infinity; .*svd on the CPU is tried"
+    ):
+        _assert_orthonormal(top_subspaces(_matrix(9, 6), 2).left)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_no_solver_finds_is_told_with_the_weights_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 6))
+    _fail(1, monkeypatch, "eigh")
+    _fail(1, monkeypatch, "svd")
+    failed = r"torch\.linalg\.eigh on the CPU: .*did not converge\.; torch\.linalg\.svd on the CPU: .*did not"
+    with pytest.raises(RuntimeError, match=rf"^0\.weight: weight: its singular subspaces were not found: {failed}"):
+        rk.Anchors.from_model(model, 2, progress=False)
+
+
+class _OnMps(Tensor):
+    """A tensor on the CPU that says that it is on an Apple GPU, and has no float64 there."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> _OnMps:
+        if values.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        wrapper: _OnMps = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, values.shape, values.stride(), values.storage_offset(), dtype=values.dtype, device="mps"
+        )
+        wrapper.values = values
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        leaves = func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
+        if leaves and kwargs.get("dtype") == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        result = func(*tree_map_only(_OnMps, lambda tensor: tensor.values, args), **kwargs)
+        return result if leaves else tree_map_only(Tensor, _OnMps, result)
+
+
+class _WithMps(TorchFunctionMode):
+    """Makes tensors on that GPU, and reads numbers from it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.to and type(args[0]) is Tensor and torch.device("mps") in args:
+            return _OnMps(args[0])
+        if func in (Tensor.__float__, torch.equal):
+            return func(*tree_map_only(_OnMps, lambda tensor: tensor.values, args))
+        if kwargs.get("device") == torch.device("mps"):
+            return _OnMps(func(*args, **{**kwargs, "device": "cpu"}))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(24, 18), (18, 24)])
+def test_a_device_without_float64_leaves_it_to_the_cpu(shape: tuple[int, int]) -> None:
+    weight = _matrix(*shape).float()
+    with pytest.raises(TypeError, match="float64"):
+        _OnMps(weight).to(torch.float64)
+    with _WithMps():
+        spaces = top_subspaces(_OnMps(weight), 4)
+    expected = top_subspaces(weight, 4)
+    assert spaces.left.device.type == "cpu" and torch.equal(spaces.left, expected.left)
+    assert torch.equal(spaces.right, expected.right) and spaces.energy == expected.energy
+    options = AnchorOptions(4)
+    whole, whole_basis = solve(weight, options)
+    with _WithMps():
+        solution, basis = solve(_OnMps(weight), options)
+    assert solution == whole and basis is not None and whole_basis is not None
+    for side, expected_side in ((basis.left, whole_basis.left), (basis.right, whole_basis.right)):
+        assert isinstance(side, _OnMps) and torch.equal(side.values, expected_side)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,10 @@ def test_a_damaged_row_is_seen_by_the_rank_that_reads_it(tmp_path: Path) -> None
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"anchors: .*: got rows .* with checksum .*: the file is damaged"):
         rk.Anchors.load(path)
+
+
+@pytest.mark.parametrize("error", ["did not converge", ""])
+def test_a_rank_that_cannot_solve_a_weight_is_told_to_all(error: str) -> None:
+    first, second = run_ranks(2, anchors_ranks.fail_to_solve, error)
+    expected = f"weight: its singular subspaces were not found: .*{error}" if error else "MemoryError: no memory"
+    assert first == second and re.match(rf"RuntimeError: model\.\S+: {expected}", first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import warnings
 from typing import Any
 
 import torch
@@ -163,4 +164,25 @@ def save_made(path: str) -> str:
         made("rows").save(path)
     except ValueError as error:
         return str(error)
+    return ""
+
+
+def fail_to_solve(error: str) -> str:
+    """Return this rank's error where no solver of rank 1 works."""
+    model = wrapped(llama(), "rows")
+
+    def fail(matrix: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError(error) if error else MemoryError("no memory")
+
+    eigh, svd = torch.linalg.eigh, torch.linalg.svd
+    if dist.get_rank() == 1:
+        torch.linalg.eigh = torch.linalg.svd = fail
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rk.Anchors.from_model(model, RANK, progress=False)
+    except (RuntimeError, ValueError) as raised:
+        return f"{type(raised).__name__}: {raised}"
+    finally:
+        torch.linalg.eigh, torch.linalg.svd = eigh, svd
     return ""

@@ -380,3 +380,11 @@ def test_float64_is_multiplied_as_it_is() -> None:
 def test_a_torch_that_cannot_multiply_into_float32_is_asked_once() -> None:
     # The CPU of every torch raises, as an older torch does on a GPU.
     assert products._multiplies_into_float32(CPU) is False
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_devices_without_float64(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = type("Properties", (), {"has_fp64": has})
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: facts)
+    found = {name: products.has_float64.__wrapped__(torch.device(name)) for name in ("cpu", "cuda", "mps", "xpu")}
+    assert found == {"cpu": True, "cuda": True, "mps": False, "xpu": has}

@@ -77,6 +77,7 @@ def solve(weight: Tensor, options: AnchorOptions) -> tuple[Solution, Basis | Non
     Raises:
         ValueError: the weight is not a dense, finite, non-empty floating point matrix, or ``basis_dtype`` does not suit
             its dtype.
+        RuntimeError: its subspaces cannot be computed.
     """
     check_weight(weight, "weight")
     if weight.numel() == 0:
@@ -88,7 +89,9 @@ def solve(weight: Tensor, options: AnchorOptions) -> tuple[Solution, Basis | Non
     if is_full((weight.shape[0], weight.shape[1]), options.rank):
         return Solution(1.0, base_dtype), None
     spaces = top_subspaces(weight, options.rank)
-    basis = Basis(spaces.left.to(options.basis_dtype), spaces.right.to(options.basis_dtype))
+    # The subspaces of a weight on a device without float64 come on the CPU.
+    left, right = (side.to(options.basis_dtype).to(weight.device) for side in (spaces.left, spaces.right))
+    basis = Basis(left, right)
     return Solution(spaces.energy, base_dtype), basis
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .. import ops
 
 # 64 MiB in float64: long enough for a fast matrix product, small beside any weight that needs cutting.
 _CHUNK_ELEMENTS = 1 << 23
@@ -14,7 +18,7 @@ _CHUNK_ELEMENTS = 1 << 23
 
 @dataclass(frozen=True, eq=False)
 class Subspaces:
-    """Top-k singular subspaces of an (m, n) weight, all in float64 on the weight's device.
+    """Top-k singular subspaces of an (m, n) weight, all in float64, on the weight's device where it has float64.
 
     Attributes:
         left: Shape (m, k), orthonormal columns U.
@@ -28,6 +32,9 @@ class Subspaces:
     right: Tensor
     energy: float
 
+    def to(self, device: torch.device) -> Subspaces:
+        return Subspaces(self.left.to(device), self.values.to(device), self.right.to(device), self.energy)
+
 
 def top_subspaces(weight: Tensor, rank: int) -> Subspaces:
     """Compute the exact top-``rank`` singular subspaces of ``weight``.
@@ -38,12 +45,16 @@ def top_subspaces(weight: Tensor, rank: int) -> Subspaces:
     weight is ever held, only (m + n) k and min(m, n)^2 elements. Directions whose singular value is below
     about 1e-8 of the largest are null to this method: an arbitrary orthonormal completion.
 
+    On a device without float64 (MPS, some XPUs) it is computed on the CPU, and stays there. Where a device's library
+    fails, the CPU is tried, and where LAPACK's eigenvalue solver does, its singular value solver; each with a warning.
+
     Args:
         weight: Shape (m, n), any floating point dtype and strides.
         rank: k, between 1 and min(m, n).
 
     Raises:
         ValueError: ``weight`` is not a non-empty finite floating point matrix, or ``rank`` is out of range.
+        RuntimeError: every way has failed; the message says how.
     """
     if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise ValueError(
@@ -56,26 +67,78 @@ def top_subspaces(weight: Tensor, rank: int) -> Subspaces:
 
     with torch.no_grad():
         weight = weight.detach()
-        wide = weight.shape[0] < weight.shape[1]
-        tall = weight.T if wide else weight
-        scale = _scale(tall)
-        gram = _gram(tall, scale)
-        eigenvalues, eigenvectors = torch.linalg.eigh(gram)
-        short_basis = eigenvectors[:, -rank:].flip(1)
+        scale = _scale(weight)
+        failures: list[str] = []
+        attempts = _attempts(weight.device)
+        for i, (name, device, diagonalise) in enumerate(attempts):
+            try:
+                spaces = _compute(weight, rank, scale, device, diagonalise)
+            except (RuntimeError, TypeError) as error:
+                failures.append(f"{name}: {type(error).__name__}: {str(error).strip()}")
+                if i + 1 < len(attempts):
+                    warnings.warn(
+                        f"the singular subspaces of a weight of shape {tuple(weight.shape)} were not found by "
+                        f"{failures[-1]}; {attempts[i + 1][0]} is tried",
+                        UserWarning,
+                        stacklevel=2,
+                    )
+                continue
+            return spaces.to(weight.device) if ops.has_float64(weight.device) else spaces
+    raise RuntimeError(
+        f"weight: its singular subspaces were not found: {'; '.join(failures)}; free memory if that is what "
+        "is missing, or leave the weight out (exclude=...)"
+    )
 
-        image = _multiply(tall, short_basis, scale)
-        long_basis, triangle = torch.linalg.qr(image)
-        diagonal = triangle.diagonal()
-        long_basis *= torch.where(diagonal < 0, -1.0, 1.0)
 
-        # Squaring costs the Gram matrix half the digits of a small singular value; |R_ii| still has them,
-        # and only among those can its order differ from that of the eigenvalues.
-        values, order = diagonal.abs().sort(descending=True, stable=True)
-        long_basis, short_basis = long_basis[:, order], short_basis[:, order]
+Diagonalise = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-        total = float(gram.trace())
-        captured = float(eigenvalues[-rank:].clamp(min=0).sum())
-        energy = min(1.0, captured / total) if total > 0 else 1.0
+
+def _attempts(device: torch.device) -> list[tuple[str, torch.device, Diagonalise]]:
+    """List the ways to compute subspaces, in order: a name, the device, and the solver of a symmetric matrix."""
+    cpu = torch.device("cpu")
+    attempts: list[tuple[str, torch.device, Diagonalise]] = [
+        ("torch.linalg.eigh on the CPU", cpu, _solve_eigenvalues),
+        ("torch.linalg.svd on the CPU", cpu, _solve_singular_values),
+    ]
+    if device.type != "cpu" and ops.has_float64(device):
+        attempts.insert(0, (f"torch.linalg.eigh on {device}", device, _solve_eigenvalues))
+    return attempts
+
+
+def _solve_eigenvalues(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a symmetric matrix in ascending order, and the eigenvectors in columns."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    return eigenvalues, eigenvectors
+
+
+def _solve_singular_values(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same for a positive semidefinite matrix, whose singular values and vectors are these."""
+    vectors, values, _ = torch.linalg.svd(gram)
+    return values.flip(0), vectors.flip(1)
+
+
+def _compute(weight: Tensor, rank: int, scale: float, device: torch.device, diagonalise: Diagonalise) -> Subspaces:
+    wide = weight.shape[0] < weight.shape[1]
+    tall = weight.T if wide else weight
+    gram = _gram(tall, scale, device)
+    eigenvalues, eigenvectors = diagonalise(gram)
+    short_basis = eigenvectors[:, -rank:].flip(1)
+
+    image = _multiply(tall, short_basis, scale)
+    long_basis, triangle = torch.linalg.qr(image)
+    diagonal = triangle.diagonal()
+    long_basis *= torch.where(diagonal < 0, -1.0, 1.0)
+
+    # Squaring costs the Gram matrix half the digits of a small singular value; |R_ii| still has them,
+    # and only among those can its order differ from that of the eigenvalues.
+    values, order = diagonal.abs().sort(descending=True, stable=True)
+    long_basis, short_basis = long_basis[:, order], short_basis[:, order]
+
+    total = float(gram.trace())
+    captured = float(eigenvalues[-rank:].clamp(min=0).sum())
+    if not math.isfinite(captured) or not bool(values.isfinite().all()):
+        raise RuntimeError("got NaN or infinity")
+    energy = min(1.0, captured / total) if total > 0 else 1.0
 
     left, right = (short_basis, long_basis) if wide else (long_basis, short_basis)
     return Subspaces(left=left, values=values / scale, right=right, energy=energy)
@@ -95,18 +158,23 @@ def _chunk_rows(tall: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // tall.shape[1])
 
 
-def _gram(tall: Tensor, scale: float) -> Tensor:
+def _gram(tall: Tensor, scale: float, device: torch.device) -> Tensor:
     columns = tall.shape[1]
-    gram = torch.zeros(columns, columns, dtype=torch.float64, device=tall.device)
+    gram = torch.zeros(columns, columns, dtype=torch.float64, device=device)
     for chunk in torch.split(tall, _chunk_rows(tall)):
-        rows = chunk.to(torch.float64) * scale
+        rows = _widen(chunk, device) * scale
         gram.addmm_(rows.T, rows)
     return gram
 
 
 def _multiply(tall: Tensor, basis: Tensor, scale: float) -> Tensor:
-    image = torch.empty(tall.shape[0], basis.shape[1], dtype=torch.float64, device=tall.device)
+    image = torch.empty(tall.shape[0], basis.shape[1], dtype=torch.float64, device=basis.device)
     step = _chunk_rows(tall)
     for chunk, out in zip(torch.split(tall, step), torch.split(image, step), strict=True):
-        torch.mm(chunk.to(torch.float64) * scale, basis, out=out)
+        torch.mm(_widen(chunk, basis.device) * scale, basis, out=out)
     return image
+
+
+def _widen(chunk: Tensor, device: torch.device) -> Tensor:
+    # First to the device: the one that it comes from may lack float64.
+    return chunk.to(device).to(torch.float64)

@@ -15,6 +15,7 @@ from .dispatch import (
     use_backend,
 )
 from .operands import Operands
+from .products import has_float64
 from .programs import prepare_program
 from .reference import accumulation_dtype
 from .runs import Program, Run, open_run
@@ -32,6 +33,7 @@ __all__ = [
     "check_gradient_dtype",
     "differentiate_projection",
     "empty_grads",
+    "has_float64",
     "intermediate_parts",
     "limits_of",
     "make_ready",

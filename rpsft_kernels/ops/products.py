@@ -25,6 +25,14 @@ Operand = tuple[Tensor, ...]
 Units = Literal["float32", "bfloat16", "mixed"]
 
 
+@lru_cache(maxsize=64)
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device computes in float64; Apple's GPUs and some of Intel's do not."""
+    if device.type == "xpu":
+        return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
+    return device.type != "mps"
+
+
 @dataclass(frozen=True)
 class Machine:
     """The products that are fast on a device, and the bytes of temporaries that a block of a weight may need there

@@ -127,7 +127,7 @@ def _project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None) -
     first = products.choose_multiplier(machine, dtype, rounds=base is not None and _are_bfloat16(left, right))
     # Without the base, the second product sums numbers as large as the weight: float32 sums would lose the drift.
     # (Apple's GPUs have no float64.)
-    second = Plain(torch.float64) if base is None and weight.device.type != "mps" else first
+    second = Plain(torch.float64) if base is None and products.has_float64(weight.device) else first
     difference = _Difference(weight, base, first)
     (rows, cols), rank = weight.shape, left.shape[1]
     # Bytes of an intermediate's element: its sum, the sum of one more product, and the operand made of it.
