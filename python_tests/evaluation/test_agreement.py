@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from disagreeing_ranks import anchor_zeros, load_parts_of_two_saves
+from ranks import run_ranks
 from rpsft_kernels import Anchor, use_backend
 from rpsft_kernels.distributed import LocalWeight, ReplicatedWeight
 from rpsft_kernels.distributed.shard import Shard
@@ -130,3 +133,20 @@ def test_the_checksum_is_that_of_the_smallest_gradient_of_a_replica() -> None:
     assert both == gradient_checksum(replicas[:1]) != gradient_checksum(replicas[1:])
     gradients[0][0, 0] = 3.0
     assert gradient_checksum(replicas) != both
+
+
+@pytest.mark.parametrize("rank", [8, 24])
+def test_ranks_that_anchored_zeros_are_refused(rank: int) -> None:
+    """Weights of the full form have no subspaces to tell them apart by; the others have."""
+    for outcomes in run_ranks(2, anchor_zeros, rank):
+        for wrong in outcomes[:2]:
+            assert wrong.kind == "ValueError" and "anchors: got others on" in wrong.message and wrong.unchanged
+        assert [right.kind for right in outcomes[2:]] == ["", ""]
+
+
+def test_parts_of_two_saves_are_refused(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("one", "other")]
+    for outcomes in run_ranks(2, load_parts_of_two_saves, paths, 24):
+        for wrong in outcomes[:2]:
+            assert wrong.kind == "ValueError" and "anchors: got others on" in wrong.message and wrong.unchanged
+        assert [right.kind for right in outcomes[2:]] == ["", ""]

@@ -45,7 +45,6 @@ def anchor_zeros(rank: int) -> list[Outcome]:
     given, right = (rk.Anchors.from_model(model, rank, progress=False) for model in models)
     model = wrapped("fsdp2", layers().bfloat16())
     outcomes = [attempt(call, model, anchors) for anchors in (given, right) for call in CALLS.values()]
-    assert all(not parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
     return outcomes
 
 

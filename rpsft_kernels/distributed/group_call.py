@@ -95,8 +95,8 @@ class GroupCall:
             common = max(set(digests), key=digests.count)
             deviating = self._name_ranks([i for i, other in enumerate(digests) if other != common])
             raise ValueError(
-                f"anchors: got others on {deviating} than on the rest of {self.size} ranks (names, shapes, "
-                "ranks, forms, dtypes, contents, what is frozen or coeff differ), expected the same call with the same "
+                f"anchors: got others on {deviating} than on the rest of {self.size} ranks (names, shapes, ranks, "
+                "forms, dtypes, contents, W0, what is frozen or coeff differ), expected the same call with the same "
                 "anchors on every rank: make them together (Anchors.from_model on all ranks), or load one file on all "
                 "of them"
             )

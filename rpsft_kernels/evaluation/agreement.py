@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import struct
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from ..anchors.anchor import Anchor
-from ..anchors.fingerprint import content_sum
+from ..anchors.fingerprint import Fingerprint, content_sum
 from ..checks import dtype_name
 from ..distributed import ReplicatedWeight
 from .bucket import Bucket
 from .pairing import AnchoredWeight
 
 _MASK = (1 << 62) - 1
-# Checksums of the subspaces of whole anchors, each computed once.
+# Checksums of U, V and W0 of whole anchors, each computed once.
 _contents: weakref.WeakKeyDictionary[Anchor, int] = weakref.WeakKeyDictionary()
 
 
@@ -30,14 +30,30 @@ def members_of(weights: Sequence[AnchoredWeight], group_name: str) -> list[Ancho
     ]
 
 
-def describe_call(weights: Sequence[AnchoredWeight], buckets: Iterable[Bucket], group_name: str) -> bytes:
-    """Return a digest of a group's weights, anchors and buckets, which stay the same from call to call."""
+def describe_call(
+    weights: Sequence[AnchoredWeight],
+    buckets: Iterable[Bucket],
+    group_name: str,
+    fingerprints: Mapping[str, Fingerprint] | None = None,
+) -> bytes:
+    """Return a digest of a group's weights, anchors and buckets, which stay the same from call to call.
+
+    Args:
+        weights: the weights of the call.
+        buckets: of these weights.
+        group_name: the group's name.
+        fingerprints: those of the pretrained weights, where they are known. They tell parts of different W0 apart,
+            which have no element in common that could be compared.
+    """
     words = []
     for anchored in members_of(weights, group_name):
         name, weight, anchor = anchored.name, anchored.weight, anchored.anchor
         dtypes = [f"{piece}:{dtype_name(tensor.dtype)}" for piece, tensor in anchor.pieces().items()]
         content = _content_of(anchor) if anchor.part is None else None
-        words.append(f"{name} {anchor.shape} {anchor.rank} {weight.dtype} {dtypes} {anchor.energy!r} {content}")
+        fingerprint = (fingerprints or {}).get(name)
+        pretrained = None if fingerprint is None else fingerprint.checksum
+        facts = anchor.shape, anchor.rank, weight.dtype, dtypes, anchor.energy, content, pretrained
+        words.append(f"{name} {facts!r}")
     # Each sum over ranks takes the drifts of one bucket, which must hold the same weights on every rank.
     words += [str([weights[i].name for i in b.members]) for b in buckets if b.summed and b.group_name == group_name]
     return hashlib.blake2b("\n".join(words).encode(), digest_size=8).digest()
@@ -46,8 +62,9 @@ def describe_call(weights: Sequence[AnchoredWeight], buckets: Iterable[Bucket], 
 def _content_of(anchor: Anchor) -> int:
     content = _contents.get(anchor)
     if content is None:
-        subspaces = [basis for basis in (anchor.left, anchor.right) if basis is not None]
-        content = _contents[anchor] = sum(content_sum(basis) for basis in subspaces) & _MASK
+        # Not B, whose bits another machine's arithmetic may differ in.
+        pieces = [piece for piece in (anchor.left, anchor.right, anchor.base) if piece is not None]
+        content = _contents[anchor] = sum(content_sum(piece) for piece in pieces) & _MASK
     return content
 
 

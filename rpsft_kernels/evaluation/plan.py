@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..anchors.anchor import Anchor
+from ..anchors.collection import Anchors
+from ..anchors.fingerprint import Fingerprint
 from ..distributed import LocalWeight, ModuleSnapshot, ParameterRef, locate_tensor
 from ..distributed.dtensor import is_dtensor
 from ..private_names import is_traced
@@ -47,7 +49,12 @@ class Plan:
         looked_for_foreign_blocks: whether a call with this plan has searched for them.
     """
 
-    def __init__(self, weights: Sequence[AnchoredWeight], facts: Hashable) -> None:
+    def __init__(
+        self,
+        weights: Sequence[AnchoredWeight],
+        facts: Hashable,
+        fingerprints: Mapping[str, Fingerprint] | None = None,
+    ) -> None:
         self.facts = facts
         self.buckets = make_buckets(weights)
         self.tied = len({anchored.weight.identity for anchored in weights}) < len(weights)
@@ -62,7 +69,7 @@ class Plan:
             if not is_traced() and all(_has_memory(anchored.weight) for anchored in weights):
                 self._prepare_programs()
         names = dict.fromkeys(anchored.weight.group_name for anchored in weights if anchored.weight.group is not None)
-        self.descriptions = {name: describe_call(weights, self.buckets, name) for name in names}
+        self.descriptions = {name: describe_call(weights, self.buckets, name, fingerprints) for name in names}
 
     def serves(self, weights: Sequence[AnchoredWeight], facts: Hashable) -> bool:
         """Whether the plan was made for these very anchors, and for weights of the same facts."""
@@ -202,11 +209,12 @@ def prepare(
     """
     paired = pair(weights, anchors, parameters)
     key = _key(weights, anchors)
+    fingerprints = anchors.fingerprints if isinstance(anchors, Anchors) else None
     if key is None or not paired:
-        return PlannedWeights(paired, Plan(paired, None))
+        return PlannedWeights(paired, Plan(paired, None, fingerprints))
     facts = _facts(paired)
     same = [cached.plan for cached in _cached_plans(key) if cached.plan.serves(paired, facts)]
-    plan = same[0] if same else Plan(paired, facts)
+    plan = same[0] if same else Plan(paired, facts, fingerprints)
     _remember(key, CachedPlan(weights, paired, plan, groups), weights, paired)
     return PlannedWeights(paired, plan)
 
