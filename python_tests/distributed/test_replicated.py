@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ranks import run_ranks
-from replicated_ranks import FROZEN, compare_all, refusals, train, verify_one_weight
+from replicated_ranks import FROZEN, accumulate_behind_a_gate, compare_all, refusals, train, verify_one_weight
 
 TOLERANCES = {"float32 bases": 1e-5, "bfloat16 bases": 0.01, "bfloat16 bases, blocks": 0.02}
 KINDS: dict[str, dict[str, Any]] = {
@@ -98,3 +98,11 @@ def test_anchors_of_one_weight_are_verified_and_loaded(tmp_path: Path) -> None:
     ]:
         assert before == ["accepted"] * 3
         assert all("got other values" in message for message in after)
+
+
+@pytest.mark.parametrize("side", [False, True], ids=["all anchored weights gated", "one is not"])
+def test_gradients_of_zeros_hide_no_averaging(side: bool) -> None:
+    """A gate that is zero makes the smallest gradients zeros, on every rank, averaged or not."""
+    for after, *before in run_ranks(2, accumulate_behind_a_gate, side):
+        assert "averaged over ranks already" in after[0] and after[1]
+        assert before == [("accepted", True)] * 2

@@ -243,3 +243,52 @@ def verify_one_weight(path: str) -> list[str]:
     with torch.no_grad():
         next(model.parameters())[3, 2] += 1
     return [*found, *(refused(partial(given.verify, model)) for given in (anchors, whole))]
+
+
+class _Gated(nn.Module):
+    """Weights behind a gate that is zero at first: their gradients are zeros, the gate's is not."""
+
+    def __init__(self, inner: nn.Module, side: bool) -> None:
+        super().__init__()
+        self.inner, self.gate = inner, nn.Parameter(torch.zeros(()))
+        self.side = nn.Linear(24, 24, bias=False) if side else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        gated = self.gate * self.inner(inputs)
+        return gated + inputs if self.side is None else gated + self.side(inputs)
+
+
+def accumulate_behind_a_gate(side: bool) -> list[tuple[str, bool]]:
+    """Return the call's error, and whether ranks have the same gradients then: called after the backward pass that
+    averages; before it; before it, where gradients are zeros.
+    """
+    torch.manual_seed(0)
+    model = DistributedDataParallel(_Gated(linear_layers((24, 16, 24)), side))
+    anchors = rk.Anchors.from_model(model.module, RANK, progress=False)
+    with torch.no_grad():
+        for parameter in model.module.inner.parameters():
+            parameter.add_(0.1)
+    inputs = vectors(24)[dist.get_rank() :: dist.get_world_size()]
+
+    def backward() -> None:
+        (model(inputs) - 1).square().mean().backward()
+
+    def accumulate() -> str:
+        return refused(lambda: rk.accumulate_rotation_grad_(model, anchors, COEFF))
+
+    found = []
+    backward()
+    found.append((accumulate(), _ranks_agree(model)))
+    for to_none in (True, False):
+        model.zero_grad(set_to_none=to_none)
+        message = accumulate()
+        backward()
+        found.append((message, _ranks_agree(model)))
+    return found
+
+
+def _ranks_agree(model: nn.Module) -> bool:
+    own = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    return all(torch.equal(own, other) for other in gathered)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,9 +83,8 @@ def _find_replicas(model: nn.Module) -> dict[int, _Locate]:
     locate_by_id: dict[int, _Locate] = {}
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            ignored = ignored_by_ddp(module)
-            locate = _replica_locator(module.process_group)
-            replicated = [p for name, p in module.module.named_parameters() if name not in ignored]
+            replicated = _averaged_by_ddp(module)
+            locate = _replica_locator(module.process_group, replicas=partial(_find_averaged, weakref.ref(module)))
         elif is_deepspeed(module) and module.zero_optimization_stage() < 3:  # type: ignore[operator]
             locate = _replica_locator(averaging_group(module), _gradient_error(module))
             # Experts are averaged over other groups: each rank does all of their work.
@@ -102,13 +103,27 @@ def _gradient_error(engine: Any) -> str:
     )
 
 
-def _replica_locator(group: Any, gradient_error: str = "") -> _Locate | None:
+def _averaged_by_ddp(module: DistributedDataParallel) -> list[Tensor]:
+    ignored = ignored_by_ddp(module)
+    return [p for name, p in module.module.named_parameters() if name not in ignored]
+
+
+def _find_averaged(module: weakref.ref[DistributedDataParallel]) -> list[Tensor]:
+    # A weight outlives no module, and plans must keep none alive.
+    wrapped = module()
+    return [] if wrapped is None else _averaged_by_ddp(wrapped)
+
+
+def _replica_locator(
+    group: Any, gradient_error: str = "", replicas: Callable[[], Sequence[Tensor]] = tuple
+) -> _Locate | None:
     """Make the function that locates a replica of ``group``; None where the group has one rank only."""
     if group.size() == 1:
         return None
 
     def locate(tensor: Tensor, name: str) -> LocalWeight:
         shape = tuple(tensor.shape)
-        return ReplicatedWeight(tensor, shape, Shard.whole(shape), group, gradient_error=gradient_error)  # type: ignore[arg-type]
+        whole = Shard.whole(shape)  # type: ignore[arg-type]
+        return ReplicatedWeight(tensor, shape, whole, group, gradient_error=gradient_error, replicas=replicas)
 
     return locate

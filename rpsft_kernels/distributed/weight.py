@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -156,10 +157,12 @@ class ReplicatedWeight(LocalWeight):
     """A weight that every rank of ``group`` holds whole and whose gradients its wrapper averages.
 
     The work is divided: this rank computes its shard alone, and multiplies that shard's gradient by the group's size.
-    ``gradient_error`` says why gradients cannot be added to; it is empty where they can.
+    ``gradient_error`` says why gradients cannot be added to; it is empty where they can. ``replicas`` returns the
+    parameters whose gradients the wrapper averages, this one among them.
     """
 
     gradient_error: str = ""
+    replicas: Callable[[], Sequence[Tensor]] = tuple
 
     @property
     def divided(self) -> bool:

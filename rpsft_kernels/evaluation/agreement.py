@@ -7,6 +7,7 @@ import struct
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..anchors.anchor import Anchor
@@ -91,11 +92,35 @@ def digest(description: bytes, members: Sequence[AnchoredWeight], coeff: float |
 def gradient_checksum(members: Iterable[AnchoredWeight]) -> int:
     """Return the checksum of the smallest gradient of a replicated weight; 0 if there is no such gradient.
 
-    It is the same on all ranks if gradients have been averaged already.
+    It is the same on all ranks if gradients have been averaged already. A gradient of zeros does not tell: the weight
+    behind a gate that is zero at first has one on every rank, averaged or not. In its place the smallest gradient that
+    is not zero is taken, of all parameters of the wrapped model where those of the anchored weights are zero. This
+    reads all gradients once; 0 is returned if all of them are zero, as ``zero_grad(set_to_none=False)`` leaves them.
     """
-    gradients = [
-        anchored.weight.parameter.grad
-        for anchored in members
-        if isinstance(anchored.weight, ReplicatedWeight) and anchored.weight.parameter.grad is not None
-    ]
-    return content_sum(min(gradients, key=Tensor.numel)) & _MASK if gradients else 0
+    weights = [anchored.weight for anchored in members if isinstance(anchored.weight, ReplicatedWeight)]
+    gradients = [weight.parameter.grad for weight in weights if weight.parameter.grad is not None]
+    if not gradients:
+        return 0
+    checksum = content_sum(min(gradients, key=Tensor.numel)) & _MASK
+    if checksum:
+        return checksum
+    others = {id(tensor): tensor for weight in weights for tensor in weight.replicas()}.values()
+    for candidates in (gradients, [tensor.grad for tensor in others if tensor.grad is not None]):
+        smallest = _smallest_nonzero(candidates)
+        if smallest is not None:
+            return content_sum(smallest) & _MASK
+    return 0
+
+
+def _smallest_nonzero(gradients: Iterable[Tensor]) -> Tensor | None:
+    dense = sorted((gradient for gradient in gradients if _is_dense(gradient)), key=Tensor.numel)
+    if not dense:
+        return None
+    device = dense[0].device
+    # Norms are queued one after the other, and waited for once.
+    largest = torch.stack([torch.linalg.vector_norm(gradient.detach(), torch.inf).to(device) for gradient in dense])
+    return next((gradient for gradient, size in zip(dense, largest.tolist(), strict=True) if size != 0), None)
+
+
+def _is_dense(gradient: Tensor) -> bool:
+    return gradient.layout == torch.strided and gradient.dtype.is_floating_point and gradient.numel() > 0
