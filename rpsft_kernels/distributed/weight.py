@@ -10,11 +10,29 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..private_names import is_linked_by_deepspeed
 from .shard import Shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Self
+
+
+def _reason_unread(parameter: Tensor) -> str | None:
+    """Say why nobody would read what is added to the parameter's ``.grad``; None if nothing is known against it."""
+    # Megatron and Transformer Engine document this attribute.
+    if getattr(parameter, "main_grad", None) is not None:
+        return (
+            "got a parameter whose gradient is its main_grad (Megatron, Transformer Engine), expected one whose "
+            "optimizer reads .grad: pass a detached copy of the weight that requires grad, and add the copy's .grad to "
+            "main_grad"
+        )
+    if is_linked_by_deepspeed(parameter):
+        return (
+            "got a parameter whose gradient DeepSpeed (ZeRO-1/2, or its bfloat16 optimizer) keeps to itself, expected "
+            "one whose optimizer reads .grad: put rotation_penalty of the engine into the loss of engine.backward"
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -110,8 +128,11 @@ class LocalWeight:
         return self.dtype if dtype is None else dtype
 
     def check_gradient(self, name: str) -> None:
-        """Raise a ValueError unless the shard of the gradient can be added to now."""
+        """Raise a ValueError unless the shard of the gradient can be added to now, and is read by someone."""
         grad, parameter = self.parameter.grad, self.parameter
+        reason = _reason_unread(parameter)
+        if reason is not None:
+            raise ValueError(f"{name}: {reason}")
         if grad is None:
             return
         if grad.layout != torch.strided:

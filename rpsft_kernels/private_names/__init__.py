@@ -5,7 +5,7 @@ RuntimeError that names the installed version. No missing name is passed over: a
 wrong penalty.
 """
 
-from .deepspeed_names import Zero3Parameter, averaging_group
+from .deepspeed_names import Zero3Parameter, averaging_group, is_linked_by_deepspeed
 from .torch_names import (
     WRAPPED,
     Fsdp1Handle,
@@ -36,6 +36,7 @@ __all__ = [
     "ignored_by_ddp",
     "in_forward_mode",
     "is_fsdp1_flat",
+    "is_linked_by_deepspeed",
     "is_traced",
     "modules_of",
     "parameters_of",

@@ -9,10 +9,18 @@ from torch import Tensor, nn
 
 from .table import TABLE, read, spellings
 
+(_link,) = spellings["linked parameter", "link to the optimizer's part of it"]
+_LINK = _link.name
+
 
 def averaging_group(engine: nn.Module) -> Any:
     """Return the ranks over which a DeepSpeedEngine averages gradients."""
     return read(engine, "DeepSpeedEngine", "ranks that average gradients")
+
+
+def is_linked_by_deepspeed(parameter: Tensor) -> bool:
+    """Whether an optimizer of DeepSpeed keeps the parameter's gradient to itself."""
+    return hasattr(parameter, _LINK)
 
 
 @dataclass(frozen=True, eq=False)

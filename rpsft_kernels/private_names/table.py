@@ -112,6 +112,8 @@ TABLE: tuple[Row, ...] = (
     ),
     # DeepSpeed ZeRO-1 and 2: the ranks that average. distributed/discover.py
     *_rows("deepspeed", "DeepSpeedEngine", ("ranks that average gradients", "data_parallel_group")),
+    # DeepSpeed ZeRO-1 and 2, and its bfloat16 optimizer: the optimizer's part of a parameter. distributed/weight.py
+    *_rows("deepspeed", "linked parameter", ("link to the optimizer's part of it", "_hp_mapping")),
     # DeepSpeed ZeRO-3: a parameter's partition, and whether it has a gradient. distributed/zero3.py
     *_rows(
         "deepspeed",
