@@ -94,14 +94,16 @@ def accumulate_rotation_grad_(
 
     Raises:
         ValueError: as :func:`rotation_penalty`; also if coeff is no such number, a tensor is not a leaf that requires
-            grad, every anchored weight of a module is frozen, a gradient is sparse, averaged over ranks already or in
-            a dtype that the backend cannot add to, or DeepSpeed ZeRO-1/2 keeps it to itself. No gradient has changed
-            then.
+            grad, every anchored weight of a module is frozen, a gradient is sparse, averaged over ranks already, in a
+            dtype that the backend cannot add to or in the memory of another gradient, or DeepSpeed ZeRO-1/2 keeps it to
+            itself. No gradient has changed then.
         RuntimeError: as :func:`rotation_penalty`.
 
     The product is added inside the kernel, summed in float32 and rounded once to the gradient's own dtype; no tensor as
     large as a weight is allocated, except a ``.grad`` that did not exist yet. (Backend ``torch`` on a GPU: temporaries
-    of up to 256 MiB.) Frozen weights of a module count towards R and get no gradient.
+    of up to 256 MiB.) Frozen weights of a module count towards R and get no gradient. A ``.grad`` whose elements share
+    memory (``torch.autograd.grad`` of a sum is an expanded number) is replaced by a copy, and the tensor itself is left
+    as it is.
 
     Nothing here waits for a GPU, and the call can be captured in a CUDA graph, once the same step has run outside of
     the capture (that loads kernels and sets pinned memory aside). A replay reads the weights and adds to the gradients

@@ -69,6 +69,8 @@ class Call:
                     self._stage_backward(run, bucket, tensors)
             if self._coeff is not None:
                 self._stage_gradients(run, bucket, tensors)
+        if self._coeff is not None:
+            self.gradients.check_memory(self._plan)
         for run in self._runs:
             run.send()
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..distributed import ReplicatedWeight
 from .bucket import Bucket, BucketTensors
+from .gradient_memory import GradientMemory
 from .pairing import AnchoredWeight
 
 
@@ -67,6 +69,7 @@ class Gradients:
     def __init__(self, weights: Sequence[AnchoredWeight], coeff: float, tied: bool) -> None:
         self._weights, self._coeff, self._tied = weights, coeff, tied
         self._made: list[int] = []
+        self._memory = GradientMemory(weights)
         # Identities of weights whose gradient an earlier pull-back of this call computes.
         self._pulled: set[int] = set()
 
@@ -100,13 +103,19 @@ class Gradients:
             ops.check_gradient_dtype(bucket.backend, dtype, anchored.weight.dtype, name)
             yield self._make_pull_back(bucket, tensors, places, chosen, accumulate)
 
+    def check_memory(self, plan: object) -> None:
+        """Raise a ValueError if two gradients that exist share memory; ``plan`` is that of the call."""
+        self._memory.check(plan)
+
     def drop_made(self) -> None:
-        """Remove the gradients that this call has made and not computed."""
+        """Remove the gradients that this call has made and not computed, and put back those that it has replaced."""
         for i in self._made:
             self._weights[i].weight.drop_gradient()
+        self._memory.restore()
 
     def keep_made(self, computed: Sequence[int] | None = None) -> None:
         """Keep the gradients of the weights at these places, which are computed now; None keeps all."""
+        self._memory.keep(computed)
         self._made = [] if computed is None else [i for i in self._made if i not in computed]
 
     def _ensure(self, i: int) -> None:
@@ -115,6 +124,9 @@ class Gradients:
             weight.ensure_gradient()
             if weight.parameter.grad is not None:
                 self._made.append(i)
+        elif isinstance(weight, ReplicatedWeight):
+            # What other ranks add comes with the average.
+            self._memory.add([i], [weight.parameter.grad], sharded=True)
 
     def _split(self, wanted: list[tuple[int, range]]) -> Iterator[tuple[list[tuple[int, range]], bool]]:
         """Split weights, each with the range of its matrices, into pull-backs; yields whether their gradients exist."""
@@ -149,6 +161,8 @@ class Gradients:
         indices = [i for i, _ in chosen]
         members = [j for _, matrices in chosen for j in matrices]
         grads = [self._take_gradient(i) for i in indices]
+        if accumulate:
+            grads = self._memory.add(indices, grads, bool(bucket.group_name))
         operands = tensors.operands.for_pull_back()
         if len(members) < bucket.matrices:
             operands = operands.pick(members)
