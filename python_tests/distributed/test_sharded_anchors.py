@@ -142,15 +142,28 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "scratch")
 
 
-def test_a_damaged_row_is_seen_by_the_rank_that_reads_it(tmp_path: Path) -> None:
-    path = tmp_path / "anchors"
-    run_ranks(2, anchors_ranks.save, "rows", str(path), FORMS["base"])
-    file = path / "rank-00001-of-00002.safetensors"
+def test_a_damaged_row_is_refused_by_all_ranks(tmp_path: Path) -> None:
+    path = str(tmp_path / "anchors")
+    run_ranks(2, anchors_ranks.save, "rows", path, FORMS["base"])
+    file = tmp_path / "anchors" / "rank-00001-of-00002.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"anchors: .*: got rows .* with checksum .*: the file is damaged"):
+    damage = r"\S+anchors: \S+: \w+: got rows .* with checksum .*: the file is damaged"
+    with pytest.raises(ValueError, match=damage):
         rk.Anchors.load(path)
+    first, second = run_ranks(2, anchors_ranks.load_where_one_rank_fails, "rows", path, path)
+    assert re.match(rf"ValueError: path: the anchors were not loaded: rank 1: {damage}", first)
+    assert re.match(rf"ValueError: {damage}", second)
+
+
+@pytest.mark.parametrize("layout", ["rows", "replicated"])
+def test_a_file_that_one_rank_lacks_is_refused_by_all(layout: str, tmp_path: Path) -> None:
+    path, other = str(tmp_path / "anchors"), str(tmp_path / "absent")
+    whole_anchors(llama()).save(path)
+    first, second = run_ranks(2, anchors_ranks.load_where_one_rank_fails, layout, path, other)
+    assert first.startswith("ValueError: path: the anchors were not loaded: rank 1: ") and other in first
+    assert second.startswith("FileNotFoundError: ") and other in second
 
 
 @pytest.mark.parametrize("error", ["did not converge", ""])
@@ -158,3 +171,10 @@ def test_a_rank_that_cannot_solve_a_weight_is_told_to_all(error: str) -> None:
     first, second = run_ranks(2, anchors_ranks.fail_to_solve, error)
     expected = f"weight: its singular subspaces were not found: .*{error}" if error else "MemoryError: no memory"
     assert first == second and re.match(rf"RuntimeError: model\.\S+: {expected}", first)
+
+
+@pytest.mark.parametrize("layout", ["rows", "replicated"])
+def test_what_one_rank_refuses_to_anchor_is_told_to_all(layout: str) -> None:
+    for options, refusal in (({"include": "absent.*"}, "include: pattern "), ({"rank": 0}, "rank: got 0")):
+        first, second = run_ranks(2, anchors_ranks.anchor_where_one_rank_refuses, layout, options)
+        assert second.startswith(refusal) and first == f"no anchor was made: rank 1: {second}"

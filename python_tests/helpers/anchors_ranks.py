@@ -186,3 +186,23 @@ def fail_to_solve(error: str) -> str:
     finally:
         torch.linalg.eigh, torch.linalg.svd = eigh, svd
     return ""
+
+
+def load_where_one_rank_fails(layout: str, path: str, other: str) -> str:
+    """Return this rank's error where rank 1 loads ``other``."""
+    model = wrapped(llama(), layout)
+    try:
+        rk.Anchors.load(other if dist.get_rank() == 1 else path, model)
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def anchor_where_one_rank_refuses(layout: str, options: dict[str, Any]) -> str:
+    """Return this rank's error where rank 1 alone has ``options``."""
+    model = wrapped(llama(), layout)
+    try:
+        rk.Anchors.from_model(model, **{"rank": RANK, "progress": False, **(options if dist.get_rank() == 1 else {})})
+    except ValueError as error:
+        return str(error)
+    return ""

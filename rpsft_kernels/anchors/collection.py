@@ -27,6 +27,7 @@ from .save import save_sharded
 from .select import Patterns, select_weights
 from .summary import table
 from .ties import check_ties, find_broken_ties
+from .together import find_groups, refuse_together
 from .verify import find_differences
 
 
@@ -111,12 +112,13 @@ class Anchors(Mapping[str, Anchor]):
             ValueError: a glob matches no parameter; nothing is left to anchor; a weight is on the meta device or not
                 finite (the message names it), or sharded in a way that is not known; or an argument is invalid.
         """
-        options = AnchorOptions(rank, keep_base, basis_dtype)
-        selection = select_weights(model, include, exclude)
-        left_out = describe_left_out(selection)
-        if left_out is not None:
-            warnings.warn(left_out, UserWarning, stacklevel=2)
-        weights = assign_shards(selection.chosen, options.effective_ranks(selection.chosen))
+        with refuse_together(find_groups(model), "no anchor was made"):
+            options = AnchorOptions(rank, keep_base, basis_dtype)
+            selection = select_weights(model, include, exclude)
+            left_out = describe_left_out(selection)
+            if left_out is not None:
+                warnings.warn(left_out, UserWarning, stacklevel=2)
+            weights = assign_shards(selection.chosen, options.effective_ranks(selection.chosen))
         built: dict[str, tuple[Anchor, Fingerprint]] = {}
         building = build_anchors(weights, options)
         for name, anchor, fingerprint in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
@@ -151,7 +153,7 @@ class Anchors(Mapping[str, Anchor]):
             ValueError: the file is not one of ours, of another version, incomplete, damaged or not finite (the message
                 names file and weight), ``model`` is not the model that was anchored, or blocks would have to be
                 rebuilt for another sharding without the pretrained weights.
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file. What one rank raises, its other ranks raise as a ValueError.
         """
 
         def locate(anchor_ranks: Mapping[str, int]) -> Mapping[str, LocalWeight]:
@@ -160,21 +162,16 @@ class Anchors(Mapping[str, Anchor]):
             weights = {name: parameters[name].locate(name) for name in anchor_ranks if name in parameters}
             return assign_shards(weights, anchor_ranks)
 
-        contents = read_anchors(path, device, None if model is None else locate)
-        try:
-            anchors = cls(contents.anchors, fingerprints=contents.fingerprints, skipped=contents.skipped)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
-        if model is not None and verify:
-            return anchors.rebuilt(model)
-        for name, anchor in anchors.items():
-            if anchor.part is not None and anchor.block is not None and anchor.block.numel() and not anchor.arithmetic:
-                raise ValueError(
-                    f"{os.fspath(path)}: {name}: got a block of another sharding, expected that of {anchor.part}: only "
-                    "the pretrained weights give it: load it with the pretrained model (verify=True), or on as "
-                    "many ranks as it was saved on"
-                )
-        return anchors
+        groups = {} if model is None else find_groups(model)
+        with refuse_together(groups, "path: the anchors were not loaded"):
+            contents = read_anchors(path, device, None if model is None else locate)
+            try:
+                anchors = cls(contents.anchors, fingerprints=contents.fingerprints, skipped=contents.skipped)
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(path)}: {error}") from error
+            if model is None or not verify:
+                anchors._check_blocks(path)
+        return anchors if model is None or not verify else anchors.rebuilt(model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all; an existing file is replaced, a symbolic link followed.
@@ -307,6 +304,16 @@ class Anchors(Mapping[str, Anchor]):
         counts = ", ".join(f"{forms.count(f)} {f}" for f in ("base", "block", "full") if f in forms)
         devices = ", ".join(sorted({str(anchor.device) for anchor in self._anchors.values()}))
         return f"Anchors({counts}; {len(self._skipped)} skipped; {format_bytes(self.nbytes)} on {devices})"
+
+    def _check_blocks(self, path: str | os.PathLike[str]) -> None:
+        """Raise a ValueError where a block that was read is not that of the shard at hand."""
+        for name, anchor in self.items():
+            if anchor.part is not None and anchor.block is not None and anchor.block.numel() and not anchor.arithmetic:
+                raise ValueError(
+                    f"{os.fspath(path)}: {name}: got a block of another sharding, expected that of {anchor.part}: only "
+                    "the pretrained weights give it: load it with the pretrained model (verify=True), or on as "
+                    "many ranks as it was saved on"
+                )
 
     def _with(self, anchors: Mapping[str, Anchor]) -> Anchors:
         return Anchors(anchors, fingerprints=self._fingerprints, skipped=self._skipped)
