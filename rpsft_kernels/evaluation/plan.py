@@ -209,7 +209,8 @@ def prepare(
     """
     paired = pair(weights, anchors, parameters)
     key = _key(weights, anchors)
-    fingerprints = anchors.fingerprints if isinstance(anchors, Anchors) else None
+    # Only ranks compare them; torch 2.6 cannot trace what holds them.
+    fingerprints = anchors.fingerprints if groups and isinstance(anchors, Anchors) else None
     if key is None or not paired:
         return PlannedWeights(paired, Plan(paired, None, fingerprints))
     facts = _facts(paired)
