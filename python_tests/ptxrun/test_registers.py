@@ -10,7 +10,7 @@ import pytest
 
 from ptxrun import GlobalMemory, Program, RaceError, RegisterHazard, parse, region_of
 from ptxrun.handwritten import HEAD, kernel
-from ptxrun.hopper import tensor_map
+from ptxrun.tensormap import tensor_map
 
 COMMIT = " wgmma.commit_group.sync.aligned;\n"
 # A 16 x 8 tile of ones for B at the start of shared memory; A all ones in %r10.. (and %r14..), accumulators 0 in %r20..
@@ -50,7 +50,7 @@ def first(body: str, threads: int = 128, **options: Any) -> npt.NDArray[np.float
 
 def proven(body: str) -> bool:
     """Whether the analysis of all paths finds nothing that could touch a wgmma in flight."""
-    text = HEAD.format(target="sm_90a", params=".param .u64 p0", threads=128, body=START + body + END)
+    text = HEAD.format(target="sm_90a", params=".param .u64 p0", threads=128, directives="", body=START + body + END)
     return not Program(parse(text).entries["k"]).wgmma_hazards
 
 
@@ -218,12 +218,12 @@ def overwrite(before: str, after: str = "", threads: int = 256) -> npt.NDArray[n
 
 def test_a_bulk_copy_over_what_another_warpgroup_reads() -> None:
     assert (overwrite(wait(0) + "bar.sync 0;") == 16).all()
-    with pytest.raises(RaceError, match="write to offset 0 by the bulk-copy engine, read by warp"):
+    with pytest.raises(RaceError, match="bulk load to offset 0 by warp 0, read by warp"):
         overwrite(wait(0))  # warpgroup 1 waits, but thread 0 does not know
     other = "@%p3 bra skip;\n" + wait(0) + "skip: bar.sync 0;"
-    with pytest.raises(RaceError, match="write to offset 0 by the bulk-copy engine, read by warp 4"):
+    with pytest.raises(RaceError, match="bulk load to offset 0 by warp 0, read by warp 4"):
         overwrite(other)  # warpgroup 1 does not wait
-    with pytest.raises(RaceError, match="write to offset 0 by the bulk-copy engine, read by warp 4"):
+    with pytest.raises(RaceError, match="bulk load to offset 0 by warp 0, read by warp 4"):
         overwrite("ld.shared.b32 %r50, [%r2];" + other)  # an ordinary read of the same bytes hides nothing
 
 

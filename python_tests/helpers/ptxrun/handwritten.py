@@ -21,7 +21,7 @@ HEAD = """.version 8.4
 .address_size 64
 .extern .shared .align 16 .b8 smem[];
 .visible .entry k({params})
-.reqntid {threads}
+.reqntid {threads}{directives}
 {{
  .reg .pred %p<20>; .reg .b16 %h<40>; .reg .b32 %r<60>; .reg .b64 %d<40>; .reg .f32 %f<40>;
 {body}
@@ -53,19 +53,18 @@ def assemble(text: str, target: str) -> None:
 
 
 def kernel(
-    body: str,
-    args: Sequence[Any] = (),
-    threads: int = 128,
-    shared: int = 0,
-    target: str = "sm_80",
-    programs: int = 1,
-    **options: Any,
-) -> Stats:
-    """Run ``body``, which refers to parameter i as [p<i>]; ``args`` are arrays or integers."""
+    body: str, args: Sequence[Any] = (), threads: int = 128, shared: int = 0, target: str = "sm_80", programs: int = 1,
+    registers: int = 0, **options: Any,
+) -> Stats:  # fmt: skip
+    """Run ``body``, which refers to parameter i as [p<i>]; ``args`` are arrays or integers.
+
+    ``registers``: as many as a thread begins with, where the kernel says so.
+    """
     params = ", ".join(
         f".param .u64 p{i}" if not isinstance(a, int) else f".param .u32 p{i}" for i, a in enumerate(args)
     )
-    text = HEAD.format(target=target, params=params, threads=threads, body=body)
+    directives = f" .maxnreg {registers}" if registers else ""
+    text = HEAD.format(target=target, params=params, threads=threads, directives=directives, body=body)
     assemble(text, target)
     return run(text, (programs,), args, threads // 32, shared, **options)
 

@@ -1,131 +1,44 @@
-"""sm_90: mbarriers, the bulk-copy engine (TMA) and wgmma.
+"""sm_90: mbarriers and wgmma.
 
-Asynchronous work is done as late as the program allows: bulk loads only when every warp waits, bulk stores and
-wgmma only at the wait that covers them. A missing wait then gives an error or a wrong result, not luck."""
+Asynchronous work is done as late as the program allows, a wgmma at the wait that covers it. A missing wait then gives
+an error or a wrong result, not luck."""
 
 import re
 
 import numpy as np
 
+from .bulk import BulkCopies
 from .errors import MemoryFault, PtxError, RaceError, RegisterHazard
-from .memory import SHARED_BASE, WIDE
+from .memory import MAX_MBARRIERS, PENDING, SHARED_BASE
 from .mma import decode
-from .ops import GlobalAccess, address_of, op, selection, unsupported
-from .parser import Imm, Mem, Reg, Vec
-
-PENDING = np.iinfo(np.int32).max  # clock of a read that has not finished
-
-# ---- tensor maps: the 128 bytes are opaque to programs; this is our own layout -------------------
-
-TENSOR_MAP = np.dtype(
-    {
-        "names": [
-            "address",
-            "rank",
-            "elemtype",
-            "interleave",
-            "swizzle",
-            "fill",
-            "box",
-            "dim",
-            "stride",
-            "estride",
-            "magic",
-        ],
-        "formats": ["u8", "u1", "u1", "u1", "u1", "u1", "(5,)u4", "(5,)u4", "(4,)u8", "(5,)u4", "u4"],
-        "offsets": [0, 8, 9, 10, 11, 12, 16, 36, 56, 88, 112],
-        "itemsize": 128,
-    }
-)
-MAGIC = 0x50545852
-FIELD = {
-    "global_address": ("address", "u8"),
-    "rank": ("rank", "u1"),
-    "box_dim": ("box", "u4"),
-    "global_dim": ("dim", "u4"),
-    "global_stride": ("stride", "u8"),
-    "element_stride": ("estride", "u4"),
-    "elemtype": ("elemtype", "u1"),
-    "interleave_layout": ("interleave", "u1"),
-    "swizzle_mode": ("swizzle", "u1"),
-    "fill_mode": ("fill", "u1"),
-}
-ELEMENT_SIZE = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2, 11: 4, 12: 4}
-NAN_BITS = {6: 0x7FFF, 7: 0x7FFFFFFF, 8: 0x7FFFFFFF, 9: 0x7FFFFFFFFFFFFFFF, 10: 0x7FFF, 11: 0x7FFFFFFF, 12: 0x7FFFFFFF}
-
-
-def tensor_map(address, elemtype, shape, strides, box, swizzle, fill=0):
-    """Tensor map made by the host. shape, strides (elements), box: outermost dimension first."""
-    t = np.zeros(1, TENSOR_MAP)
-    n = len(shape)
-    t["address"], t["rank"], t["elemtype"], t["swizzle"], t["fill"], t["magic"] = (
-        address,
-        n - 1,
-        elemtype,
-        swizzle,
-        fill,
-        MAGIC,
-    )
-    t["box"][0, :n], t["dim"][0, :n], t["estride"][0, :n] = box[::-1], shape[::-1], 1
-    t["stride"][0, : n - 1] = [s * ELEMENT_SIZE[elemtype] for s in strides[-2::-1]]
-    return t.tobytes()
-
-
-def swizzled(addr, mode):
-    """XOR the 16-byte chunk number (bits 4..) with the 128-byte line number (bits 7..)."""
-    mask = {0: 0, 1: 1, 2: 3, 3: 7}[mode]
-    return addr ^ (((addr >> 7) & mask) << 4)
-
-
-class TensorMap:
-    def __init__(self, raw, complain):
-        t = np.frombuffer(raw, TENSOR_MAP)[0]
-        if int(t["magic"]) != MAGIC:
-            complain("not a tensor map (or not initialised)")
-        self.n = n = int(t["rank"]) + 1
-        self.es = ELEMENT_SIZE.get(int(t["elemtype"]), 0)
-        self.base = int(t["address"])
-        self.box = [int(x) for x in t["box"][:n]]
-        self.dim = [int(x) for x in t["dim"][:n]]
-        self.stride = [self.es] + [int(x) for x in t["stride"][: n - 1]]
-        self.swizzle, self.fill, self.elemtype = int(t["swizzle"]), int(t["fill"]), int(t["elemtype"])
-        inner = self.box[0] * self.es
-        if not self.es or int(t["interleave"]) or any(int(x) != 1 for x in t["estride"][:n]):
-            complain(
-                f"tensor map with element type {self.elemtype}, interleave {int(t['interleave'])}, element strides "
-                f"{t['estride'][:n].tolist()}"
-            )
-        if self.base % 16 or any(s % 16 for s in self.stride[1:]):
-            complain(f"address {self.base:#x} or strides {self.stride[1:]} not multiples of 16")
-        if any(not 1 <= b <= 256 for b in self.box) or inner % 16 or any(d == 0 for d in self.dim):
-            complain(f"box {self.box} of {self.es}-byte elements in {self.dim}")
-        if self.swizzle and inner > 16 << self.swizzle:
-            complain(f"inner box dimension of {inner} bytes exceeds the swizzle span {16 << self.swizzle}")
-        self.bytes = inner
-        for b in self.box[1:]:
-            self.bytes *= b
-
-    def elements(self, coords):
-        """Global addresses of the box's elements (innermost dimension last) and which are inside the tensor."""
-        addr, inside = np.zeros((1,), np.int64) + self.base, np.ones((1,), bool)
-        for d in reversed(range(self.n)):
-            c = np.int64(coords[d]) + np.arange(self.box[d])
-            addr = addr[..., None] + c * self.stride[d]
-            inside = inside[..., None] & ((c >= 0) & (c < self.dim[d]))
-        return addr.reshape(-1), inside.reshape(-1)
+from .ops import address_of, op, selection, unsupported
+from .parser import Mem, Reg, Vec
+from .tensormap import TensorMaps, swizzled
 
 
 class MBarrier:
-    def __init__(self, count, actors):
+    """``actor``: its number for the race detector, for which ``clock`` counts its phases, those of mbarriers that were
+    at its address before included. ``passed``: the phase after which a wait passed last."""
+
+    def __init__(self, offset, count, before, actor, races):
+        self.offset, self.actor = offset, actor
         self.expected = self.pending = count
-        self.tx = self.phase = 0
-        self.vc, self.fence = np.zeros(actors, np.int32), np.zeros(actors, np.int32)
+        self.tx = self.phase = self.passed = 0
+        self.clock = before.clock if before else 0
+        self.vc, self.fence = np.zeros((2, races.n if races else actor + 1), np.int32)
         self.done_vc, self.done_fence = self.vc.copy(), self.fence.copy()
 
-    def settle(self):
+    def settle(self, where):
         if self.pending == 0 and self.tx == 0:
+            if self.passed < self.phase:
+                raise PtxError(
+                    f"mbarrier at shared offset {self.offset} completes phase {self.phase} (counted from 0), and "
+                    f"nothing waited for the one before: a wait cannot tell them apart{where(0)}"
+                )
             self.phase += 1
+            self.clock += 1
             self.pending = self.expected
+            self.vc[self.actor] = self.clock
             self.done_vc, self.done_fence = self.vc.copy(), self.fence.copy()
 
 
@@ -134,13 +47,17 @@ class Hopper:
 
     def __init__(self, m):
         self.m = m
+        self.copies = BulkCopies(m)
+        self.maps = TensorMaps(m)
         self.chunk_cache = {}
         # ordinary data over an mbarrier ends its life (some Triton versions reuse the memory without mbarrier.inval)
         m.smem.mbarrier_overwritten = lambda offset: self.bars.pop(offset + SHARED_BASE, None)
 
     def reset(self):
+        self.copies.reset()
+        self.maps.reset()
         self.bars = {}
-        self.loads = []  # bulk loads in flight: (mbarrier, function), in order of issue
+        self.known = {}  # the mbarrier that was at an address last
         self.wg = {}  # warpgroup -> [open group, [closed groups]] of wgmma
 
     # ---- mbarriers --------------------------------------------------------------------------
@@ -160,7 +77,11 @@ class Hopper:
         m = self.m
         idx = m.smem.locate(lambda _: m.where(ins, t), np.array([addr]), 8, None)
         r = m.smem.races
-        b = self.bars[addr] = MBarrier(count, r.n if r else 1)
+        before = self.known.get(addr)
+        actor = before.actor if before else m.nw + len(self.known)
+        if len(self.known) > MAX_MBARRIERS:
+            raise NotImplementedError(f"more than {MAX_MBARRIERS} mbarriers in a CTA")
+        b = self.bars[addr] = self.known[addr] = MBarrier(addr - SHARED_BASE, count, before, actor, r)
         b.owner = (t // 32, int(r.vc[t // 32, t // 32]) if r else 0)
         m.smem.set_state(idx, 8, m.smem.MBAR)
 
@@ -184,7 +105,15 @@ class Hopper:
                 f"expected{self.m.where(ins, t)}"
             )
         if count:
-            b.settle()
+            b.settle(lambda _: self.m.where(ins, t))
+
+    def describe(self, waits):
+        """What each mbarrier of [(mbarrier, parity that is waited for)] lacks."""
+        return "; ".join(
+            f"mbarrier at shared offset {b.offset}: parity {parity} of phase {b.phase} (counted from 0), which lacks "
+            f"{b.pending} arrivals of {b.expected} and {b.tx} bytes"
+            for b, parity in waits
+        )
 
     def compile_wait(self, ins):
         """mbarrier.try_wait/test_wait: the agent sleeps until the phase is complete."""
@@ -206,8 +135,10 @@ class Hopper:
                 return all(b.phase & 1 != p for b, p in waits)
 
             if not ready():
-                agent.wait = ("mbarrier", ready, [b for b, _ in waits])
+                agent.wait = ("mbarrier", ready, waits)
                 return False
+            for b, _ in waits:
+                b.passed = b.phase
             r = m.smem.races
             if r:
                 w = slice(0, m.nw) if mask is None else np.flatnonzero(mask.reshape(m.nw, 32).any(1))
@@ -222,128 +153,24 @@ class Hopper:
 
         return sync
 
-    # ---- bulk copies ------------------------------------------------------------------------
+    # ---- bulk copies and wgmma in flight ----------------------------------------------------
     def progress(self):
-        """All agents wait: let the copy engine finish one load that somebody waits for; False if there is none."""
-        waited = {id(b) for a in self.m.agents if a.wait[0] == "mbarrier" for b in a.wait[2]}
-        for i, (bar, copy) in enumerate(self.loads):
-            if id(bar) in waited:
-                del self.loads[i]
-                copy()
-                return True
-        return False
+        """Let one bulk load land that somebody waits for; False if there is none."""
+        waits = [a.wait for a in self.m.agents if a.wait and a.wait[0] == "mbarrier"]
+        return self.copies.progress({barrier for wait in waits for barrier, _ in wait[2]})
 
     def finish(self):
-        if self.loads:
-            raise PtxError(f"CTA {self.m.cta} exits with bulk loads never waited for")
+        self.copies.finish()
         for open_, groups in self.wg.values():
             if open_ or any(groups):
                 raise PtxError(f"CTA {self.m.cta} exits with wgmma operations never waited for")
 
-    def chunks(self, start, nbytes, swizzle):
-        """Element numbers (16 bytes each) of a dense box in shared memory, and their race granules."""
-        key = (start, nbytes, swizzle)
-        e = self.chunk_cache.get(key)
-        if e is None:
-            a = swizzled(start + np.arange(nbytes // 16, dtype=np.int64) * 16, swizzle)
-            idx = (a - SHARED_BASE) >> 4
-            e = self.chunk_cache[key] = (idx, self.m.smem.granules(idx, 16))
-        return e
-
-    def box_check(self, start, tm, ins, t):
-        m = self.m
-        align = 128
-        off = start - SHARED_BASE
-        if start % align:
-            raise MemoryFault(f"bulk copy: shared offset {off} is not a multiple of {align}{m.where(ins, t)}")
-        if off < 0 or off + tm.bytes > m.smem.limit:
-            raise MemoryFault(
-                f"bulk copy of {tm.bytes} bytes at shared offset {off} of {m.smem.limit}{m.where(ins, t)}"
-            )
-
-    def read_map(self, addr, ins, t):
-        m = self.m
-
-        def complain(why):
-            raise PtxError(f"bad tensor map at {addr:#x}: {why}{m.where(ins, t)}")
-
-        if addr % 64:
-            complain("not aligned to 64 bytes")
-        return TensorMap(m.gmem.read_bytes(lambda _: m.where(ins, t), addr, 128), complain)
-
-    def issue_load(self, start, tm, coords, bar_addr, ins, t):
-        m, s = self.m, self.m.smem
-        w = t // 32
-        where = lambda _: m.where(ins, t)  # noqa: E731
-        self.box_check(start, tm, ins, t)
-        bar = self.barrier(bar_addr, ins, t)
-        idx, g = self.chunks(start, tm.bytes, tm.swizzle)
-        s.check_not_in_flight(where, idx, 16, None)
-        r = s.races
-        if r:
-            act = np.full(len(idx), r.engine)
-            r.vc[r.engine] = np.maximum(r.vc[r.engine], r.vc[w])
-            r.write(ins, where, g, act, None, generic=False)
-        s.view[16][idx] = complex(np.nan, np.nan)
-        s.set_state(idx, 16, s.FLIGHT)
-
-        def copy():
-            data = self.fetch(tm, coords, ins, t)
-            s.view[16][idx] = data
-            s.set_state(idx, 16, s.VALID)
-            if r:
-                r.wclk[g] = r.vc[r.engine, r.engine]
-                bar.vc = np.maximum(bar.vc, r.vc[r.engine])
-                r.vc[r.engine, r.engine] += 1
-            bar.tx -= tm.bytes
-            bar.settle()
-
-        self.loads.append((bar, copy))
-
-    def fetch(self, tm, coords, ins, t):
-        """The box as 16-byte elements, with the fill value outside the tensor."""
-        m = self.m
-        where = lambda _: m.where(ins, t)  # noqa: E731
-        addr, inside = tm.elements(coords)
-        raw = np.zeros(len(addr), WIDE[tm.es])
-        if tm.fill and tm.elemtype in NAN_BITS:
-            raw[:] = NAN_BITS[tm.elemtype]
-        k = np.flatnonzero(inside)
-        if len(k):
-            a = addr[k].view(np.uint64)
-            m.gmem.check(where, a, tm.es, np.full(len(k), t), False, [None])
-            raw[k] = m.gmem.gather(a, tm.es)
-        return raw.view(WIDE[16])
-
-    def build_bulk(self, ins):
-        m, p = self.m, ins.parts
-        if "commit_group" in p or "wait_group" in p:  # groups of bulk stores, of which there are none
-            return lambda mask: None
-        if "prefetch" in p:
-            return lambda mask: None
-        to_shared = any(x.startswith("mbarrier::complete_tx") for x in p)
-        if {"multicast::cluster", "im2col", "tile::gather4"} & set(p) or "tensor" not in p or not to_shared:
-            unsupported(ins)
-        rank = next(int(x[0]) for x in p if re.fullmatch(r"[1-5]d", x))
-        smem, tensor, bar = ins.ops[:3]
-        if len(tensor.coords) != rank:
-            unsupported(ins)
-        M = address_of(m, ins, Mem(tensor.base, tensor.offset), "u64")
-        A = address_of(m, ins, smem, "u32")
-        C = [m.source(c, "s32", ins) for c in tensor.coords]
-        B = address_of(m, ins, bar, "u32")
-
-        def run(mask):
-            for t in m.tid if mask is None else np.flatnonzero(mask):
-                sel = np.array([t])
-                t = int(t)
-                tm = self.read_map(int(M(sel)[0]), ins, t)
-                if tm.n != rank:
-                    raise PtxError(f"tensor map of rank {tm.n}{m.where(ins, t)}")
-                coords, start = [int(c[t]) for c in C], int(A(sel)[0])
-                self.issue_load(start, tm, coords, int(B(sel)[0]), ins, t)
-
-        return run
+    def mark_reads(self, warpgroup):
+        """What a warpgroup has in flight still reads shared memory."""
+        open_, groups = self.wg.get(warpgroup, ([], []))
+        for o in [x for group in groups for x in group] + open_:
+            o.mark()
+        self.copies.mark_reads(warpgroup)
 
     # ---- wgmma ------------------------------------------------------------------------------
     def tile_chunks(self, desc, rows, kbytes, mn_major, ins):
@@ -433,8 +260,7 @@ class Hopper:
                     while len(e[1]) > n:
                         for o in e[1].pop(0):
                             o.execute()
-                    for o in [x for q in e[1] for x in q] + e[0]:
-                        o.mark()
+                    self.mark_reads(g)
 
             return wait
         shape = WgmmaShape(self, ins)
@@ -512,8 +338,7 @@ class WgmmaOp:
             s.check_valid(where, idx.reshape(-1), 16, None)
             self.tiles.append((idx, gran, tr, rows))
             if s.races:
-                for w in range(4 * g, 4 * g + 4):
-                    s.races.async_read(sh.ins, where, gran, w)
+                s.races.async_read(sh.ins, where, gran, range(4 * g, 4 * g + 4))
         if s.races:
             s.races.pending += 1
         self.mark()
@@ -586,60 +411,5 @@ def b_mbarrier(m, ins):
                 h.arrive(a, 1, n, ins, t)
             else:
                 h.arrive(a, n, 0, ins, t)
-
-    return run
-
-
-@op("tensormap")
-def b_tensormap(m, ins):
-    if ins.parts[1] == "cp_fenceproxy":
-        D, S = address_of(m, ins, ins.ops[0], "u64"), address_of(m, ins, ins.ops[1], "u32")
-        if ins.ops[2].value != 128 or "global" not in ins.parts[2]:
-            unsupported(ins)
-        acc = GlobalAccess(m, ins, 16, True)
-
-        def run(mask):
-            for w in np.arange(m.nw)[m.warps_of(mask, ins)]:
-                sel = np.array([w * 32])
-                src, dst = int(S(sel)[0]) - SHARED_BASE, int(D(sel)[0])
-                idx = np.arange(src >> 4, (src >> 4) + 8)
-                where = lambda _: m.where(ins, int(w) * 32)  # noqa: B023, E731
-                m.smem.check_valid(where, idx, 16, None)
-                if m.smem.races:
-                    m.smem.races.read(ins, where, m.smem.granules(idx, 16), np.full(8, w), None)
-                if dst % 128:
-                    raise MemoryFault(f"tensor map copied to {dst:#x}, not a multiple of 128{where(0)}")
-                a = (dst + 16 * np.arange(8)).astype(np.uint64)
-                acc.check(a, np.full(8, w * 32))
-                m.gmem.scatter(a, 16, m.smem.view[16][idx])
-
-        return run
-    if ins.parts[1] != "replace" or ins.parts[2] != "tile" or ins.parts[3] not in FIELD:
-        unsupported(ins)
-    name, ty = FIELD[ins.parts[3]]
-    if "shared" not in ins.op:
-        unsupported(ins)
-    A = address_of(m, ins, ins.ops[0], "u32")
-    ordinal = ins.ops[1].value if len(ins.ops) == 3 else 0
-    val = ins.ops[-1]
-    V = m.source(val, "u64" if isinstance(val, Imm) or val.size == 8 else "u32", ins)
-    offset = TENSOR_MAP.fields[name][1] + ordinal * np.dtype(ty).itemsize
-    magic = TENSOR_MAP.fields["magic"][1]
-
-    def run(mask):
-        for t in m.tid if mask is None else np.flatnonzero(mask):
-            t = int(t)
-            where = lambda _: m.where(ins, t)  # noqa: B023, E731
-            a = int(A(np.array([t]))[0])
-            v = np.array([int(V[t]) & ((1 << 8 * np.dtype(ty).itemsize) - 1)], ty).view(np.uint8)
-            mg = np.array([MAGIC], "u4").view(np.uint8)
-            s = m.smem
-            idx = s.locate(where, np.array([a]), 16, None) + np.arange(8)
-            s.check_valid(where, idx, 16, None)
-            if s.races:
-                s.races.write(ins, where, s.granules(idx, 16), np.full(8, t // 32), None)
-            at = a - SHARED_BASE
-            s.buf[at + offset : at + offset + len(v)] = v
-            s.buf[at + magic : at + magic + 4] = mg
 
     return run

@@ -13,7 +13,7 @@ from .parser import TYPE_SIZE, parse
 from .program import Program
 from .stats import Stats
 
-# Bytes of one CTA, by architecture.
+# Of one CTA, by architecture.
 MAX_SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
@@ -32,44 +32,36 @@ def region_of(x, name, unwritten=False):
 
 
 @lru_cache(maxsize=32)
-def _prepare(ptx):
-    """Prepare what every launch of a kernel shares; the blocks of the program hold more while it runs."""
+def _prepared(ptx):
+    """What is the same in every launch of a kernel; the blocks of the program hold more while it runs."""
     module = parse(ptx)
     (fn,) = module.entries.values()
     return module, Program(fn)
 
 
 def address_of(x):
-    """Return a kernel's argument: the address of an array or a tensor, an integer as it is."""
+    """What a kernel is given for an argument: the address of an array or a tensor, an integer as it is."""
     if hasattr(x, "data_ptr"):
         return x.data_ptr()
     return x.__array_interface__["data"][0] if isinstance(x, np.ndarray) else int(x)
 
 
 def run(
-    ptx,
-    grid,
-    args,
-    num_warps,
-    shared_bytes,
-    *,
-    memory=None,
-    races=True,
-    wgmma_registers=True,
-    max_steps=5_000_000,
+    ptx, grid, args, num_warps, shared_bytes, *, memory=None, races=True, wgmma_registers=True, max_steps=5_000_000,
     order="forward",
-):
+):  # fmt: skip
     """Run the entry function of a PTX module -> Stats. Arrays and tensors are used in place.
 
     args             one per .param: array or tensor (pointer) or int
-    memory           regions that the kernel may reach beside ``args``, through pointers found in memory; it keeps track
-                     from launch to launch of what was written
+    memory           what the kernel may reach beside ``args``, through pointers found in memory; it keeps track of what
+                     was written from launch to launch
     races            detect races between the warps of a CTA in shared memory
     wgmma_registers  a wgmma's accumulators and A registers must be left alone until a wgmma.wait_group covers it
     max_steps        basic blocks a CTA may execute
-    order            of the CTAs: "forward" or "reverse"
+    order            of the CTAs, and of warps that go on by themselves: "forward", "reverse" or "random" (the same at
+                     every call; loads may then land before somebody needs them)
     """
-    module, program = _prepare(ptx)
+    module, program = _prepared(ptx)
     fn = program.fn
     grid = tuple(int(g) for g in grid) + (1,) * (3 - len(grid))
     threads = 32 * num_warps
@@ -113,23 +105,21 @@ def run(
 
     stats = Stats()
     opts = {
-        "block": block,
-        "grid": grid,
-        "shared_bytes": shared_bytes,
-        "races": races,
-        "wgmma_registers": wgmma_registers,
-        "max_steps": max_steps,
-        "module_addresses": module_addresses,
-        "param_offsets": param_offsets,
-        "param_base": param_base,
-    }
+        "block": block, "grid": grid, "shared_bytes": shared_bytes, "races": races, "wgmma_registers": wgmma_registers,
+        "max_steps": max_steps, "module_addresses": module_addresses, "param_offsets": param_offsets,
+        "param_base": param_base, "order": order,
+    }  # fmt: skip
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             m = Machine(module, program, threads, shared_bytes, memory, opts)
             ctas = [(x, y, z) for z, y, x in itertools.product(*(range(g) for g in grid[::-1]))]
             numbered = list(enumerate(ctas))
-            for number, cta in reversed(numbered) if order == "reverse" else numbered:
+            if order == "reverse":
+                numbered.reverse()
+            elif order == "random":
+                np.random.default_rng(len(numbered)).shuffle(numbered)
+            for number, cta in numbered:
                 m.run_cta(cta, number)
     finally:
         memory.remove(parameters)

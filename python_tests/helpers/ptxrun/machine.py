@@ -407,7 +407,34 @@ class Machine:
     def _compile_sync(self, ins):
         if ins.parts[0] == "mbarrier":
             return self.hopper.compile_wait(ins)
+        if ins.parts[0] == "setmaxnreg":
+            return self._compile_more_registers(ins)
         return self._compile_barrier(ins)
+
+    # ---- hardware registers -----------------------------------------------------------------
+    def set_registers(self, mask, ins):
+        """setmaxnreg: whether the CTA has that many for these warps. A thread begins with ``.maxnreg``."""
+        if "maxnreg" not in self.fn.directives:
+            return True
+        wanted = self.hardware_registers.copy()
+        wanted[self.warps_of(mask, ins)] = ins.ops[0].value
+        enough = wanted.sum() <= self.nw * int(self.fn.directives["maxnreg"])
+        if enough:
+            self.hardware_registers = wanted
+        return enough
+
+    def _compile_more_registers(self, ins):
+        if ins.guard is not None:
+            raise NotImplementedError(f"guarded setmaxnreg: {ins.text()}")
+
+        def sync(agent):
+            mask = agent.top()[1]
+            if self.set_registers(mask, ins):
+                return True
+            agent.wait = ("registers", lambda: self.set_registers(mask, ins))
+            return False
+
+        return sync
 
     # ---- barriers ---------------------------------------------------------------------------
     def uniform(self, x, ins, mask):
@@ -520,14 +547,17 @@ class Machine:
         self.bars = {}
         self.alive = np.ones(self.T, bool)
         self.live = self.T
+        self.hardware_registers = np.full(self.nw, int(self.fn.directives.get("maxnreg", 0)))
         self.async_groups = []  # cp.async copies in flight, see ops.wait_group
         self.groups = np.zeros(self.T, np.int64)
         self.groups_uniform = True
         self.steps = self.opts["max_steps"]
         self.agents = [Agent([[self.program.blocks[0], None, None, self.T]])]
+        self.rng = np.random.default_rng(number) if self.opts["order"] == "random" else None
         while self.agents:
             moved = False
-            for a in list(self.agents):
+            agents = list(self.agents)[:: -1 if self.opts["order"] == "reverse" else 1]
+            for a in agents if self.rng is None else self.rng.permutation(np.array(agents, object)):
                 if a not in self.agents:
                     continue
                 if a.wait is not None:
@@ -536,7 +566,9 @@ class Machine:
                     a.wait = None
                 self.run_agent(a)
                 moved = True
-            if not moved and not self.hopper.progress():
+            early = moved and self.rng is not None and self.rng.integers(2)
+            landed = (early or not moved) and self.hopper.progress()
+            if not moved and not landed:
                 self.deadlock()
         self.hopper.finish()
         if self.async_groups:
@@ -547,8 +579,19 @@ class Machine:
         for a in self.agents:
             b, mask, _, _ = a.top()
             ws = "all" if mask is None else np.flatnonzero(mask.reshape(self.nw, 32).any(1)).tolist()
-            lines.append(f"  warps {ws} wait at PTX line {b.term.line}: {b.term.text()}")
+            kind, *what = a.wait
+            if kind == "bar":
+                on = self._describe_barrier(*what)
+            elif kind == "mbarrier":
+                on = self.hopper.describe(what[1])
+            else:
+                on = f"registers of a thread, by warp: {self.hardware_registers.tolist()}"
+            lines.append(f"  warps {ws} wait at PTX line {b.term.line}: {b.term.text()}\n    {on}")
         raise Deadlock(f"deadlock in CTA {self.cta}:\n" + "\n".join(lines))
+
+    def _describe_barrier(self, number):
+        bar = self.bars[number]
+        return f"barrier {number}: {bar['count']} threads of {bar['n']} arrived, warps {sorted(map(int, bar['warps']))}"
 
     def run_agent(self, a):
         stack = a.stack
@@ -624,7 +667,8 @@ class Machine:
                 else:
                     taken = taken.copy()
                     rest = ~taken if mask is None else mask & ~taken
-                    self._diverge(a, blk, [(blk.next, rest, entry[3] - n), (blk.target, taken, n)])
+                    if self._diverge(a, blk, [(blk.next, rest, entry[3] - n), (blk.target, taken, n)]):
+                        return
             elif kind == "brx":
                 idx = self.source(blk.term.ops[0], "u32", blk.term)
                 idx = idx if mask is None else idx[mask]
@@ -639,7 +683,8 @@ class Machine:
                     for v in vals:
                         m = (full == v) if mask is None else (full == v) & mask
                         groups.append((blk.targets[int(v)], m, int(np.count_nonzero(m))))
-                    self._diverge(a, blk, groups)
+                    if self._diverge(a, blk, groups):
+                        return
             elif kind in ("ret", "cret"):
                 gone = np.ones(T, bool) if mask is None else mask.copy()
                 if kind == "cret":
@@ -684,7 +729,10 @@ class Machine:
                 self.merge(bar["agents"])
 
     def _diverge(self, a, blk, groups):
-        """Active threads of the top entry go to several blocks: groups = [(block, mask, count)]."""
+        """Active threads of the top entry go to several blocks: groups = [(block, mask, count)].
+
+        Returns whether agents that split off go on first.
+        """
         entry = a.stack[-1]
         if blk.forks:
             by_warp = [g[1].reshape(self.nw, 32).any(1) for g in groups]
@@ -701,7 +749,7 @@ class Machine:
                     e[1] = wm.copy() if e[1] is None else e[1] & wm
                     e[3] = int(np.count_nonzero(e[1]))
                 entry[0], entry[1], entry[3] = target, m, n
-                return
+                return self.opts["order"] == "reverse" if self.rng is None else bool(self.rng.integers(2))
         rec = blk.reconv
         if rec is None or rec is entry[2]:
             a.stack.pop()  # the paths meet only at exit, or where the entry below continues anyway
@@ -710,6 +758,7 @@ class Machine:
         for target, m, n in sorted(groups, key=lambda g: g[0].dies):  # the last one runs first
             if target is not rec:
                 a.stack.append([target, m, rec, n])
+        return False
 
     def _warp_mask(self, m):
         return np.repeat(m.reshape(self.nw, 32).any(1), 32)

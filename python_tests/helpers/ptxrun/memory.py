@@ -13,6 +13,8 @@ import numpy as np
 from .errors import MemoryFault, RaceError, UninitialisedRead
 
 FLAT_BASE = 4096
+MAX_MBARRIERS = 64  # of a CTA
+PENDING = np.iinfo(np.int32).max  # clock of what has not happened yet
 SHARED_BASE = 1024  # address of the first byte of shared memory; 0..1023 is never valid
 SHARED_WINDOW = 1 << 60  # generic addresses of shared memory: SHARED_WINDOW + shared address
 LOCAL_WINDOW = 1 << 61
@@ -341,42 +343,43 @@ class SharedMemory:
 class Races:
     """Happens-before race detector on granules of shared memory (FastTrack style).
 
-    Actors are the warps plus one for the bulk-copy engine. vc[a, b] = latest clock of b known to a;
-    fence[a, b] = the same, through a generic->async proxy fence."""
+    Actors are the warps and, for the bulk loads, the mbarriers by which their end is known; an mbarrier's clock counts
+    its phases. vc[a, b] = latest clock of b known to warp a; fence[a, b] = the same, through a generic->async proxy
+    fence."""
 
     def __init__(self, size, nwarps, granule):
-        self.n = nwarps + 1
-        self.engine = nwarps
+        self.nw = nwarps
+        self.n = nwarps + MAX_MBARRIERS
         self.count = -(-size // granule)
         self.granule = granule
         self.wact = np.empty(self.count, np.uint8)  # last writer
         self.wclk = np.empty(self.count, np.int32)
         self.wins = np.empty(self.count, np.int32)  # its instruction
         self.wgen = np.empty(self.count, bool)  # written through the generic proxy
-        self.rclk = np.empty((self.n, self.count), np.int32)
+        self.rclk = np.empty((nwarps, self.count), np.int32)
         self.rflat = self.rclk.reshape(-1)
 
     def reset(self):
-        self.vc = np.zeros((self.n, self.n), np.int32)
+        self.vc = np.zeros((self.nw, self.n), np.int32)
         np.fill_diagonal(self.vc, 1)
-        self.fence = np.zeros((self.n, self.n), np.int32)
+        self.fence = np.zeros((self.nw, self.n), np.int32)
         self.wact.fill(0)
         self.wclk.fill(0)
         self.wins.fill(-1)
         self.wgen.fill(True)
         self.rclk.fill(0)
-        self.pending = 0  # wgmmas in flight: the clocks of their reads are not final
+        self.pending = 0  # wgmmas and bulk stores in flight: the clocks of their reads are not final
 
     def barrier(self, actors):
         """All of these warps (list of numbers, or None = every warp) met at a barrier."""
-        a = slice(0, self.n - 1) if actors is None else actors
+        a = slice(None) if actors is None else actors
         j = self.vc[a].max(0)
         self.vc[a] = j
         self.fence[a] = self.fence[a].max(0)
         self.tick(a)
 
     def tick(self, actors):
-        i = np.arange(self.n)[actors]
+        i = np.arange(self.nw)[actors]
         self.vc[i, i] += 1
 
     def read(self, ins, where, gidx, act, tids):
@@ -386,40 +389,53 @@ class Races:
         if bad.any():
             self._fail(ins, where, gidx, act, tids, bad, "read of", "written")
         at = a * self.count + gidx
-        if self.pending:  # a wgmma of this warp may be reading the same bytes
+        if self.pending:  # a wgmma or bulk store of this warp may be reading the same bytes
             self.rflat[at] = np.maximum(self.rflat[at], self.vc[act, act][:, None])
         else:
             self.rflat[at] = self.vc[act, act][:, None]
 
-    def async_read(self, ins, where, gidx, act):
-        """wgmma or bulk copy reading: generic-proxy writes must have been fenced. act: one actor."""
-        wa, wc = self.wact[gidx], self.wclk[gidx]
-        bad = wc > self.vc[act, wa]
-        n = np.full(len(gidx), act)
-        if bad.any():
-            self._fail(ins, where, gidx, n, None, bad, "asynchronous read of", "written")
-        bad = (wc > self.fence[act, wa]) & self.wgen[gidx]
-        if bad.any():
-            self._fail(ins, where, gidx, n, None, bad, "asynchronous read, without fence.proxy.async, of", "written")
+    def async_read(self, ins, where, gidx, warps):
+        """wgmma or bulk store of these warps reading: generic-proxy writes must have been fenced."""
+        wa, wc, generic = self.wact[gidx], self.wclk[gidx], self.wgen[gidx]
+        for w in warps:
+            bad = wc > self.vc[w, wa]
+            unfenced = (wc > self.fence[w, wa]) & generic
+            if bad.any() or unfenced.any():
+                act = np.full(len(gidx), w)
+                if bad.any():
+                    self._fail(ins, where, gidx, act, None, bad, "asynchronous read of", "written")
+                what = "asynchronous read, without fence.proxy.async, of"
+                self._fail(ins, where, gidx, act, None, unfenced, what, "written")
 
-    def mark_read(self, gidx, act):
-        self.rclk[act][gidx] = self.vc[act, act]
-
-    def write(self, ins, where, gidx, act, tids, generic=True):
-        wa, wc = self.wact[gidx], self.wclk[gidx]
-        a = act[:, None]
-        bad = wc > self.vc[a, wa]
-        if bad.any():
-            self._fail(ins, where, gidx, act, tids, bad, "write to", "written")
-        rc = self.rclk[:, gidx]
-        bad = rc > self.vc[act].T[:, :, None]
-        if bad.any():
-            who = int(np.flatnonzero(bad.any((1, 2)))[0])
-            self._fail(ins, where, gidx, act, tids, bad[who], "write to", "read", who)
-        self.wact[gidx] = a
+    def write(self, ins, where, gidx, act, tids):
+        self._check_write(ins, where, gidx, act, tids, "write to")
+        self.wact[gidx] = act[:, None]
         self.wclk[gidx] = self.vc[act, act][:, None]
         self.wins[gidx] = ins.index
-        self.wgen[gidx] = generic
+        self.wgen[gidx] = True
+
+    def async_write(self, ins, where, gidx, warp, actor):
+        """A bulk load that a warp issues begins to write; it ends with a phase of the mbarrier ``actor``."""
+        act = np.full(len(gidx), warp)
+        self._check_write(ins, where, gidx, act, None, "bulk load to")
+        bad = (self.wclk[gidx] > self.fence[warp, self.wact[gidx]]) & self.wgen[gidx]
+        if bad.any():
+            self._fail(ins, where, gidx, act, None, bad, "bulk load, without fence.proxy.async, to", "written")
+        self.wact[gidx] = actor
+        self.wclk[gidx] = PENDING
+        self.wins[gidx] = ins.index
+        self.wgen[gidx] = False
+
+    def _check_write(self, ins, where, gidx, act, tids, what):
+        wa, wc = self.wact[gidx], self.wclk[gidx]
+        bad = wc > self.vc[act[:, None], wa]
+        if bad.any():
+            self._fail(ins, where, gidx, act, tids, bad, what, "written")
+        rc = self.rclk.take(gidx, axis=1)
+        bad = rc > self.vc[act].T[: self.nw, :, None]
+        if bad.any():
+            who = int(np.flatnonzero(bad.any((1, 2)))[0])
+            self._fail(ins, where, gidx, act, tids, bad[who], what, "read", who)
 
     def _fail(self, ins, where, gidx, act, tids, bad, what, prev, who=None):
         k = int(np.flatnonzero(bad.any(1))[0])
@@ -427,12 +443,11 @@ class Races:
         g = int(gidx[k, j])
         if who is None:
             who = int(self.wact[g])
-        name = "the bulk-copy engine" if who == self.engine else f"warp {who}"
+        name = f"warp {who}" if who < self.nw else "a bulk load"
         by = f" (by instruction #{int(self.wins[g])})" if prev == "written" else ""
         t = k if tids is None else int(tids[k])
-        me = "the bulk-copy engine" if int(act[k]) == self.engine else f"warp {int(act[k])}"
         raise RaceError(
-            f"shared-memory race: {what} offset {g * self.granule} by {me}, {prev} by {name}{by} "
+            f"shared-memory race: {what} offset {g * self.granule} by warp {int(act[k])}, {prev} by {name}{by} "
             f"with no synchronisation between{where(t)}"
         )
 

@@ -331,7 +331,7 @@ def b_st(m, ins):
 @op("cp")
 def b_cp(m, ins):
     if "bulk" in ins.parts or "reduce" in ins.parts or "mbarrier" in ins.parts:
-        return m.hopper.build_bulk(ins)
+        return m.hopper.copies.build(ins)
     if ins.parts[1] != "async":
         unsupported(ins)
     if "commit_group" in ins.parts:
@@ -645,10 +645,16 @@ def b_elect(m, ins):
 # ---- no effect here, or on control only ---------------------------------------------------------
 
 
-@op("membar", "prefetch", "prefetchu", "nanosleep", "setmaxnreg", "applypriority")
+@op("membar", "prefetch", "prefetchu", "nanosleep", "applypriority")
 def b_nothing(m, ins):
     """Memory order (all accesses happen in program order here), cache hints and scheduling hints."""
     return lambda mask: None
+
+
+@op("setmaxnreg")
+def b_setmaxnreg(m, ins):
+    """Registers are given back; see ``Machine`` for those that are asked for."""
+    return lambda mask: m.set_registers(mask, ins)
 
 
 @op("fence")
@@ -657,7 +663,7 @@ def b_fence(m, ins):
         return lambda mask: None
     kind = ins.parts[ins.parts.index("proxy") + 1]
     if kind.startswith("tensormap"):
-        return lambda mask: None
+        return m.hopper.maps.build_acquire(ins)
     if kind != "async" and not kind.startswith("async"):
         unsupported(ins)
     r = m.smem.races
@@ -667,6 +673,7 @@ def b_fence(m, ins):
     def run(mask):
         w = slice(0, m.nw) if mask is None else np.flatnonzero(mask.reshape(m.nw, 32).any(1))
         r.fence[w] = np.maximum(r.fence[w], r.vc[w])
+        r.tick(w)  # what comes later is not fenced
 
     return run
 

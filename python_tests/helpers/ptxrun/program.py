@@ -108,6 +108,8 @@ def is_sync(ins: Instr):
     p = ins.parts
     if p[0] in ("bar", "barrier"):
         return "arrive" not in p and "warp" not in p
+    if p[0] == "setmaxnreg":
+        return "inc" in p
     return p[0] == "mbarrier" and p[1] in ("try_wait", "test_wait")
 
 
