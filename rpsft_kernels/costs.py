@@ -134,3 +134,16 @@ def elementwise_bytes(elements: int, weight_bytes: int, base_reads: int, weight_
         weight_reads: number of times that W is read.
     """
     return elements * ((weight_reads + 2) * weight_bytes + base_reads * _BFLOAT16_BYTES)
+
+
+# Columns that a tile of T = W V sums up at most.
+_LONGEST_SUM = 1 << 15
+
+
+def stretches_of(cols: int) -> int:
+    """The number of stretches of columns that the sum ``W V`` is cut into.
+
+    A vocabulary is wide, and its few tiles would keep a few programs busy when all others have ended. A function of the
+    shape alone: the bits of C must not depend on which weights share the launch.
+    """
+    return max(1, -(-cols // _LONGEST_SUM))

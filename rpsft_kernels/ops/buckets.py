@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ..costs import stretches_of
+
 
 @dataclass(frozen=True)
 class WeightSpec:
@@ -26,8 +28,12 @@ class WeightSpec:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of the intermediate (shorter side, k) before it is padded to whole tiles."""
-        return 2 * self.parts * min(self.rows, self.cols) * self.rank
+        """Bytes of the intermediate (shorter side, k) before it is padded to whole tiles, and of the sums (k, k) of a
+        weight whose columns are cut into stretches: each has an intermediate and a sum of its own.
+        """
+        stretches = stretches_of(max(self.rows, self.cols))
+        sums = 4 * stretches * self.rank**2 if stretches > 1 else 0
+        return 2 * self.parts * stretches * min(self.rows, self.cols) * self.rank + sums
 
     @property
     def drift_bytes(self) -> int:
@@ -38,10 +44,11 @@ class WeightSpec:
 class BucketLimits:
     """The most that one bucket may hold; a single weight beyond a limit still gets a bucket of its own.
 
-    ``weights`` bounds the share of a model whose gradients the backward pass holds at once, ``elements``
-    their size (2 GiB in bfloat16), ``workspace_bytes`` the intermediates' (beside them split sums of C may take
-    4 MiB a weight), ``drift_bytes`` the k x k blocks. ``one_orientation`` keeps weights that are taller than wide out
-    of the buckets of the others: a GPU contracts them from the other side, by another kernel variant.
+    ``weights`` bounds the share of a model whose gradients the backward pass holds at once, ``elements`` their size
+    (2 GiB in bfloat16). Below ``few_elements`` the number of weights does not count: small ones share a launch with as
+    many others as it takes to keep a GPU busy. ``workspace_bytes`` bounds the intermediates (beside them split sums of
+    C may take 4 MiB a weight), ``drift_bytes`` the k x k blocks. ``one_orientation`` keeps weights that are taller than
+    wide out of the buckets of the others: a GPU contracts them from the other side, by another kernel variant.
     """
 
     weights: int = 16
@@ -49,8 +56,10 @@ class BucketLimits:
     workspace_bytes: int = 192 << 20
     drift_bytes: int = 192 << 20
     one_orientation: bool = True
+    few_elements: int = 0
 
 
+GPU_LIMITS = BucketLimits(few_elements=1 << 28)
 # On the CPU many weights in one call save only the cost of the calls themselves, which matters for small weights at
 # small ranks. The backward pass holds the gradients of a bucket.
 CPU_LIMITS = BucketLimits(weights=8, drift_bytes=1 << 20, elements=16 << 20, one_orientation=False)
@@ -69,7 +78,7 @@ def limits_of(device_types: Iterable[str], summed: bool) -> BucketLimits:
     """
     if all(device_type == "cpu" for device_type in device_types):
         return CPU_LIMITS_OF_SHARDS if summed else CPU_LIMITS
-    return BucketLimits()
+    return GPU_LIMITS
 
 
 def intermediate_parts(subtracts_base: bool, bfloat16_subspaces: bool) -> int:
@@ -82,11 +91,11 @@ def intermediate_parts(subtracts_base: bool, bfloat16_subspaces: bool) -> int:
 
 
 def plan_buckets(specs: Sequence[WeightSpec], limits: BucketLimits | None = None) -> list[list[int]]:
-    """Divide the indices of ``specs`` into buckets; each bucket has one key, in the given order.
+    """Divide the indices of ``specs`` into buckets; each has one key, in the given order.
 
-    The plan depends on nothing but its arguments.
+    Without limits they are a GPU's. The plan depends on nothing but its arguments.
     """
-    limits = limits or BucketLimits()
+    limits = limits or GPU_LIMITS
     classes: dict[Hashable, list[int]] = {}
     for i, spec in enumerate(specs):
         wide = limits.one_orientation and spec.rows <= spec.cols
@@ -100,7 +109,8 @@ def plan_buckets(specs: Sequence[WeightSpec], limits: BucketLimits | None = None
             workspace += specs[i].workspace_bytes
             drifts += specs[i].drift_bytes
             over = elements > limits.elements or workspace > limits.workspace_bytes or drifts > limits.drift_bytes
-            if bucket and (over or len(bucket) == limits.weights):
+            many = len(bucket) >= limits.weights and elements - specs[i].elements >= limits.few_elements
+            if bucket and (over or many):
                 buckets.append(bucket)
                 bucket, elements, workspace = [], specs[i].elements, specs[i].workspace_bytes
                 drifts = specs[i].drift_bytes

@@ -47,10 +47,15 @@ def _is_interpreted() -> bool:
     return is_interpreted()
 
 
+# By tile table: how often a change of its kernels has changed the bits of C, so that blocks of before do not fit.
+_REVISIONS = {"sm_90": 2}
+
+
 def arithmetic(device: torch.device) -> str:
     from .device import device_profile
 
-    return device_profile(device).architecture
+    table = device_profile(device).architecture
+    return f"{table}-{_REVISIONS[table]}" if table in _REVISIONS else table
 
 
 def project_drift(operands: Operands) -> tuple[list[Tensor], Tensor]:

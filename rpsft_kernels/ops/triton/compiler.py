@@ -15,6 +15,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from .aot.targets import BY_ARCHITECTURE, DESCRIPTORS
 from .kernels.table import KERNELS, kernel_constants
@@ -55,7 +56,9 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     signature |= {name: "constexpr" for name, _ in variant.constants}
     # torch allocates every argument at a multiple of 16 bytes at least.
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(names))}
-    source = ASTSource(KERNELS[variant.kernel], signature, constexprs=kernel_constants(variant), attrs=attributes)
+    kernel = KERNELS[variant.kernel]
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = kind(kernel, signature, constexprs=kernel_constants(variant), attrs=attributes)
     options = variant.options()
     generation = BY_ARCHITECTURE[architecture]
     if generation.is_nvidia:

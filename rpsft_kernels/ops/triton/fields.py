@@ -17,6 +17,7 @@ _NAMES = (
     "BLOCK",  # pointer to B (k, k)
     "PARTIAL",  # pointer to the split sums of C: (splits, k, k), padded to whole tiles
     "GRAD",  # pointer to G
+    "ROUNDED",  # pointer to C in bfloat16, where a kernel wants it so
     "ROWS",
     "COLS",
     "RANK",
@@ -30,9 +31,11 @@ _NAMES = (
     "RIGHT_COL",
     "GRAD_ROW",
     "GRAD_COL",
+    "ROUNDED_ROW",
     "PLANES_ROW",  # row stride of one part
     "PLANES_ROWS",  # rows of one part; parts lie one below the other
-    "SPLITS",  # number of stretches of rows that the sum C = U^T T is cut into
+    "STRETCHES",  # number of stretches of columns that the sum T = W V is cut into; each has planes of its own
+    "SPLITS",  # number of stretches of rows, of all planes together, that the sum C = U^T T is cut into
     "SQUARES",  # first slot of this weight's sums of squares, one slot per tile
     "SLOTS",  # number of these slots
     "NUMBER",  # index of the weight's scale, or of its sum of squares

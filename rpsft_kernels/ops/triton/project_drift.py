@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from ...costs import stretches_of
 from ..operands import Operands, cast_base
 from .device import Profile, access_of
 from .launch import Launch
@@ -32,6 +33,7 @@ from .scratch import Scratch, Sizes
 from .table import Rows
 from .tile_table import rank_class
 from .variants import (
+    SPECIALISED,
     Precision,
     Variant,
     drift_variant,
@@ -66,6 +68,48 @@ class ForwardPlan:
         return [schedule for schedule in schedules if schedule is not None]
 
 
+# How much longer a tile of half the width takes than half of a whole one: it reads as much of W for half the products.
+# Estimated from these bytes, not measured.
+_NARROW_TIME = 1.25
+
+
+def _choose_project(
+    profile: Profile, key: ProjectKey, problems: tuple[Problem, ...], drift: Variant
+) -> tuple[Variant, list[tuple[int, int]], Schedule]:
+    """The variant that is estimated to project these weights soonest, the extents of their T, and the schedule.
+
+    Narrow tiles pay where wide ones leave multiprocessors idle, or reach far beyond the rank. The bits of T do not
+    depend on the choice: every element is the same sum.
+    """
+    _, dn, dk = drift.blocks
+    access = access_of(profile, key.aligned, False)
+    variant_of = partial(project_variant, profile.architecture, key.precision, key.rank_class, key.rows_contiguous)
+    choices = []
+    for narrow in (False, True):
+        variant = variant_of(access, narrow)
+        pm, pn, pk = variant.blocks
+        # T is padded to whole tiles of both phases.
+        padded = [(round_up(p.rows, max(pm, dk)), round_up(p.rank, max(pn, dn))) for p in problems]
+        cuts = [_stretches(variant, p) for p in problems]
+        grids = tuple(
+            Grid(height // pm, width // pn, cut, pm * pn * round_up(-(-p.cols // cut), pk))
+            for p, cut, (height, width) in zip(problems, cuts, padded, strict=True)
+        )
+        schedule = build_schedule(grids, profile.multiprocessors * variant.blocks_per_sm, False)
+        whole = all((p.rows, p.rank) == size for p, size in zip(problems, padded, strict=True))
+        even = whole and all(p.cols % pk == 0 for p in problems)
+        chosen = variant_of(access_of(profile, key.aligned, even), narrow)
+        choices.append((schedule.longest_cost * (_NARROW_TIME if narrow else 1.0), chosen, padded, schedule))
+    # The first of equals: where a table has no narrow tiles, both are the same.
+    _, variant, padded, schedule = min(choices, key=lambda choice: choice[0])
+    return variant, padded, schedule
+
+
+def _stretches(project: Variant, problem: Problem) -> int:
+    """Only the warp-specialised kernel cuts its sums."""
+    return stretches_of(problem.cols) if project.kernel in SPECIALISED else 1
+
+
 @lru_cache(maxsize=1024)
 def plan_forward(
     profile: Profile, key: ProjectKey, problems: tuple[Problem, ...], has_block: bool, drift_aligned: bool
@@ -73,38 +117,33 @@ def plan_forward(
     """The launches for weights of one group (not full anchors)."""
     arch, precision, rank = profile.architecture, key.precision, key.rank_class
 
-    def project_of(even: bool) -> Variant:
-        return project_variant(arch, precision, rank, key.rows_contiguous, access_of(profile, key.aligned, even))
-
     def drift_of(even: bool) -> Variant:
         access = access_of(profile, key.aligned, even)
         return drift_variant(
             arch, precision, rank, key.transposed, access, drift_aligned=drift_aligned, has_block=has_block
         )
 
-    pm, pn, pk = project_of(False).blocks
     dm, dn, dk = drift_of(False).blocks
-    # T is padded to whole tiles of both phases.
-    padded = [(round_up(p.rows, max(pm, dk)), round_up(p.rank, max(pn, dn))) for p in problems]
-    whole = all((p.rows, p.rank) == size for p, size in zip(problems, padded, strict=True))
-    project = project_of(whole and all(p.cols % pk == 0 for p in problems))
+    project, padded, project_schedule = _choose_project(profile, key, problems, drift_of(False))
     drift = drift_of(
         drift_aligned and all(p.rank % dm == 0 and p.rank % dn == 0 and p.rows % dk == 0 for p in problems)
     )
     planes = precision.planes
-    columns: dict[str, list[int]] = {name: [] for name in ("PLANES_ROW", "PLANES_ROWS", "SPLITS", "SQUARES", "SLOTS")}
-    project_grids, drift_grids, reduce_grids = [], [], []
+    names = ("PLANES_ROW", "PLANES_ROWS", "STRETCHES", "SPLITS", "SQUARES", "SLOTS")
+    columns: dict[str, list[int]] = {name: [] for name in names}
+    drift_grids, reduce_grids = [], []
     planes_offsets, partial_offsets = [], []
     planes_size = partial_size = slots = 0
     for p, (height, width) in zip(problems, padded, strict=True):
         high, wide = -(-p.rank // dm), -(-p.rank // dn)
-        splits = splits_of(p.rows, p.rank, dm, dn)
-        project_grids.append(Grid(height // pm, width // pn, 1, pm * pn * round_up(p.cols, pk)))
-        drift_grids.append(Grid(high, wide, splits, dm * dn * round_up(-(-p.rows // splits), dk) * planes))
+        stretches, row_splits = _stretches(project, p), splits_of(p.rows, p.rank, dm, dn)
+        splits = stretches * row_splits
+        drift_grids.append(Grid(high, wide, splits, dm * dn * round_up(-(-p.rows // row_splits), dk) * planes))
         reduce_grids.append(Grid(high, wide, int(splits > 1), splits))
         for name, value in (
             ("PLANES_ROW", width),
             ("PLANES_ROWS", height),
+            ("STRETCHES", stretches),
             ("SPLITS", splits),
             ("SQUARES", slots),
             ("SLOTS", high * wide),
@@ -112,17 +151,16 @@ def plan_forward(
             columns[name].append(value)
         planes_offsets.append(planes_size)
         partial_offsets.append(partial_size)
-        planes_size += planes * height * width
+        planes_size += stretches * planes * height * width
         partial_size += splits * high * wide * dm * dn if splits > 1 else 0
         slots += high * wide
     columns |= static_columns(problems)
     reduces = any(grid.tiles for grid in reduce_grids)
-    project_programs = profile.multiprocessors * project.blocks_per_sm
     drift_programs = profile.multiprocessors * drift.blocks_per_sm
     return ForwardPlan(
         project=project,
         drift=drift,
-        project_schedule=build_schedule(tuple(project_grids), project_programs, False),
+        project_schedule=project_schedule,
         drift_schedule=build_schedule(tuple(drift_grids), drift_programs, False),
         reduce_schedule=build_schedule(tuple(reduce_grids), drift_programs, False) if reduces else None,
         columns=columns,

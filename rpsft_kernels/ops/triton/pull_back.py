@@ -18,18 +18,21 @@ from .schedule import Grid, Schedule, build_schedule
 from .scratch import Scratch, Sizes
 from .table import Rows
 from .tile_table import rank_class
-from .variants import Variant, basis_parts, gradient_variant, pull_variant
+from .variants import Variant, basis_parts, gradient_variant, pull_variant, round_variant
 
 
 @dataclass(frozen=True, eq=False)
 class BackwardPlan:
     """Everything about one group that does not change from step to step. Sizes are in elements."""
 
+    rounding: Variant | None
     pull: Variant
     gradient: Variant
+    round_schedule: Schedule | None
     pull_schedule: Schedule
     gradient_schedule: Schedule
     columns: dict[str, list[int]]
+    rounded_offsets: list[int]
     planes_offsets: list[int]
     planes_size: int
 
@@ -39,7 +42,8 @@ class BackwardPlan:
 
     @property
     def schedules(self) -> list[Schedule]:
-        return [self.pull_schedule, self.gradient_schedule]
+        found = (self.round_schedule, self.pull_schedule, self.gradient_schedule)
+        return [schedule for schedule in found if schedule is not None]
 
 
 @lru_cache(maxsize=1024)
@@ -83,6 +87,8 @@ def plan_backward(
     pull_grids, gradient_grids, planes_offsets = [], [], []
     widths, heights = [], []
     planes_size = 0
+    rounding = round_variant(pull)
+    round_grids, rounded_rows, rounded_offsets = [], [], []
     for p, (height, width) in zip(problems, padded, strict=True):
         high, wide = extents(p)
         pull_grids.append(Grid(height // pm, width // pn, 1, pm * pn * round_up(p.rank, pk)))
@@ -91,12 +97,30 @@ def plan_backward(
         heights.append(height)
         planes_offsets.append(planes_size)
         planes_size += parts * height * width
+    for p in problems:
+        # Rows and matrices of whole 16 bytes, behind the planes.
+        rounded_rows.append(round_up(p.rank, 8))
+        rounded_offsets.append(planes_size)
+        if rounding is not None:
+            planes_size += p.rank * rounded_rows[-1]
+            round_grids.append(Grid(-(-(p.rank**2) // dict(rounding.constants)["BLOCK"]), 1, 1, 1))
+    round_schedule = None
+    if rounding is not None:
+        round_schedule = build_schedule(tuple(round_grids), profile.multiprocessors * rounding.blocks_per_sm, False)
     return BackwardPlan(
+        rounding=rounding,
         pull=pull,
         gradient=gradient,
+        round_schedule=round_schedule,
         pull_schedule=build_schedule(tuple(pull_grids), profile.multiprocessors * pull.blocks_per_sm, False),
         gradient_schedule=build_schedule(tuple(gradient_grids), profile.multiprocessors * gradient.blocks_per_sm, True),
-        columns={**static_columns(problems), "PLANES_ROW": widths, "PLANES_ROWS": heights},
+        columns={
+            **static_columns(problems),
+            "PLANES_ROW": widths,
+            "PLANES_ROWS": heights,
+            "ROUNDED_ROW": rounded_rows,
+        },
+        rounded_offsets=rounded_offsets,
         planes_offsets=planes_offsets,
         planes_size=planes_size,
     )
@@ -183,8 +207,13 @@ class PullBack(PullBackOperation[PullKey, BackwardPlan]):
         self.sizes = Sizes(planes=max(plan.planes_size for _, plan in self._groups))
 
     def launches_of(self, plan: BackwardPlan, rows: Rows, scratch: Scratch) -> list[Launch]:
-        rows.write("PLANES", [scratch.planes.data_ptr() + 2 * offset for offset in plan.planes_offsets])
-        return [
+        planes = scratch.planes.data_ptr()
+        rows.write("PLANES", [planes + 2 * offset for offset in plan.planes_offsets])
+        rows.write("ROUNDED", [planes + 2 * offset for offset in plan.rounded_offsets])
+        launches = [
             self.prepare_launch(plan.pull, plan.pull_schedule, rows, self._scale_memory),
             self.prepare_launch(plan.gradient, plan.gradient_schedule, rows),
         ]
+        if plan.rounding is not None and plan.round_schedule is not None:
+            launches.insert(0, self.prepare_launch(plan.rounding, plan.round_schedule, rows))
+        return launches

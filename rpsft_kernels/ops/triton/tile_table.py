@@ -20,7 +20,11 @@ _RANK_CLASSES = (32, 64, 128)
 
 @dataclass(frozen=True)
 class TileConfig:
-    """One phase's tile shape, warps, pipeline stages, and the programs that share a multiprocessor."""
+    """One phase's tile shape, warps, pipeline stages, and the programs that share a multiprocessor.
+
+    ``specialised``: the phase's warp-specialised kernel (``kernels/hopper.py``) serves it. ``warps`` are then those of
+    one consumer.
+    """
 
     block_m: int
     block_n: int
@@ -28,9 +32,12 @@ class TileConfig:
     warps: int
     stages: int
     blocks_per_sm: int
+    specialised: bool = False
 
 
-_CONFIG_NAMES = tuple(field.name for field in fields(TileConfig))
+_CONFIG_NAMES = tuple(field.name for field in fields(TileConfig) if field.name != "specialised")
+# The class that serves another one where a table has no rows for it.
+_NEXT_CLASS = {"wide": "one part", "bare": "parts"}
 
 
 @lru_cache(maxsize=16)
@@ -83,7 +90,7 @@ def rank_classes() -> tuple[int, ...]:
     return (*_RANK_CLASSES, _RANK_CLASSES[-1] + 1)
 
 
-def tile_config(architecture: str, phase: str, rank: int, operands: str) -> TileConfig:
+def tile_config(architecture: str, phase: str, rank: int, operands: str, narrow: bool = False) -> TileConfig:
     """The tile shape of a phase for weights of ``rank``.
 
     Args:
@@ -91,16 +98,28 @@ def tile_config(architecture: str, phase: str, rank: int, operands: str) -> Tile
         phase: one of ``PHASES``.
         rank: k.
         operands: the table's class of operands: ``"one part"`` (16-bit operands), ``"wide"`` (the same arithmetic on
-            float32 weights or gradients), ``"parts"`` (several bfloat16 parts) or ``"strided"`` (nothing is aligned).
+            float32 weights or gradients), ``"bare"`` (a 16-bit W without W0), ``"parts"`` (several bfloat16 parts) or
+            ``"strided"`` (nothing is aligned).
+        narrow: the narrower tiles that the row also names, if it does.
 
     Raises:
         ValueError: the table, which RPSFT_TILES changes, has a row that is not complete.
     """
     classes = tile_table(architecture)[phase]
-    rows = classes[operands] if operands in classes else classes["one part"]
-    row = next(row for row in rows if rank <= row["rank"])
+    while operands not in classes and operands != "one part":
+        operands = _NEXT_CLASS.get(operands, "one part")
+    row = next(row for row in classes[operands] if rank <= row["rank"])
+    if narrow:
+        others = row.get("narrow", {})
+        if not set(others) <= {"block_n", "stages"}:
+            raise ValueError(
+                f"environment variable RPSFT_TILES: got narrow tiles of phase {phase!r} with "
+                f"{', '.join(sorted(others))}, expected block_n and stages alone: with other steps the bits of C would "
+                "depend on which weights share a launch"
+            )
+        row = row | others
     try:
-        return TileConfig(**{name: row[name] for name in _CONFIG_NAMES})
+        return TileConfig(**{name: row[name] for name in _CONFIG_NAMES}, specialised=row.get("specialised", False))
     except KeyError as error:
         raise ValueError(
             f"environment variable RPSFT_TILES: got a row of phase {phase!r} without {error}, expected a table written "

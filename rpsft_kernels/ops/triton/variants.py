@@ -20,6 +20,10 @@ ARGUMENTS = {
     "gradient": ("table", "starts", "runs", "order"),
     "full_drift": ("table", "starts", "runs", "order", "squares"),
     "full_gradient": ("table", "starts", "runs", "order", "scales"),
+    "hopper_project": ("table", "starts", "runs", "order"),
+    "round": ("table", "starts", "runs", "order"),
+    "hopper_pull": ("table", "starts", "runs", "order", "scales"),
+    "hopper_gradient": ("table", "starts", "runs", "order"),
 }
 ARGUMENT_TYPES = {
     "table": "*i64",
@@ -30,6 +34,8 @@ ARGUMENT_TYPES = {
     "totals": "*fp32",
     "scales": "*fp32",
 }
+# Kernels of two consumers, whose warps a variant counts, and a producer that takes up as many.
+SPECIALISED = ("hopper_project", "hopper_pull", "hopper_gradient")
 # Variants hold dtypes by these names: ``layout`` derives them from torch's, ``kernels`` turns them into Triton's own.
 TypeName = Literal["bf16", "fp16", "fp32"]
 
@@ -54,8 +60,11 @@ class Variant:
     def registers(self) -> int:
         """The registers that a thread of an NVIDIA GPU may have so that ``blocks_per_sm`` blocks fit.
 
-        ptxas needs the explicit limit: without it, it aims at more blocks than there are, and spills.
+        ptxas needs the explicit limit: without it, it aims at more blocks than there are, and spills. Warps that share
+        their registers out among themselves must be launched with whole units of 8.
         """
+        if self.kernel in SPECIALISED:
+            return SM_REGISTERS // (WARP_SIZE * 3 * self.warps * self.blocks_per_sm) // 8 * 8
         return min(THREAD_REGISTERS, SM_REGISTERS // (WARP_SIZE * self.warps * self.blocks_per_sm))
 
     @property
@@ -111,6 +120,8 @@ class Precision:
     @property
     def project_class(self) -> str:
         """The tile table's class for the first product."""
+        if self.base is None and self.basis_parts == 1 and self.weight != "fp32":
+            return "bare"
         if max(self.basis_parts, self.weight_parts, self.planes) > 1:
             return "parts"
         return "wide" if "fp32" in (self.weight, self.base) else "one part"
@@ -152,12 +163,24 @@ def _variant(kernel: str, config: TileConfig, axes: str = "MNK", **constants: An
 
 
 def project_variant(
-    architecture: str, precision: Precision, rank: int, rows_contiguous: bool, access: Access
+    architecture: str, precision: Precision, rank: int, rows_contiguous: bool, access: Access, narrow: bool = False
 ) -> Variant:
+    config = tile_config(architecture, "project", rank, _operand_class(precision.project_class, access), narrow)
+    if config.specialised:
+        return _variant(
+            "hopper_project",
+            config,
+            WEIGHT_TYPE=precision.weight,
+            BASE_TYPE=precision.base,
+            ROWS_CONTIGUOUS=rows_contiguous,
+            WEIGHT_PARTS=precision.weight_parts,
+            PLANES=precision.planes,
+            STAGES=config.stages,
+        )
     generation = BY_TABLE.get(architecture)
     return _variant(
         "project",
-        tile_config(architecture, "project", rank, _operand_class(precision.project_class, access)),
+        config,
         WEIGHT_TYPE=precision.weight,
         BASE_TYPE=precision.base,
         BASIS_TYPE=precision.basis,
@@ -207,15 +230,25 @@ def squares_variant() -> Variant:
 def pull_variant(
     architecture: str, basis: TypeName, rank: int, transposed: bool, access: Access, drift_aligned: bool
 ) -> Variant:
+    config = tile_config(architecture, "pull", rank, _operand_class(_basis_class(basis), access))
+    if config.specialised:
+        return _variant("hopper_pull", config, TRANSPOSED=transposed, STAGES=config.stages)
     return _variant(
         "pull",
-        tile_config(architecture, "pull", rank, _operand_class(_basis_class(basis), access)),
+        config,
         BASIS_TYPE=basis,
         TRANSPOSED=transposed,
         **_access(access),
         DRIFT_ALIGNED=drift_aligned,
         BASIS_PARTS=basis_parts(basis),
     )
+
+
+def round_variant(pull: Variant) -> Variant | None:
+    """The pass over C that comes before a pull variant, if one does."""
+    if pull.kernel != "hopper_pull":
+        return None
+    return Variant("round", (("BLOCK", 4096),), warps=4, stages=1, blocks_per_sm=4)
 
 
 def gradient_variant(
@@ -229,9 +262,19 @@ def gradient_variant(
     accumulate: bool,
 ) -> Variant:
     aligned_class = "wide" if grad == "fp32" and basis == "bf16" else _basis_class(basis)
+    config = tile_config(architecture, "gradient", rank, _operand_class(aligned_class, access))
+    if config.specialised:
+        return _variant(
+            "hopper_gradient",
+            config,
+            GRAD_TYPE=grad,
+            ROWS_CONTIGUOUS=rows_contiguous,
+            ACCUMULATE=accumulate,
+            STAGES=config.stages,
+        )
     return _variant(
         "gradient",
-        tile_config(architecture, "gradient", rank, _operand_class(aligned_class, access)),
+        config,
         GRAD_TYPE=grad,
         BASIS_TYPE=basis,
         ROWS_CONTIGUOUS=rows_contiguous,
@@ -326,13 +369,14 @@ def _forward_variants(architecture: str, rank: int, basis: TypeName, access: Acc
         # Without a base, T comes with a block B to subtract or without one. It comes without one where B itself is
         # made, where several tiles or ranks add up parts of C before B is subtracted, and for ``project``.
         for flipped, has_block in product(_BOTH, _BOTH if base is None else (False,)):
-            project = project_variant(architecture, precision, rank, flipped, access)
             drift = drift_variant(
                 architecture, precision, rank, flipped, access, drift_aligned=access.aligned, has_block=has_block
             )
             # A kernel for strided weights does not know their strides, so it has one orientation only.
-            if (access.aligned or not flipped) and _divides(access, rank, project.blocks[1], drift.blocks[1]):
-                yield project
+            for narrow in _BOTH if access.aligned or not flipped else ():
+                project = project_variant(architecture, precision, rank, flipped, access, narrow)
+                if _divides(access, rank, project.blocks[1], drift.blocks[1]):
+                    yield project
             if _divides(access, rank, *drift.blocks[:2]):
                 yield drift
                 yield reduce_variant(drift)
@@ -352,8 +396,11 @@ def _backward_variants(architecture: str, rank: int, basis: TypeName, access: Ac
         pull = pull_variant(architecture, basis, rank, flipped, access, drift_aligned=access.aligned)
         if _divides(access, rank, *pull.blocks[1:], depth):
             yield pull
+            if (rounding := round_variant(pull)) is not None:
+                yield rounding
     for gradient in gradients:
-        if dict(gradient.constants)["ALIGNED"] == access.aligned and _divides(access, rank, gradient.blocks[2]):
+        aligned = gradient.kernel in SPECIALISED or dict(gradient.constants)["ALIGNED"]
+        if aligned == access.aligned and _divides(access, rank, gradient.blocks[2]):
             yield gradient
 
 

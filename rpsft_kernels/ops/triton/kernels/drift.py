@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import columns as f
-from .tile import address, dot_parts, extent, inlined, open_tile, read_tile, strides
+from .tile import address, dot_parts, extent, inlined, open_tile, read_tile, row_of, strides
 
 
 @inlined
@@ -76,7 +76,7 @@ def drift_kernel(
     """TRANSPOSED: W entered transposed, what is summed here is C^T."""
     pid = tl.program_id(0)
     for run in range(tl.load(starts + pid), tl.load(starts + pid + 1)):
-        fields = table + tl.load(runs + 3 * run).to(tl.int64) * f.FIELDS
+        fields = row_of(table, tl.load(runs + 3 * run))
         left = address(fields + f.LEFT, BASIS_TYPE, ALIGNED)
         left_row, left_col = strides(fields + f.LEFT_ROW, BASIS_TYPE, False, ALIGNED)
         planes = address(fields + f.PLANES, tl.bfloat16, True)
@@ -87,13 +87,16 @@ def drift_kernel(
         square = extent(fields + f.RANK, tl.float32, DRIFT_ALIGNED)
         # U^T, contiguous along its rows.
         left_tiles = open_tile(left, rank, rows, left_col, left_row, BLOCK_M, BLOCK_K, True, DESCRIPTOR)
+        stretches = tl.load(fields + f.STRETCHES)
         planes_tiles = open_tile(
-            planes, planes_rows * PLANES, planes_row, planes_row, 1, BLOCK_K, BLOCK_N, False, DESCRIPTOR
+            planes, planes_rows * PLANES * stretches, planes_row, planes_row, 1, BLOCK_K, BLOCK_N, False, DESCRIPTOR
         )
         tiles_n = tl.cdiv(rank, BLOCK_N).to(tl.int32)
         tiles = tl.cdiv(rank, BLOCK_M).to(tl.int32) * tiles_n
         splits = tl.load(fields + f.SPLITS)
-        stretch = tl.cdiv(tl.cdiv(rows, BLOCK_K), splits) * BLOCK_K
+        # Each stretch of W's columns has planes of its own, which are cut alike.
+        row_splits = splits // stretches
+        stretch = tl.cdiv(tl.cdiv(rows, BLOCK_K), row_splits) * BLOCK_K
 
         for at in range(tl.load(runs + 3 * run + 1), tl.load(runs + 3 * run + 2)):
             tile = tl.load(order + at)
@@ -101,16 +104,18 @@ def drift_kernel(
             slot = tile % tiles
             row = (slot // tiles_n).to(tl.int64) * BLOCK_M
             col = (slot % tiles_n).to(tl.int64) * BLOCK_N
+            begin = split % row_splits * stretch
+            first_row = split // row_splits * PLANES * planes_rows
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             # The smallest part of T first, so that it is not lost against the largest.
             for back in tl.static_range(PLANES):
-                for step in range(0, tl.minimum(stretch, rows - split * stretch), BLOCK_K):
-                    k = split * stretch + step
+                for step in range(0, tl.minimum(stretch, rows - begin), BLOCK_K):
+                    k = begin + step
                     u = read_tile(
                         left_tiles, row, k, rank, rows, left_col, left_row, BLOCK_M, BLOCK_K, True, DESCRIPTOR, EVEN
                     )
                     t = read_tile(
-                        planes_tiles, (PLANES - 1 - back) * planes_rows + k, col,
+                        planes_tiles, first_row + (PLANES - 1 - back) * planes_rows + k, col,
                         planes_rows, planes_row, planes_row, 1, BLOCK_K, BLOCK_N, False, DESCRIPTOR, True,
                     )  # fmt: skip
                     acc = dot_parts(u, t, acc, back + 1 if back + 1 < BASIS_PARTS else BASIS_PARTS, 1)
@@ -146,7 +151,7 @@ def reduce_kernel(
     """Second pass over split sums: the stretches of one tile are added in their order."""
     pid = tl.program_id(0)
     for run in range(tl.load(starts + pid), tl.load(starts + pid + 1)):
-        fields = table + tl.load(runs + 3 * run).to(tl.int64) * f.FIELDS
+        fields = row_of(table, tl.load(runs + 3 * run))
         rank = extent(fields + f.RANK, tl.float32, DRIFT_ALIGNED)
         tiles_n = tl.cdiv(rank, BLOCK_N).to(tl.int32)
         tiles = tl.cdiv(rank, BLOCK_M).to(tl.int32) * tiles_n
@@ -176,7 +181,7 @@ def reduce_kernel(
 def squares_kernel(table, squares, totals, BLOCK: tl.constexpr):
     """One weight per program: its tiles' sums of squares, added in a fixed order."""
     pid = tl.program_id(0)
-    fields = table + pid.to(tl.int64) * f.FIELDS
+    fields = row_of(table, pid)
     first = squares + tl.load(fields + f.SQUARES)
     slots = tl.load(fields + f.SLOTS)
     acc = tl.zeros((BLOCK,), tl.float32)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import columns as f
-from .tile import address, extent, inlined, narrow, read_tile, strides
+from .tile import address, extent, inlined, narrow, read_tile, row_of, strides
 
 
 @inlined
@@ -48,7 +48,7 @@ def full_drift_kernel(
     """The sum of squares of each tile of ``W - W0``."""
     pid = tl.program_id(0)
     for run in range(tl.load(starts + pid), tl.load(starts + pid + 1)):
-        fields = table + tl.load(runs + 3 * run).to(tl.int64) * f.FIELDS
+        fields = row_of(table, tl.load(runs + 3 * run))
         rows = tl.load(fields + f.ROWS)
         cols = extent(fields + f.COLS, tl.bfloat16, ALIGNED)
         slots = squares + tl.load(fields + f.SQUARES)
@@ -79,7 +79,7 @@ def full_gradient_kernel(
     """``G = scale * (W - W0)`` or ``G += scale * (W - W0)``."""
     pid = tl.program_id(0)
     for run in range(tl.load(starts + pid), tl.load(starts + pid + 1)):
-        fields = table + tl.load(runs + 3 * run).to(tl.int64) * f.FIELDS
+        fields = row_of(table, tl.load(runs + 3 * run))
         scale = tl.load(scales + tl.load(fields + f.NUMBER))
         rows = tl.load(fields + f.ROWS)
         cols = extent(fields + f.COLS, tl.bfloat16, ALIGNED)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import columns as f
-from .tile import address, dot_parts, extent, narrow, open_tile, read_tile, strides
+from .tile import address, dot_parts, extent, narrow, open_tile, read_tile, row_of, strides
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def gradient_kernel(
     """
     pid = tl.program_id(0)
     for run in range(tl.load(starts + pid), tl.load(starts + pid + 1)):
-        fields = table + tl.load(runs + 3 * run).to(tl.int64) * f.FIELDS
+        fields = row_of(table, tl.load(runs + 3 * run))
         right = address(fields + f.RIGHT, BASIS_TYPE, ALIGNED)
         right_row, right_col = strides(fields + f.RIGHT_ROW, BASIS_TYPE, False, ALIGNED)
         planes = address(fields + f.PLANES, tl.bfloat16, True)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import columns as f
-from .tile import address, dot_parts, extent, narrow, open_tile, part, read_tile, strides
+from .tile import address, dot_parts, extent, narrow, open_tile, part, read_tile, row_of, strides
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def project_kernel(
     """
     pid = tl.program_id(0)
     for run in range(tl.load(starts + pid), tl.load(starts + pid + 1)):
-        fields = table + tl.load(runs + 3 * run).to(tl.int64) * f.FIELDS
+        fields = row_of(table, tl.load(runs + 3 * run))
         weight = address(fields + f.WEIGHT, WEIGHT_TYPE, ALIGNED)
         weight_row, weight_col = strides(fields + f.WEIGHT_ROW, WEIGHT_TYPE, ROWS_CONTIGUOUS, ALIGNED)
         right = address(fields + f.RIGHT, BASIS_TYPE, ALIGNED)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import columns as f
-from .tile import address, dot_parts, extent, open_tile, part, read_tile, strides
+from .tile import address, dot_parts, extent, open_tile, part, read_tile, row_of, strides
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def pull_kernel(
     """TRANSPOSED: the shorter side is W's columns, P = scale * V C^T. BASIS_PARTS: of U, of C and of P alike."""
     pid = tl.program_id(0)
     for run in range(tl.load(starts + pid), tl.load(starts + pid + 1)):
-        fields = table + tl.load(runs + 3 * run).to(tl.int64) * f.FIELDS
+        fields = row_of(table, tl.load(runs + 3 * run))
         scale = tl.load(scales + tl.load(fields + f.NUMBER))
         left = address(fields + f.LEFT, BASIS_TYPE, ALIGNED)
         left_row, left_col = strides(fields + f.LEFT_ROW, BASIS_TYPE, False, ALIGNED)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from .columns import FIELDS, LAYOUT
+
 # The interpreter computes bfloat16 dot products wrongly (triton#11584) and truncates float32 to bfloat16 where
 # GPUs round to nearest; ``dot`` and ``narrow`` do there what the compiled code does.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -21,6 +23,13 @@ def inlined(function: Callable[..., Any]) -> Any:
     been done.
     """
     return function if INTERPRETED.value else triton.jit(function)
+
+
+@inlined
+def row_of(table, weight):
+    """A weight's row of the table."""
+    tl.static_assert(LAYOUT >= 0)
+    return table + weight.to(tl.int64) * FIELDS
 
 
 @inlined
