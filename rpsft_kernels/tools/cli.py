@@ -15,6 +15,7 @@ import torch
 from ..distributed.partition import LAYOUTS
 from .gpus import GPUS
 from .models import MODELS
+from .tuning import DEFAULT_BUDGET
 
 _DEFAULT_RANK = 768
 _DEFAULT_ARCH = "sm_90"
@@ -94,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("tune", help="time tile shapes on this GPU and write a table for RPSFT_TILES")
     _add_model(tune)
     tune.add_argument("--output", required=True, help="the table's file (JSON)")
+    seconds = f"seconds that it may take (default: {DEFAULT_BUDGET:.0f})"
+    tune.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help=seconds)
     return parser
 
 
@@ -183,6 +186,11 @@ def _roofline(options: argparse.Namespace) -> int:
     )
     print(f"\nthis package, prediction per step: rank {busiest}, the busiest of {options.ranks} ({options.layout})")
     print(r.phase_table(ours, gpu))
+    if gpu.name == "h200" and job.world_size == 1:
+        from .predict import predict
+
+        print("\nthis package, predicted from its tiles and from rates that an H200 was measured at")
+        print(predict(job).table())
     print("\npublished way, prediction per micro-batch: every rank")
     print(r.phase_table(published, gpu))
     ratio = r.total_seconds(published, gpu) / r.total_seconds(ours, gpu)
@@ -262,7 +270,8 @@ def _tune(options: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise SystemExit("tune: found no GPU; tile shapes can be timed only where the kernels run")
-    write_table(tune(MODELS[options.model].layer(), options.rank, torch.device("cuda")), options.output)
+    shapes = MODELS[options.model].layer()
+    write_table(tune(shapes, options.rank, torch.device("cuda"), budget=options.budget), options.output)
     return 0
 
 

@@ -79,7 +79,7 @@ def schedule_report(
         transposed = shapes[bucket[0]][0] > shapes[bucket[0]][1]
         project_key = ProjectKey(precision, rank_class(rank), transposed, transposed, True)
         pull_key = PullKey(precision.basis, dtype, rank_class(rank), transposed, transposed, True, True)
-        problems = tuple(_contiguous(*shapes[i], rank) for i in bucket)
+        problems = tuple(contiguous_problem(*shapes[i], rank) for i in bucket)
         forward = plan_forward(profile, project_key, problems, not keep_base, rank % 4 == 0)
         backward = plan_backward(profile, pull_key, problems, rank % 4 == 0, True)
         # One more launch sums the squares, which are a few hundred numbers.
@@ -103,7 +103,8 @@ def schedule_report(
     )
 
 
-def _contiguous(m: int, n: int, rank: int) -> Problem:
+def contiguous_problem(m: int, n: int, rank: int) -> Problem:
+    """A contiguous weight (m, n) with contiguous bases, as launches see it."""
     rows, cols = sorted((m, n))
     strides = (1, n) if m > n else (n, 1)
     return Problem(rows, cols, rank, strides, strides, (rank, 1), (rank, 1), strides)
