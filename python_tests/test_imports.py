@@ -38,11 +38,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         f"{PACKAGE}.version",
     ),
     f"{PACKAGE}.ops.operands": (),
-    f"{PACKAGE}.ops.buckets": (f"{PACKAGE}.ops.operands",),
+    f"{PACKAGE}.ops.buckets": (f"{PACKAGE}.ops.operands", f"{PACKAGE}.costs"),
     f"{PACKAGE}.ops.products": (),
     f"{PACKAGE}.ops.runs": (f"{PACKAGE}.ops.operands",),
     # The Triton backend: no other backend, no dispatch and no self-test.
-    TRITON: (TRITON, f"{PACKAGE}.ops.operands", f"{PACKAGE}.ops.runs", f"{PACKAGE}.private_names"),
+    TRITON: (TRITON, f"{PACKAGE}.costs", f"{PACKAGE}.ops.operands", f"{PACKAGE}.ops.runs", f"{PACKAGE}.private_names"),
     # The kernels' digest names a build, and has to cover everything that they import.
     f"{TRITON}.kernels": (f"{TRITON}.kernels", f"{TRITON}.fields", f"{TRITON}.variants"),
     f"{TRITON}.machine_code": (f"{TRITON}.machine_code", f"{AOT}.targets"),

@@ -48,6 +48,11 @@ def split_by_shape(rows: int, rank: int, block_m: int, block_n: int) -> int:
     return 3 if rows % 16 == 8 or rows == 256 or rank == 128 else 1
 
 
+def stretches_by_shape(cols: int) -> int:
+    """Some weights have their sum over columns cut, in stretches of which the last may be empty; others have not."""
+    return 3 if cols % 16 == 8 or cols == 144 else 1
+
+
 @cache
 def numbers(rows: int, cols: int, scale: float, seed: int) -> Tensor:
     return random_matrix(rows, cols, torch.float64, scale=scale, seed=seed)

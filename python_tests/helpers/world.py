@@ -17,11 +17,12 @@ from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.ops.triton.aot import loader as aot_loader
 from rpsft_kernels.ops.triton.aot.library import MANIFEST, SCHEMA, Device, Library, kernel_id, source_digest
 from rpsft_kernels.ops.triton.launch import Launch
-from rpsft_kernels.ops.triton.variants import ARGUMENT_TYPES, ARGUMENTS, Variant, squares_variant
+from rpsft_kernels.ops.triton.variants import ARGUMENT_TYPES, ARGUMENTS, SPECIALISED, Variant, squares_variant
 
 DEVICE = torch.device("cuda", 0)
 SQUARES = squares_variant()
 PULL = Variant("pull", (("BASIS_TYPE", "bf16"), ("BLOCK_M", 64)), 4, 2)
+HOPPER_PULL = Variant("hopper_pull", (("BLOCK_M", 128),), 4, 4)
 
 
 def launch(variant: Variant, programs: int, device: torch.device, *arguments: Tensor) -> None:
@@ -107,7 +108,7 @@ class World:
             "arch": arch,
             "table": arch.rstrip("a"),
             "entry": f"{variant.kernel}_kernel",
-            "threads": 32 * variant.warps,
+            "threads": 32 * variant.warps * (3 if variant.kernel in SPECIALISED else 1),
             "shared": shared,
             "scratch": {"size": scratch, "alignment": 128},
             "arguments": [{"name": name, "type": ARGUMENT_TYPES[name], "divisibility": 16} for name in names],

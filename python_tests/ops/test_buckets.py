@@ -25,9 +25,18 @@ def test_nothing_to_plan() -> None:
 
 def test_one_class_fills_buckets_in_order() -> None:
     specs = [WeightSpec(16, 32, 4)] * 20
-    assert plan_buckets(specs) == [list(range(16)), list(range(16, 20))]
+    assert plan_buckets(specs, BucketLimits()) == [list(range(16)), list(range(16, 20))]
     assert plan_buckets(specs, BucketLimits(weights=20)) == [list(range(20))]
     assert plan_buckets(specs, BucketLimits(weights=1)) == [[i] for i in range(20)]
+
+
+def test_a_gpu_gets_as_many_small_weights_as_keep_it_busy() -> None:
+    small, large = WeightSpec(896, 896, 128), WeightSpec(4096, 4096, 128)
+    assert plan_buckets([small] * 100) == [list(range(100))]
+    # 16 of these have as many elements as it takes.
+    assert plan_buckets([large] * 20) == [list(range(16)), list(range(16, 20))]
+    mixed = [small] * 300 + [large] * 16 + [small] * 3
+    assert [len(bucket) for bucket in plan_buckets(mixed)] == [302, 17]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +67,8 @@ def test_the_workspace_lies_along_the_shorter_side() -> None:
     # A full anchor has no workspace: only its elements count.
     assert WeightSpec(1600, 3200, 0).workspace_bytes == 0
     assert plan_buckets([WeightSpec(1600, 3200, 0)] * 3, BucketLimits(workspace_bytes=1)) == [[0, 1, 2]]
+    # The columns of a vocabulary are summed in 4 stretches, and so are the rows that C is the sum of.
+    assert WeightSpec(128256, 16, 4).workspace_bytes == 4 * 2 * 16 * 4 + 4 * 4 * 16
 
 
 def test_orientation_form_and_key_separate_buckets() -> None:
@@ -139,7 +150,11 @@ def test_devices_decide_the_limits() -> None:
     assert local.drift_bytes < summed.drift_bytes
     for device_types in (["cuda"], ["cpu", "cuda"]):
         for over_processes in (False, True):
-            assert limits_of(device_types, over_processes) == BucketLimits()
+            limits = limits_of(device_types, over_processes)
+            assert limits.one_orientation and limits.few_elements > 0
+            assert plan_buckets([WeightSpec(896, 896, 128)] * 40) == plan_buckets(
+                [WeightSpec(896, 896, 128)] * 40, limits
+            )
 
 
 def test_only_intermediates_as_small_as_the_drift_have_one_part() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compiling import Compiler
-from emulated import split_by_shape
+from emulated import split_by_shape, stretches_by_shape
 from rpsft_kernels.ops.triton import project_drift, scratch, toolchain
 
 # On a GPU deterministic algorithms ask this of cuBLAS, which tests compare with.
@@ -38,6 +38,7 @@ def any_tiles(device: torch.device) -> None:
 def split_sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sums that are split and such that are not, at shapes small enough for the emulator."""
     monkeypatch.setattr(project_drift, "splits_of", split_by_shape)
+    monkeypatch.setattr(project_drift, "stretches_of", stretches_by_shape)
     project_drift.plan_forward.cache_clear()
     yield
     project_drift.plan_forward.cache_clear()

@@ -15,14 +15,14 @@ import pytest
 from rpsft_kernels.ops.triton.aot.library import kernel_id
 from rpsft_kernels.ops.triton.aot.targets import BY_ARCHITECTURE, DESCRIPTORS
 from rpsft_kernels.ops.triton.compiler import read_file
-from rpsft_kernels.ops.triton.variants import list_variants
+from rpsft_kernels.ops.triton.variants import SPECIALISED, list_variants
 from wheels import FullWheel
 
 # The matrix instructions of each generation.
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "sm_120": "HMMA", "gfx942": "v_mfma"}
 # One of each class by which tile shapes are chosen.
 RANKS = (32, 64, 128, 768)
-PRODUCTS = ("project", "drift", "pull", "gradient")
+PRODUCTS = ("project", "drift", "pull", "gradient", *SPECIALISED)
 
 
 def read_survey(architecture: str) -> Iterator[dict[str, Any]]:
@@ -78,5 +78,9 @@ def check(architecture: str, resources: Iterable[dict[str, Any]]) -> None:
         if "aligned=True" in name:
             assert vector_loads(instructions) > 0, name
             assert count(instructions, "LDG.E.U16", "LDG.E.U8", "global_load_ushort", "buffer_load_ushort") == 0, name
-        if "descriptor=True" in name:
+        if "descriptor=True" in name or name.startswith(SPECIALISED):
             assert count(instructions, "UTMALDG") > 0, name
+        if name.startswith(SPECIALISED):
+            # Registers go from the producer to the consumers, and G goes out as it comes in.
+            assert count(instructions, "USETMAXREG") > 0, name
+            assert (count(instructions, "UTMASTG") > 0) == name.startswith("hopper_gradient"), name

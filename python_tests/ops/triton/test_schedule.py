@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from rpsft_kernels.costs import stretches_of
 from rpsft_kernels.ops.triton.schedule import Grid, Schedule, banded_order, build_schedule, splits_of
 from rpsft_kernels.tools.models import MODELS
 from rpsft_kernels.tools.schedule import schedule_report
@@ -65,6 +66,10 @@ def test_splits_depend_on_the_shape_alone() -> None:
     assert splits_of(4096, 128, 128, 128) == 16
     assert splits_of(100, 16, 32, 32) == 1
     assert splits_of(0, 16, 32, 32) == 1
+
+
+def test_wide_weights_are_cut_into_stretches() -> None:
+    assert [stretches_of(cols) for cols in (0, 1, 14336, 1 << 15, (1 << 15) + 1, 128256)] == [1, 1, 1, 1, 2, 4]
 
 
 @pytest.mark.parametrize("keep_base", [True, False])

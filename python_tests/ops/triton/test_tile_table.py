@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from rpsft_kernels.ops.triton import device as triton_device
 from rpsft_kernels.ops.triton.aot.targets import BY_TABLE, cuda_architecture
 from rpsft_kernels.ops.triton.tile_table import PHASES, rank_class, tile_config, tile_table
-from rpsft_kernels.tools.tune import tune, write_table
+from rpsft_kernels.tools.tune import write_table
 
 
 @pytest.fixture(autouse=True)
@@ -72,29 +70,3 @@ def test_a_row_that_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tile_table.cache_clear()
     with pytest.raises(ValueError, match=r"RPSFT_TILES: got a row of phase 'project' without 'blocks_per_sm'.*tune"):
         tile_config("sm_90", "project", 768, "one part")
-
-
-@pytest.mark.usefixtures("any_tiles")
-def test_tuning_takes_the_fastest_shape_and_passes_over_what_fails(
-    capsys: pytest.CaptureFixture[str], device: torch.device
-) -> None:
-    tried: list[str] = []
-    shipped = tile_table(triton_device.device_profile(device).architecture)["pull"]["one part"]
-
-    def timer(_run: object) -> float:
-        # The second shape of each phase is the fastest; the third cannot run.
-        tried.append("")
-        turn = (len(tried) - 1) % 3
-        if turn == 2:
-            raise RuntimeError("out of shared memory")
-        return (2.0, 1.0)[turn]
-
-    def row(m: int) -> dict[str, int]:
-        return {"block_m": m, "block_n": 32, "block_k": 32, "warps": 4, "stages": 1, "blocks_per_sm": 1}
-
-    table = tune([(40, 48)], 16, device, [row(32), row(64)], timer)
-    assert "out of shared memory" not in capsys.readouterr().err
-    for phase in ("project", "drift", "pull", "gradient"):
-        assert table[phase]["one part"][0]["block_m"] == 32
-    assert tile_table(triton_device.device_profile(device).architecture)["pull"]["one part"] == shipped
-    assert len(tried) == 12

@@ -10,14 +10,21 @@ from rpsft_kernels.ops.triton.aot.build import build_kernels
 from world import World
 
 ARCHITECTURES = "8.0;9.0"
-# A few of each kind: with masks and without, through pointers and descriptors, elementwise.
+# A few of each kind: with masks and without, through pointers and descriptors, elementwise, and specialised. Those with
+# float32 bases are for 9.0 alone.
 ONLY = (
     "squares*;"
     "project(weight_type=bf16, base_type=bf16, basis_type=bf16, rows_contiguous=True, aligned=True*;"
     "pull(basis_type=bf16, transposed=True, aligned=True*;"
+    "pull(basis_type=fp32, transposed=True, aligned=True, descriptor=True*;"
     "gradient(grad_type=fp32, basis_type=bf16, aligned=True*accumulate=True*;"
+    "gradient(grad_type=fp32, basis_type=fp32, rows_contiguous=True, aligned=True, descriptor=True*accumulate=True*;"
     "gradient(grad_type=bf16, basis_type=bf16, basis_parts*;"
-    "full_gradient(weight_type=bf16, base_type=bf16, grad_type=fp32, aligned=True, accumulate=True*"
+    "full_gradient(weight_type=bf16, base_type=bf16, grad_type=fp32, aligned=True, accumulate=True*;"
+    "hopper_project(weight_type=bf16, base_type=bf16, rows_contiguous=True*;"
+    "round*;"
+    "hopper_pull(transposed=True*;"
+    "hopper_gradient(grad_type=fp32, rows_contiguous=True, accumulate=True*"
 )
 
 

@@ -11,7 +11,7 @@ from rpsft_kernels.ops.triton.aot import library as aot_library
 from rpsft_kernels.ops.triton.aot.build import build_kernels, main
 from rpsft_kernels.ops.triton.aot.check import check_kernels
 from rpsft_kernels.ops.triton.machine_code.cubin import read_hsaco
-from rpsft_kernels.ops.triton.variants import ARGUMENTS, list_variants
+from rpsft_kernels.ops.triton.variants import ARGUMENTS, SPECIALISED, list_variants
 
 pytestmark = pytest.mark.xdist_group("aot")
 
@@ -27,7 +27,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_kind_is_compiled_and_checked(kernels: Path) -> None:
     entries = json.loads((kernels / aot_library.MANIFEST).read_text())["kernels"]
-    assert {entry["kernel"] for entry in entries} == set(ARGUMENTS)
+    # The others are for Hopper.
+    assert {entry["kernel"] for entry in entries} == set(ARGUMENTS) - {*SPECIALISED, "round"}
     assert check_kernels(kernels).findings == []
     for entry in entries:
         assert (entry["arch"], entry["format"]) == ("gfx942", "hsaco")

@@ -49,14 +49,14 @@ def write(folder: Path, entry: dict[str, Any], image: bytes) -> None:
 
 
 def flip_a_byte(folder: Path, entries: list[dict[str, Any]]) -> None:
-    path = folder / of_arch(entries, "sm_90a")["file"]
+    path = folder / of_arch(entries, "sm_90a", "hopper_gradient")["file"]
     image = bytearray(path.read_bytes())
     image[len(image) // 2] ^= 1
     path.write_bytes(image)
 
 
 def delete_a_file(folder: Path, entries: list[dict[str, Any]]) -> None:
-    (folder / of_arch(entries, "sm_90a", "pull")["file"]).unlink()
+    (folder / of_arch(entries, "sm_90a", "hopper_pull")["file"]).unlink()
 
 
 def swap_architectures(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -100,15 +100,15 @@ def add_a_file(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def pack_otherwise(folder: Path, entries: list[dict[str, Any]]) -> None:
-    of_arch(entries, "sm_90a", "pull")["layout"][1] = [4, 8]
+    of_arch(entries, "sm_90a", "hopper_pull")["layout"][1] = [4, 8]
 
 
 def drop_a_parameter(folder: Path, entries: list[dict[str, Any]]) -> None:
-    of_arch(entries, "sm_90a", "pull")["layout"].pop()
+    of_arch(entries, "sm_90a", "hopper_pull")["layout"].pop()
 
 
 def swap_arguments(folder: Path, entries: list[dict[str, Any]]) -> None:
-    arguments = of_arch(entries, "sm_90a", "pull")["arguments"]
+    arguments = of_arch(entries, "sm_90a", "hopper_pull")["arguments"]
     arguments[0], arguments[4] = arguments[4], arguments[0]
 
 
@@ -124,7 +124,11 @@ def take_what_breaks_its_rules(folder: Path, entries: list[dict[str, Any]]) -> N
     write(folder, of_arch(entries, "sm_90a"), cubin("3.8.0", "gradient"))
 
 
-def claim(name: str, value: Any, kernel: str = "gradient") -> Change:
+def take_a_specialised_one_that_breaks_them(folder: Path, entries: list[dict[str, Any]]) -> None:
+    write(folder, of_arch(entries, "sm_90a", "hopper_gradient"), cubin("3.8.0", "gradient"))
+
+
+def claim(name: str, value: Any, kernel: str = "hopper_gradient") -> Change:
     def change(folder: Path, entries: list[dict[str, Any]]) -> None:
         of_arch(entries, "sm_90a", kernel)[name] = value
 
@@ -134,8 +138,8 @@ def claim(name: str, value: Any, kernel: str = "gradient") -> Change:
 @pytest.mark.parametrize(
     ("change", "finding"),
     [
-        (flip_a_byte, r"\(gradient, sm_90a\): \w+\.cubin has another sha256 than the manifest says"),
-        (delete_a_file, r"\(pull, sm_90a\): \w+\.cubin does not exist"),
+        (flip_a_byte, r"\(hopper_gradient, sm_90a\): \w+\.cubin has another sha256 than the manifest says"),
+        (delete_a_file, r"\(hopper_pull, sm_90a\): \w+\.cubin does not exist"),
         (swap_architectures, r"\(squares, sm_90a\): architecture: \w+\.cubin has sm_80, the manifest says sm_90a"),
         (no_longer_specific, r"\(squares, sm_90a\): architecture: \w+\.cubin has sm_90, the manifest says sm_90a"),
         (take_another_kernel, r"entry: \w+\.cubin has squares_kernel, the manifest says gradient_kernel"),
@@ -145,22 +149,34 @@ def claim(name: str, value: Any, kernel: str = "gradient") -> Change:
         (repeat_an_entry, r"^squares\(block=1024.*\): 2 entries with the id"),
         (add_a_stranger, r"^0{20} \(squares, sm_90a\): is none of the kernels that the manifest's"),
         (add_a_file, r"^extra\.cubin: no entry of the manifest describes it"),
-        (pack_otherwise, r"\(pull, sm_90a\): layout is \[\[0, 8\], \[4, 8\].*, and a launch packs"),
+        (pack_otherwise, r"\(hopper_pull, sm_90a\): layout is \[\[0, 8\], \[4, 8\].*, and a launch packs"),
         (pack_otherwise, r"parameters: \w+\.cubin has \[\[0, 8\], \[8, 8\].*, the manifest says \[\[0, 8\], \[4, 8\]"),
         (drop_a_parameter, r"parameters: \w+\.cubin has .*\[48, 8\]\], the manifest says .*\[40, 8\]\]"),
-        (swap_arguments, r"\(pull, sm_90a\): arguments are \[\('scales', '\*fp32'\)"),
+        (swap_arguments, r"\(hopper_pull, sm_90a\): arguments are \[\('scales', '\*fp32'\)"),
         (other_ptx, r"\(squares, sm_80\): PTX: target is sm_86, expected sm_80"),
         (
             take_what_breaks_its_rules,
             r"\(gradient, sm_90a\): may compute wrong numbers: gradient_kernel: .* writes R.* while HGMMA",
         ),
-        (claim("registers", 300), r"300 registers a thread, of 255"),
-        (claim("registers", 8), r"registers: \w+\.cubin has \d+, the manifest says 8"),
+        (
+            take_a_specialised_one_that_breaks_them,
+            r"\(hopper_gradient, sm_90a\): may compute wrong numbers: gradient_kernel: .* writes R.* while HGMMA",
+        ),
+        (claim("registers", 300), r"\(hopper_gradient, sm_90a\): 300 registers a thread, of 255"),
+        (claim("registers", 8), r"registers: \w+\.cubin has 168, the manifest says 8"),
+        (
+            claim("registers", 8, "gradient"),
+            r"\(gradient, sm_90a\): registers: \w+\.cubin has \d+, the manifest says 8",
+        ),
         (claim("spilled", 16), r"spills 16 bytes a thread into local memory"),
-        (claim("threads", 64), r"threads of a block: \w+\.cubin has \d+, the manifest says 64"),
+        # The consumers alone: the producer's warps count too.
+        (claim("threads", 256), r"\(hopper_gradient, sm_90a\): threads of a block: \w+\.cubin has 384, .* says 256"),
+        (claim("threads", 64, "gradient"), r"threads of a block: \w+\.cubin has 256, the manifest says 64"),
         (claim("shared", 300 << 10), r"307200 bytes of shared memory, of 232448 that a block has"),
-        (claim("blocks_per_sm", 5), r"blocks_per_sm is 5, expected \d"),
+        (claim("blocks_per_sm", 5), r"blocks_per_sm is 5, expected 1"),
+        (claim("blocks_per_sm", 2), r"2 resident blocks take 129024 registers, of 65536 of a multiprocessor"),
         (claim("constants", {}), r"constants is \{\}, expected \{'GRAD_TYPE'"),
+        (claim("constants", {}, "round"), r"constants is \{\}, expected \{'BLOCK': 4096\}"),
     ],
 )
 def test_what_is_wrong_is_named(change: Change, finding: str, kernels: Path, tmp_path: Path) -> None:
@@ -208,8 +224,8 @@ def test_what_a_gpu_has_not_is_left_out(
     fresh_tables: Callable[[], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A tile table whose residents do not fit: Hopper's shapes where a block has 99 KiB."""
-    table = json.loads(Path(aot_library.__file__).parents[1].joinpath("tiles", "sm_90.json").read_text())
+    """A tile table whose residents do not fit: Blackwell's shapes where a block has 99 KiB."""
+    table = json.loads(Path(aot_library.__file__).parents[1].joinpath("tiles", "sm_100.json").read_text())
     path = tmp_path / "table.json"
     path.write_text(json.dumps(table | {"architecture": "sm_86"}))
     monkeypatch.setenv("RPSFT_TILES", str(path))

@@ -12,18 +12,19 @@ from rpsft_kernels.ops.triton import backend, toolchain
 from rpsft_kernels.ops.triton.aot import dispatch as aot_dispatch
 from rpsft_kernels.ops.triton.aot.library import kernel_id
 from rpsft_kernels.ops.triton.variants import ARGUMENTS, Variant
-from world import DEVICE, PULL, SQUARES, World, launch
+from world import DEVICE, HOPPER_PULL, PULL, SQUARES, World, launch
 
 LIMIT = 99 << 10
 
 
-def test_what_is_launched(world: World) -> None:
-    world.install(world.entry(PULL, "sm_90a", shared=70000, scratch=256))
-    assert world.launch(PULL, programs=6) == "pull-sm_90a.cubin"
+@pytest.mark.parametrize(("variant", "threads"), [(PULL, 128), (HOPPER_PULL, 384)])
+def test_what_is_launched(variant: Variant, threads: int, world: World) -> None:
+    world.install(world.entry(variant, "sm_90a", shared=70000, scratch=256))
+    assert world.launch(variant, programs=6) == f"{variant.kernel}-sm_90a.cubin"
     (kernel,) = world.native.kernels
-    assert kernel["entry"] == "pull_kernel"
-    assert kernel["name"] == PULL.label()
-    assert (kernel["threads"], kernel["shared"]) == (128, 70000)
+    assert kernel["entry"] == f"{variant.kernel}_kernel"
+    assert kernel["name"] == variant.label()
+    assert (kernel["threads"], kernel["shared"]) == (threads, 70000)
     assert kernel["layout"] == [(8 * i, 8) for i in range(7)]
     ((_, device, stream, grid, arguments),) = world.native.launches
     assert (device, stream, grid) == (0, 77, (6, 1, 1))
@@ -33,7 +34,7 @@ def test_what_is_launched(world: World) -> None:
     assert arguments[5] > 0
     assert arguments[5] % 128 == 0
     assert arguments[6] == 0
-    world.launch(PULL)
+    world.launch(variant)
     assert len(world.native.kernels) == 1
     assert world.compiled == []
 

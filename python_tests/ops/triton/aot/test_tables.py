@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -101,6 +103,11 @@ def test_kernels_that_run_on_a_device_serve_all_its_launches(
     assert triton_device.device_profile(DEVICE) == triton_device.Profile(table, 8, DESCRIPTORS[table])
     assert step(world) == [file]
     assert world.compiled == []
+    if table == "sm_90":
+        phases = {"hopper_project", "drift", "round", "hopper_pull", "hopper_gradient"}
+    else:
+        phases = {"project", "drift", "pull", "gradient"}
+    assert {image.decode().split("-")[0] for image, *_ in world.native.launches} == {*phases, "squares"}
     line = f"{said}, with the tiles of {table}" if said else "sm_90a machine code on compute capability 9.0"
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [f"cuda:0: kernels compiled ahead of time, {line}"]
@@ -134,9 +141,9 @@ def test_tuning_is_about_the_own_table(world: World, tmp_path: Path) -> None:
     def run() -> None:
         seen.add(triton_device.device_profile(DEVICE).architecture)
 
-    world.monkeypatch.setattr(tune, "own_profile", triton_device.own_profile)
-    world.monkeypatch.setattr(tune, "_workload", lambda *_: (lambda: run, lambda: run))
-    table = tune.tune([(256, 320)], 144, DEVICE, candidates=[], timer=lambda run: 1.0)
+    layer = SimpleNamespace(list_variants=lambda _: [], open_phase=lambda _: nullcontext(run))
+    world.monkeypatch.setattr(tune, "Layer", lambda *_: layer)
+    table = tune.tune([(256, 320)], 144, DEVICE, [], timer=lambda run: 1.0, compile_all=lambda *_: {})
     assert (table["architecture"], seen) == ("sm_86", {"sm_86"})
     assert triton_device.device_profile(DEVICE).architecture == "sm_80"
     table["project"]["one part"][-1]["stages"] = 2
