@@ -70,3 +70,27 @@ def test_a_row_that_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tile_table.cache_clear()
     with pytest.raises(ValueError, match=r"RPSFT_TILES: got a row of phase 'project' without 'blocks_per_sm'.*tune"):
         tile_config("sm_90", "project", 768, "one part")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "message"),
+    [
+        ("sm_80", {"specialised": True}, r"specialised row of phase 'project' for sm_80, expected one for sm_90"),
+        (
+            "sm_90",
+            {"narrow": {"block_n": 128, "block_k": 32}},
+            r"narrow tiles of phase 'project' with block_k, block_n",
+        ),
+    ],
+)
+def test_rows_that_must_not_be_used(
+    architecture: str, change: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = json.loads(json.dumps(tile_table(architecture)))
+    for row in table["project"]["one part"]:
+        row.update(change)
+    write_table(table, tmp_path / "table.json")
+    monkeypatch.setenv("RPSFT_TILES", str(tmp_path / "table.json"))
+    tile_table.cache_clear()
+    with pytest.raises(ValueError, match=message):
+        tile_config(architecture, "project", 768, "one part", narrow=True)

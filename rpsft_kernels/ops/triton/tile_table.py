@@ -36,6 +36,8 @@ class TileConfig:
 
 
 _CONFIG_NAMES = tuple(field.name for field in fields(TileConfig) if field.name != "specialised")
+# The table whose GPUs have warp-specialised kernels.
+_SPECIALISED = "sm_90"
 # The class that serves another one where a table has no rows for it.
 _NEXT_CLASS = {"wide": "one part", "bare": "parts"}
 
@@ -103,7 +105,8 @@ def tile_config(architecture: str, phase: str, rank: int, operands: str, narrow:
         narrow: the narrower tiles that the row also names, if it does.
 
     Raises:
-        ValueError: the table, which RPSFT_TILES changes, has a row that is not complete.
+        ValueError: the table, which RPSFT_TILES changes, has a row that is not complete, or that asks for a kernel that
+            the architecture does not have.
     """
     classes = tile_table(architecture)[phase]
     while operands not in classes and operands != "one part":
@@ -118,8 +121,14 @@ def tile_config(architecture: str, phase: str, rank: int, operands: str, narrow:
                 "depend on which weights share a launch"
             )
         row = row | others
+    specialised = row.get("specialised", False)
+    if specialised and architecture != _SPECIALISED:
+        raise ValueError(
+            f"environment variable RPSFT_TILES: got a specialised row of phase {phase!r} for {architecture}, expected one "
+            f'for {_SPECIALISED}: no other GPU runs those kernels; leave "specialised" out'
+        )
     try:
-        return TileConfig(**{name: row[name] for name in _CONFIG_NAMES}, specialised=row.get("specialised", False))
+        return TileConfig(**{name: row[name] for name in _CONFIG_NAMES}, specialised=specialised)
     except KeyError as error:
         raise ValueError(
             f"environment variable RPSFT_TILES: got a row of phase {phase!r} without {error}, expected a table written "
