@@ -60,14 +60,12 @@ def test_packed_payloads_of_layers_that_say_so() -> None:
     assert _reasons(layer) == {"odd.W_q": not_weights.PACKED}
 
 
-@pytest.mark.parametrize(
-    "name", ["weight_scale_inv", "weight_scale", "scales", "SCB", "zero_point", "weight_zero_point", "qzeros", "absmax"]
-)
+@pytest.mark.parametrize("name", ["weight_scale_inv", "SCB", "zero_point", "weight_zero_point", "qzeros", "absmax"])
 def test_scales_and_zero_points_by_name(name: str) -> None:
     assert _reasons(_Holder(**{name: torch.ones(2, 3)})) == {f"odd.{name}": not_weights.SCALE}
 
 
-@pytest.mark.parametrize("name", ["scale", "input_scale", "up_scales", "zeros"])
+@pytest.mark.parametrize("name", ["scale", "scales", "weight_scale", "input_scale", "up_scales", "zeros"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.int32])
 def test_scales_beside_quantised_values(name: str, dtype: torch.dtype) -> None:
     values = torch.ones(4, 6).to(dtype)
@@ -185,3 +183,12 @@ def test_wrapped_models_are_read_through() -> None:
     selection = select_weights(wrapped)  # type: ignore[arg-type]
     assert list(selection.chosen) == ["1.weight"]
     assert selection.skipped["0.parametrizations.weight.original0"] == not_weights.PARAMETRISED
+
+
+def test_other_parameters_of_a_layer_may_be_columns() -> None:
+    class Gated(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(16, 12)
+            self.gate = nn.Parameter(torch.ones(4, 1))
+
+    assert _reasons(Gated()) == {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ranks import run_ranks
-from second_derivatives_ranks import differentiate_twice
+from second_derivatives_ranks import change_penalty_in_place, differentiate_twice
 
 
 def test_second_derivatives_over_shards_are_refused_on_every_rank() -> None:
@@ -15,3 +15,8 @@ def test_second_derivatives_over_shards_are_refused_on_every_rank() -> None:
 def test_second_derivatives_of_full_anchors_over_shards_are_right() -> None:
     for message, distance, _ in run_ranks(2, differentiate_twice, 6):
         assert message == "accepted" and distance < 1e-5
+
+
+def test_the_penalty_over_shards_may_be_changed_in_place() -> None:
+    for in_place, expected in run_ranks(2, change_penalty_in_place):
+        assert in_place == expected != 0.0

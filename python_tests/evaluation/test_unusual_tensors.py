@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 import weakref
 from dataclasses import dataclass
 
@@ -130,3 +131,17 @@ def test_a_refusal_holds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         gc.enable()
         forget()
+
+
+def test_fake_gradients_have_no_memory_that_could_overlap() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    anchors = [rk.Anchor.from_weight(random_matrix(8, 6, seed=seed), 3) for seed in range(2)]
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        # What torch says of addresses of fake tensors.
+        warnings.simplefilter("ignore")
+        weights = [torch.nn.Parameter(torch.empty(8, 6)) for _ in range(2)]
+        for weight in weights:
+            weight.grad = torch.empty(8, 6)
+        with rk.use_backend("torch"):
+            assert rk.accumulate_rotation_grad_(weights, anchors, 1.0).shape == ()

@@ -37,6 +37,26 @@ def differentiate_twice(rank: int) -> tuple[str, float, list[float]]:
     return message, distance, [made, float(weight.grad.full_tensor().sum())]  # type: ignore[union-attr]
 
 
+def change_penalty_in_place() -> list[float]:
+    """Return the sums of the gradients of ``0.5 * R + 1`` over shards, computed in place and not."""
+    pretrained, moved = random_matrix(8, 6, seed=1), random_matrix(8, 6, seed=2)
+    anchor = rk.Anchor.from_weight(pretrained, 3, basis_dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(pretrained + moved, mesh, [Shard(0)]))
+    sums = []
+    for in_place in (True, False):
+        loss = rk.rotation_penalty([weight], [anchor])
+        if in_place:
+            loss *= 0.5
+            loss += 1.0
+        else:
+            loss = 0.5 * loss + 1.0
+        loss.backward()
+        sums.append(float(weight.grad.full_tensor().sum()))  # type: ignore[union-attr]
+        weight.grad = None
+    return sums
+
+
 def _multiply(weight: torch.Tensor, anchor: rk.Anchor, direction: torch.Tensor) -> torch.Tensor:
     (gradient,) = torch.autograd.grad(rk.rotation_penalty([weight], [anchor]), weight, create_graph=True)
     along = (gradient * direction).sum()

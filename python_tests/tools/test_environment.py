@@ -153,8 +153,8 @@ def test_an_installation_without_engine_and_launcher(monkeypatch: pytest.MonkeyP
 def test_what_becomes_of_code_for_hopper_is_told(two: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "triton_version", lambda: "3.6.0")
     assert report()["JIT on 9.x"] == (
-        "Triton 3.6.0 compiles kernels wrongly (project and, with float32 bases, drift and gradient): those are not "
-        "launched"
+        "Triton 3.6.0 compiles kernels wrongly (the plain forms of project and, with float32 bases, drift and "
+        "gradient): those are not launched"
     )
     monkeypatch.setattr(toolchain, "triton_version", lambda: "3.9.0")
     assert report()["JIT on 9.x"] == "code is looked at before its first launch"

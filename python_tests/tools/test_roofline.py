@@ -136,7 +136,8 @@ def test_a_rank_launches_nothing_for_what_it_has_not() -> None:
     assert nothing["project"] == nothing["gradient"] == 0 and nothing["exchange"] == 4
     assert not rank_launches(job, [Shard.nothing((32, 512))] * 3)["full"]
     half = rank_launches(job, [Shard.rectangle((256, 512), (0, 128), (0, 512))] * 3)
-    assert half["project"] == half["pull"] == half["gradient"] == 1
+    # On 9.0 C is rounded before it is pulled.
+    assert half["project"] == half["gradient"] == 1 and half["pull"] == 2
 
 
 def test_the_published_way_by_hand() -> None:

@@ -84,7 +84,8 @@ def _agree(
     """
     shards: dict[str, dict[str, list[Shard]]] = {}
     problem = ""
-    for _ in range(min(2, len(groups))):
+    # As many rounds on every rank: how many groups the others are in, a rank does not know.
+    for _ in range(2):
         for group_name, weights in groups.items():
             group = next(iter(weights.values())).group
             assert group is not None

@@ -32,12 +32,12 @@ _MARKS_OF_PACKING = ("quant_state", "quant_type", "quant_storage", "bnb_quantize
 _DECLARATIONS = (("out_features", "in_features"), ("num_embeddings", "embedding_dim"))
 # Names that only quantised values have, in lower case: FP8's, GPTQ's, AWQ's, bitsandbytes' and compressed-tensors'.
 _NAMES_OF_SCALES = {
-    *("scales", "scb", "scale_inv", "weight_scale", "weight_scales", "absmax", "nested_absmax", "quant_map"),
-    *("nested_quant_map", "zero_point", "zero_points", "qzeros"),
+    *("scb", "scale_inv", "absmax", "nested_absmax", "quant_map", "nested_quant_map", "zero_point", "zero_points"),
+    "qzeros",
 }
 _ENDINGS_OF_SCALES = ("_scale_inv", "_zero_point", "_zero_points")
 # Names that other parameters have, too: these are scales only beside quantised values.
-_NAMES_BESIDE_QUANTISED = {"scale", "zero", "zeros", "zeropoint", "shift"}
+_NAMES_BESIDE_QUANTISED = {"scale", "scales", "zero", "zeros", "zeropoint", "shift"}
 _ENDINGS_BESIDE_QUANTISED = ("_scale", "_scales", "_zero", "_zeros")
 
 
@@ -113,9 +113,9 @@ def _reason_quantised(
     name: str, reference: ParameterRef, chain: list[_Step], parameters: Mapping[str, ParameterRef]
 ) -> str | None:
     owner = chain[-1][0] if chain else None
-    if _is_packed(reference, owner):
-        return PACKED
     path, _, own_name = name.rpartition(".")
+    if _is_packed(own_name, reference, owner):
+        return PACKED
     own_name = own_name.lower()
     if own_name in _NAMES_OF_SCALES or own_name.endswith(_ENDINGS_OF_SCALES):
         return SCALE
@@ -125,7 +125,7 @@ def _reason_quantised(
     return None
 
 
-def _is_packed(reference: ParameterRef, owner: nn.Module | None) -> bool:
+def _is_packed(own_name: str, reference: ParameterRef, owner: nn.Module | None) -> bool:
     parameter = reference.parameter
     if getattr(parameter, "quant_state", None) is not None or getattr(parameter, "bnb_quantized", False):
         return True
@@ -137,7 +137,10 @@ def _is_packed(reference: ParameterRef, owner: nn.Module | None) -> bool:
         return False
     if any(hasattr(holder, mark) for holder in (parameter, owner) for mark in _MARKS_OF_PACKING):
         return True
-    # A column that has neither of the sizes which its layer declares holds several values in each of its numbers.
+    # A column that has neither of the sizes which its layer declares holds several values in each of its numbers. Other
+    # parameters of a layer may have any shape.
+    if own_name != "weight":
+        return False
     for declaration in _DECLARATIONS:
         sizes = [getattr(owner, size, None) for size in declaration]
         if all(type(size) is int for size in sizes):

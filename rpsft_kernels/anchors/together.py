@@ -47,7 +47,8 @@ def refuse_together(groups: Mapping[str, dist.ProcessGroup], what: str) -> Itera
     except Exception as error:
         own = error
     problem = "" if own is None else f"{what}: rank {dist.get_rank() if groups else 0}: {own}"
-    for _ in range(min(2, len(groups))):
+    # As many rounds on every rank: how many groups the others are in, a rank does not know.
+    for _ in range(2):
         for group in groups.values():
             problems: list[Any] = [None] * group.size()
             dist.all_gather_object(problems, problem, group=group)

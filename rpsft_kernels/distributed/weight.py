@@ -30,7 +30,8 @@ def _reason_unread(parameter: Tensor) -> str | None:
     if is_linked_by_deepspeed(parameter):
         return (
             "got a parameter whose gradient DeepSpeed (ZeRO-1/2, or its bfloat16 optimizer) keeps to itself, expected "
-            "one whose optimizer reads .grad: put rotation_penalty of the engine into the loss of engine.backward"
+            "one whose optimizer reads .grad: put rotation_penalty of the engine into the loss of engine.backward; if "
+            "that engine is gone, delete what it has left on the parameter (_hp_mapping)"
         )
     return None
 

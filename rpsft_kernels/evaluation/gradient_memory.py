@@ -55,7 +55,9 @@ class GradientMemory:
         try:
             starts = list(map(Tensor.data_ptr, memory))
         except RuntimeError:
-            # A tensor without memory of its own, such as a fake one.
+            return grads
+        if not all(starts) and any(start == 0 and tensor.numel() for start, tensor in zip(starts, memory, strict=True)):
+            # Tensors without memory of their own, such as fake ones.
             return grads
         self._added.append((indices, memory))
         self._facts.append((indices, memory[0].dtype, memory[0].device, starts, strides))

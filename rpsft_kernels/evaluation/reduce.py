@@ -43,7 +43,8 @@ class _RefuseSecondDerivatives(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, total: Tensor) -> Tensor:
-        return total.view_as(total)
+        # No view: loss *= 0.1 and loss += task_loss change R where it lies.
+        return total.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]

@@ -189,7 +189,7 @@ def _roofline(options: argparse.Namespace) -> int:
     if gpu.name == "h200" and job.world_size == 1:
         from .predict import predict
 
-        print("\nthis package, predicted from its tiles and from rates that an H200 was measured at")
+        print("\nthis package, predicted from its tiles, from rates of prototypes on an H200 and from assumptions")
         print(predict(job).table())
     print("\npublished way, prediction per micro-batch: every rank")
     print(r.phase_table(published, gpu))

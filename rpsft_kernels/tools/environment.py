@@ -84,7 +84,7 @@ def _describe_products() -> str:
     if missing := toolchain.jit_missing():
         return missing
     if toolchain.touches_products():
-        which = "project and, with float32 bases, drift and gradient"
+        which = "the plain forms of project and, with float32 bases, drift and gradient"
         return f"Triton {toolchain.triton_version()} compiles kernels wrongly ({which}): those are not launched"
     try:
         disassembler()

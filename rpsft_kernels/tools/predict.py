@@ -25,9 +25,10 @@ from ..ops.triton.variants import Variant
 from .roofline import LAUNCH_SECONDS, Job, rank_phases
 from .schedule import contiguous_problem
 
-# FLOP/s of an H200 (torch 2.11, 2026-11-26) if all multiprocessors always had a tile. The plain kernels' were
-# measured. Of the warp-specialised ones, prototypes of project (128 x 256) and of gradient were; pull is taken to
-# multiply like project: it differs in that both operands come from shared memory.
+# FLOP/s of an H200 (torch 2.11, 2026-11-26) if all multiprocessors always had a tile. The plain kernels' were measured,
+# but for drift's, which is an estimate from its counters. Of the warp-specialised ones, prototypes of project
+# (128 x 256) and of gradient were; pull is taken to multiply like project: it differs in that both operands come from
+# shared memory.
 TENSOR_RATES = {
     "project": 535e12,
     "drift": 550e12,

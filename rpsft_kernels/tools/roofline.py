@@ -51,8 +51,9 @@ from ..distributed.shard import Shard
 from ..ops.buckets import WeightSpec, plan_buckets
 from ..ops.triton.aot.targets import DESCRIPTORS
 from ..ops.triton.device import Profile
-from ..ops.triton.layout import Problem, ProjectKey, type_name
+from ..ops.triton.layout import Problem, ProjectKey, PullKey, type_name
 from ..ops.triton.project_drift import plan_forward
+from ..ops.triton.pull_back import plan_backward
 from ..ops.triton.tile_table import rank_class
 from ..ops.triton.variants import Precision
 from .gpus import Gpu
@@ -170,8 +171,11 @@ def rank_launches(job: Job, shards: Sequence[Shard]) -> Counter[str]:
                 continue
             key = ProjectKey(precision, rank_class(rank), transposed, transposed, True)
             plan = plan_forward(profile, key, problems, not job.keep_base, rank % 4 == 0)
-            # The drift's launches include its second pass, where there is one, and the sums of squares.
-            launches.update(project=1, drift=len(plan.schedules), pull=1, gradient=1)
+            pull_key = PullKey(precision.basis, precision.weight, key.rank_class, transposed, transposed, True, True)
+            backward = plan_backward(profile, pull_key, problems, rank % 4 == 0, True)
+            # The drift's launches include its second pass, where there is one, and the sums of squares; the pull's
+            # the rounding of C, where there is one.
+            launches.update(project=1, drift=len(plan.schedules), pull=len(backward.schedules) - 1, gradient=1)
         if any(len(rects) != 1 for rects in rects_by_weight):
             # PyTorch adds and squares the C of a shard's rectangles, weight by weight.
             launches["drift"] += sum(1 + max(1, len(rects)) for rects in rects_by_weight)

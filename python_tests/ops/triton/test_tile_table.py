@@ -79,7 +79,7 @@ def test_a_row_that_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (
             "sm_90",
             {"narrow": {"block_n": 128, "block_k": 32}},
-            r"narrow tiles of phase 'project' with block_k, block_n",
+            r"narrow tiles of phase 'project' with block_k",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""``pull_back`` on the kernels: phases 3 and 4, two launches a group."""
+"""``pull_back`` on the kernels: phases 3 and 4, two launches a group, or three where C is rounded first."""
 
 from __future__ import annotations
 

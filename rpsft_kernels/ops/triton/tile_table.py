@@ -124,8 +124,8 @@ def tile_config(architecture: str, phase: str, rank: int, operands: str, narrow:
     specialised = row.get("specialised", False)
     if specialised and architecture != _SPECIALISED:
         raise ValueError(
-            f"environment variable RPSFT_TILES: got a specialised row of phase {phase!r} for {architecture}, expected one "
-            f'for {_SPECIALISED}: no other GPU runs those kernels; leave "specialised" out'
+            f"environment variable RPSFT_TILES: got a specialised row of phase {phase!r} for {architecture}, expected "
+            f"one for {_SPECIALISED}: no other GPU runs those kernels; leave 'specialised' out"
         )
     try:
         return TileConfig(**{name: row[name] for name in _CONFIG_NAMES}, specialised=specialised)

@@ -32,10 +32,10 @@ def triton_missing() -> str | None:
 
 
 # Below this version Triton's code for compute capability 9.0 touches registers of pending products (see
-# register_hazards) in kernels that compute an operand in registers: project with bfloat16 U and V, gradient with
-# float32 U and V where W is read by columns and, below 3.8, drift with float32 U and V. All of this package's kernels
-# for sm_90 were scanned as 3.6.0, 3.7.0, 3.8.0 and 3.9.0 compile them, each with the assembler that it brings (12.8.93,
-# 12.8.93, 12.9.86, 13.4): the first three break the rule, 3.9.0 breaks it in no kernel.
+# register_hazards) in plain kernels that compute an operand in registers: project with bfloat16 U and V, gradient with
+# float32 U and V where W is read by columns and, below 3.8, drift with float32 U and V. They were all scanned as 3.6.0,
+# 3.7.0, 3.8.0 and 3.9.0 compile them, each with the assembler that it brings (12.8.93, 12.8.93, 12.9.86, 13.4): the
+# first three break the rule, 3.9.0 breaks it in no kernel. The warp-specialised kernels keep it under 3.6.0 and 3.9.0.
 PRODUCTS_KEPT = (3, 9)
 # Environment variables that choose the assembler or change its output.
 _ASSEMBLER = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "PTXAS_OPTIONS", "DISABLE_PTXAS_OPT")
