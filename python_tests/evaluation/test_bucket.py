@@ -8,7 +8,8 @@ import torch
 import rpsft_kernels as rk
 from rpsft_kernels.evaluation.bucket import make_buckets
 from rpsft_kernels.evaluation.pairing import AnchoredWeight, pair
-from rpsft_kernels.ops import BucketLimits, available_backends, intermediate_parts, limits_of
+from rpsft_kernels.ops import available_backends, intermediate_parts, limits_of
+from rpsft_kernels.ops.buckets import GPU_LIMITS
 from rpsft_kernels.ops.triton.variants import Precision
 from support import random_matrix
 
@@ -51,7 +52,7 @@ def test_gradients_and_backends_do_not_decide_buckets() -> None:
 
 
 def test_limits_are_those_of_a_gpu_unless_all_weights_are_on_the_cpu() -> None:
-    gpu = BucketLimits()
+    gpu = GPU_LIMITS
     assert limits_of(["cuda"], False) == limits_of(["cpu", "cuda"], True) == gpu
     cpu, shards = limits_of(["cpu", "cpu"], False), limits_of(["cpu"], True)
     assert cpu.weights == shards.weights < gpu.weights and cpu.drift_bytes < shards.drift_bytes < gpu.drift_bytes

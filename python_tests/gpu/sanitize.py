@@ -26,7 +26,9 @@ _PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cud
 # The tool ends with this status after a report about a kernel, and with another one after any other failure.
 _REPORTED = 9
 # PyTorch has a reduce_kernel too, inside a namespace and with template arguments.
-_OURS = re.compile(r"(?<![\w:])(?:project|drift|reduce|squares|pull|gradient|full_drift|full_gradient)_kernel(?![\w<])")
+_OURS = re.compile(
+    r"(?<![\w:])(?:(?:hopper_)?(?:project|pull|gradient)|drift|reduce|squares|round|full_drift|full_gradient)_kernel(?![\w<])"
+)
 _SITE = re.compile(r"\b(?:at|by|in) (.+?)(?:\+0x[0-9a-f]+|$)")
 
 

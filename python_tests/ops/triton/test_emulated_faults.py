@@ -18,7 +18,7 @@ from ptxrun import MemoryFault, Program, PtxError, RaceError, RegisterHazard, Un
 from rpsft_kernels.ops.triton import backend as kernels
 from rpsft_kernels.ops.triton import project_drift, pull_back
 from rpsft_kernels.ops.triton.tile_table import rank_classes
-from rpsft_kernels.ops.triton.variants import Access, Precision, Variant, project_variant
+from rpsft_kernels.ops.triton.variants import Access, Precision, Variant, drift_variant, project_variant
 from support import operands_of
 
 newest = pytest.mark.skipif(not NEWEST, reason=WHY_NEWEST)
@@ -123,11 +123,14 @@ def test_alignment_that_is_only_claimed_is_seen(compiler: Compiler, monkeypatch:
 
 @pytest.mark.skipif(COMPILER >= (3, 8), reason="Triton 3.8 and newer keep the rule")
 def test_older_compilers_break_the_rule(compiler: Compiler) -> None:
+    access = Access(True, True, False)
     for rank in rank_classes():
-        # The plain kernel, and the specialised one, which waits for every product.
-        for basis, broken in (("fp32", True), ("bf16", False)):
-            variant = project_variant("sm_90", Precision("bf16", "bf16", basis), rank, False, Access(True, True, False))
-            assert bool(hazards(compiler.compile(variant, "sm_90"))) == broken
+        in_parts = Precision("bf16", "bf16", "fp32")
+        plain = drift_variant("sm_90", in_parts, rank, False, access, drift_aligned=True, has_block=False)
+        assert hazards(compiler.compile(plain, "sm_90")) != []
+        # This one waits for every product.
+        specialised = project_variant("sm_90", Precision("bf16", "bf16", "bf16"), rank, False, access)
+        assert hazards(compiler.compile(specialised, "sm_90")) == []
 
 
 @newest

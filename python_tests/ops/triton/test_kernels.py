@@ -219,7 +219,7 @@ def test_phases_with_different_tiles_leave_no_gaps(
     """One phase writes all of T and P that the next one reads, whatever the tables say."""
     shipped = variants.tile_config
 
-    def mix_tiles(architecture: str, phase: str, rank: int, operands: str) -> TileConfig:
+    def mix_tiles(architecture: str, phase: str, rank: int, operands: str, narrow: bool = False) -> TileConfig:
         edge = 64 if phase in coarse else 32
         return replace(shipped(architecture, phase, rank, operands), block_m=edge, block_n=edge, block_k=edge)
 

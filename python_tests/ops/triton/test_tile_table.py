@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rpsft_kernels.ops.triton.aot.targets import BY_TABLE, cuda_architecture
-from rpsft_kernels.ops.triton.tile_table import PHASES, rank_class, tile_config, tile_table
+from rpsft_kernels.ops.triton.tile_table import PHASES, forget_tuned, rank_class, tile_config, tile_table
 from rpsft_kernels.tools.tune import write_table
 
 
 @pytest.fixture(autouse=True)
-def _fresh_tables() -> None:
-    tile_table.cache_clear()
+def _fresh_tables() -> Iterator[None]:
+    forget_tuned()
+    yield
+    # The tests after these must not be planned by the tables of these.
+    forget_tuned()
 
 
 @pytest.mark.parametrize("architecture", [*BY_TABLE, "interpreter"])

@@ -262,11 +262,11 @@ def _check_nan(case: SelfTestCase, subject: Subject, findings: Findings) -> Iter
 # -- the same bits again -----------------------------------------------------------------------------------
 
 
-def call_once(case: SelfTestCase, subject: Subject, shape: Shape) -> None:
-    """Call the operation on one weight of a shape, for the launches that it makes."""
+def call_once(case: SelfTestCase, subject: Subject, shape: Shape, copies: int = 1) -> None:
+    """Call the operation on one weight of a shape, or its projection on ``copies`` of it, for the launches it makes."""
     sample = Source(case, subject.device).random(shape, at_anchor=True)
     if case.operation == "drift":
-        subject.project([sample])
+        subject.project([sample] * copies)
     else:
         subject.pull([sample], _drifts_of([sample]), _make_scales([sample], subject.device), case.accumulate)
 
