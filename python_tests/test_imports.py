@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("anchors",),
     ("evaluation",),
     ("penalty",),
+    ("training",),
     ("",),
     ("tools",),
     ("demo", "__main__"),

@@ -10,7 +10,15 @@ import sys
 
 import rpsft_kernels as rk
 
-NAMES = ["Anchor", "Anchors", "accumulate_rotation_grad_", "project", "rotation_penalty", "use_backend"]
+NAMES = [
+    "Anchor",
+    "Anchors",
+    "RotationPenalty",
+    "accumulate_rotation_grad_",
+    "project",
+    "rotation_penalty",
+    "use_backend",
+]
 
 
 def test_dir_shows_the_public_names() -> None:

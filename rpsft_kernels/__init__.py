@@ -8,6 +8,7 @@ The public names::
     rotation_penalty(weights, anchors)                   R as a differentiable scalar, for the loss
     project(weight, left, right, base)                   one weight's drift U^T (W - W0) V
     use_backend(name)                                    "torch", "triton" or "native", in a with block
+    RotationPenalty(rank, coeff)                         all of it over a training run: anchors, strength, metrics
 
 ``weights`` is a module, a list of tensors or one tensor, sharded or not::
 
@@ -26,11 +27,13 @@ from .anchors.anchor import Anchor
 from .anchors.collection import Anchors
 from .ops import use_backend
 from .penalty import accumulate_rotation_grad_, project, rotation_penalty
+from .training import RotationPenalty
 from .version import __version__ as __version__
 
 __all__ = [
     "Anchor",
     "Anchors",
+    "RotationPenalty",
     "accumulate_rotation_grad_",
     "project",
     "rotation_penalty",
