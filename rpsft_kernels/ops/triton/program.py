@@ -12,6 +12,7 @@ from torch import Tensor
 from ..operands import Operands
 from . import device as devices
 from .aot import dispatch as aot
+from .factors import FactorGradients, FactorImages
 from .full_form import FullProjection, FullPullBack
 from .layout import Facts, addresses_of, to_aligned_float32
 from .operation import Operation, PullBackOperation, facts_of
@@ -215,6 +216,39 @@ class TritonRun:
             lambda rows: kind(rows, self._device, self._profile, accumulate, memory),
         )
         return operation
+
+    def stage_factors(self, batch: int, factors: Sequence[Tensor], bases: Sequence[Tensor]) -> FactorImages:
+        """Prepare ``T = F V`` of a batch of factors (r, n) and bases (n, k), all of one r and one k."""
+        operation: FactorImages = self._operation(
+            ("images", batch, len(factors)),
+            len(factors),
+            lambda rows: FactorImages(rows, self._device, self._profile),
+        )
+        operation.stage(factors, bases)
+        self._staged.append(operation)
+        return operation
+
+    def project_factors(self, operation: FactorImages) -> Tensor:
+        """T (count, r, k) in float32, of an operation of :meth:`stage_factors`."""
+        with self._scratch.lock:
+            self._queue(operation)
+            return operation.images(self._scratch)
+
+    def stage_factor_gradients(self, batch: int, grads: Sequence[Tensor], bases: Sequence[Tensor]) -> FactorGradients:
+        """Prepare ``G += X V^T`` of a batch of gradients (r, n) and bases (n, k), all of one r and one k."""
+        operation: FactorGradients = self._operation(
+            ("factors", batch, len(grads)),
+            len(grads),
+            lambda rows: FactorGradients(rows, self._device, self._profile),
+        )
+        operation.stage(grads, bases)
+        self._staged.append(operation)
+        return operation
+
+    def add_factors_(self, operation: FactorGradients, coefficients: Tensor) -> None:
+        """Add to the gradients of an operation of :meth:`stage_factor_gradients`; X is (count, r, k) in float32."""
+        operation.write(coefficients)
+        self._queue(operation)
 
     def _device_scales(self) -> Tensor:
         if self._scales is None:
