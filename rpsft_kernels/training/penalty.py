@@ -113,6 +113,11 @@ class RotationPenalty:
     def mode(self) -> Mode:
         return self._settings.mode
 
+    @property
+    def needs_task_gradient(self) -> bool:
+        """Whether there is a budget whose coefficient begins with the size of the task's gradients."""
+        return self._settings.budget is not None and self.mode != "project"
+
     # -- anchors ------------------------------------------------------------------------------------------------
 
     def anchor(self, model: nn.Module) -> RotationPenalty:
