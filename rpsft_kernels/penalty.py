@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import ops
 from .anchors.anchor import Anchor
 from .checks import check_weight
-from .evaluation.call import open_call
+from .evaluation.call import Call, open_call
 from .evaluation.forward_mode import check_tangent
 from .evaluation.requests import AccumulationRequest, PenaltyRequest
 
@@ -57,7 +57,7 @@ def rotation_penalty(
     Where C is summed over ranks a backward pass with ``create_graph=True`` raises a ValueError: R is quadratic, and its
     Hessian's product with v is R's gradient at W + v less that at W.
     """
-    call = open_call(weights, anchors, PenaltyRequest())
+    call = open_call(weights, anchors, PenaltyRequest(), Call)
     if call is None:
         return torch.zeros(())
     try:
@@ -114,7 +114,7 @@ def accumulate_rotation_grad_(
     """
     request = AccumulationRequest(coeff, of_module=isinstance(weights, nn.Module))
     with torch.no_grad():
-        call = open_call(weights, anchors, request)
+        call = open_call(weights, anchors, request, Call)
         if call is None:
             return torch.zeros(())
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,13 @@ from .. import ops
 from ..distributed import GroupCall, find_parameters
 from .agreement import digest, gradient_checksum, members_of
 from .bucket import Bucket, BucketTensors, ProjectedBucket
+from .corrections import Corrections
 from .foreign_blocks import warn_of_foreign_blocks
 from .forward_mode import check_tangents
 from .gradients import Gradients, PullBack
 from .plan import PlannedWeights, groups_of, prepare, recall
 from .reduce import GroupReduction, refuse_second_derivatives, start_drifts
-from .requests import AccumulationRequest, Request
+from .requests import AccumulationRequest, PenaltyRequest, Request
 
 
 class Call:
@@ -30,7 +31,10 @@ class Call:
         self.weights, self._plan = planned
         self._coeff = request.factor if isinstance(request, AccumulationRequest) else None
         self.group_calls: dict[str, GroupCall] = {}
-        self.gradients = Gradients(self.weights, self._coeff or 0.0, self._plan.tied)
+        # What the call writes, if it does: gradients, or the weights themselves.
+        self._writes = not isinstance(request, PenaltyRequest)
+        self.gradients: Gradients | Corrections = Gradients(self.weights, self._coeff or 0.0, self._plan.tied)
+        self._keeps_drifts = False
         self._runs: list[ops.Run] = []
         buckets = self._plan.buckets
         # The C of weights over several processes are summed while the rest is computed.
@@ -63,13 +67,14 @@ class Call:
             tensors = self._tensors[bucket.place] = bucket.gather(self.weights)
             run = self._run_of(bucket)
             if run is not None:
-                keep = bool(bucket.group_name) or (self._coeff is None and torch.is_grad_enabled())
+                differentiable = not self._writes and torch.is_grad_enabled()
+                keep = bool(bucket.group_name) or self._keeps_drifts or differentiable
                 run.stage_projection(bucket.batch, tensors.operands, keep)
-                if self._coeff is None and torch.is_grad_enabled():
+                if differentiable:
                     self._stage_backward(run, bucket, tensors)
-            if self._coeff is not None:
+            if self._writes:
                 self._stage_gradients(run, bucket, tensors)
-        if self._coeff is not None:
+        if self._writes:
             self.gradients.check_memory(self._plan)
         for run in self._runs:
             run.send()
@@ -114,7 +119,7 @@ class Call:
         members = members_of(self.weights, name)
         # Names are unique: weights of a list are numbered.
         shards = {anchored.name: anchored.weight.shard for anchored in members}
-        described = digest(self._plan.descriptions.get(name, b""), members, self._coeff)
+        described = digest(self._describe(name), members, self._coeff)
         checksums = group_call.check_consistent(described, shards, self._checksums.get(name, 0))
         if checksums[0] and len(set(checksums)) == 1:
             raise ValueError(
@@ -123,6 +128,10 @@ class Call:
                 "micro-batch's backward (each rank adds its own weights' share), or put rotation_penalty into the "
                 "loss. Every rank has seen the very same batch? Then they look alike"
             )
+
+    def _describe(self, group_name: str) -> bytes:
+        """Return what all ranks of a group must share."""
+        return self._plan.descriptions.get(group_name, b"")
 
     # -- the computation ------------------------------------------------------------------------------------------
 
@@ -142,6 +151,30 @@ class Call:
         squares = [self._project_and_pull_back(bucket) for bucket in self._local]
         self.gradients.keep_made()
         return self._total(squares + summands)
+
+    def penalty_by_weight(self) -> Tensor:
+        """Return R of each weight of the call, in their order: (n,), on the first weight's device, detached."""
+        shared, _ = self._project_shared()
+        found: dict[int, Tensor] = {}
+        for projected in [*shared, *map(self._project, self._local)]:
+            if projected.bucket.summed:
+                found.update(zip(projected.bucket.members, [c.square().sum() for c in projected.drifts], strict=True))
+            else:
+                found.update(zip(projected.bucket.busy, projected.squares.detach().unbind(), strict=True))
+        device = self.weights[0].weight.device
+        dtypes = [ops.accumulation_dtype(anchored.weight.dtype) for anchored in self.weights]
+        zero = torch.zeros((), dtype=max(dtypes, key=lambda dtype: dtype.itemsize), device=device)
+        squares = torch.stack([found.get(i, zero).to(zero) for i in range(len(self.weights))])
+        for name, group_call in self.group_calls.items():
+            # Each rank has its own summand, or that of the weights that it works on alone.
+            split = [b for b in self._shared if b.group_name == name and not b.summed]
+            places = [i for bucket in split for i in bucket.members]
+            if places:
+                own = torch.stack([squares[i] for i in places]).to(group_call.device)
+                sums = group_call.finish(group_call.start(own)).to(device)
+                for i, value in zip(places, sums.unbind(), strict=True):
+                    squares[i] = value
+        return squares
 
     def _project(self, bucket: Bucket) -> ProjectedBucket:
         program = None if bucket.program is None else self._plan.programs[bucket.program]
@@ -236,8 +269,20 @@ class Call:
         return torch.cat([summand.reshape(-1).to(device) for summand in summands]).sum()
 
 
-def open_call(weights: object, anchors: object, request: Request) -> Call | None:
+CallT = TypeVar("CallT", bound=Call)
+RequestT = TypeVar("RequestT", bound=Request)
+
+
+def open_call(
+    weights: object, anchors: object, request: RequestT, make: Callable[[PlannedWeights, RequestT], CallT]
+) -> CallT | None:
     """Check a call on every rank, and return it once all ranks agree; None for an empty list of weights.
+
+    Args:
+        weights: a tensor, a sequence of tensors or a module.
+        anchors: as many anchors.
+        request: what the call is asked for.
+        make: the kind of call that serves such requests.
 
     Raises:
         ValueError: pairing or the request's check has failed; or another rank refused, or ranks differ in their
@@ -252,13 +297,13 @@ def open_call(weights: object, anchors: object, request: Request) -> Call | None
         groups = groups_of(weights, parameters)
     group_calls = {group.process_group.group_name: GroupCall(*group) for group in groups}
     failure: Exception | None = None
-    call: Call | None = None
+    call: CallT | None = None
     try:
         planned = prepare(weights, anchors, parameters, groups) if recalled is None else recalled[0]
         check_tangents(planned.weights)
         request.check(planned.weights)
         if planned.weights:
-            call = Call(planned, request)
+            call = make(planned, request)
             call.group_calls = group_calls
             call.stage()
             # This comes before ranks agree: where warnings are errors, the other ranks must learn of this one.

@@ -1,15 +1,17 @@
-"""The two requests of the public functions: R, and R with its gradients. Each checks what it needs of the weights."""
+"""What a call is asked for: R, R with its gradients, or R with the weights corrected. Each checks what it needs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..checks import dtype_name, read_coeff
+from .corrections import reason_unwritable
 from .pairing import AnchoredWeight
 
 # No number of ranks or loss scale is so large that the factor of a gradient with such a coeff overflows.
@@ -82,4 +84,42 @@ class AccumulationRequest:
                 )
 
 
-Request = PenaltyRequest | AccumulationRequest
+@dataclass(frozen=True)
+class CorrectionRequest:
+    """R, and a share of every drift taken out of the weights that train: ``W -= share U C V^T``.
+
+    Attributes:
+        shares: one for all weights, or one for each by the ``id`` of its parameter.
+        decide: returns the share of all weights for the R that was found, 0 to leave them as they are; None takes
+            ``shares``. It may wait for the device.
+        key: everything else that ranks must agree on, as text.
+    """
+
+    shares: float | Mapping[int, float] = 0.0
+    decide: Callable[[Tensor], float] | None = None
+    key: str = ""
+
+    def check(self, weights: Sequence[AnchoredWeight]) -> None:
+        """Raise a ValueError unless all weights that train can be written where they lie."""
+        seen: set[int] = set()
+        for anchored in weights:
+            weight = anchored.weight
+            if not weight.requires_grad:
+                continue
+            reason = reason_unwritable(anchored)
+            if reason is not None:
+                raise ValueError(f"{anchored.name}: {reason}")
+            if weight.identity in seen:
+                raise ValueError(
+                    f"{anchored.name}: got a weight that has another anchor too, expected one for each parameter: it "
+                    "would be corrected twice"
+                )
+            seen.add(weight.identity)
+        if weights and not seen:
+            raise ValueError(
+                "model: every anchored parameter is frozen, expected at least one that trains: the modes after the "
+                "step correct the weights themselves. Adapters train in their place? Use mode 'gradient'"
+            )
+
+
+Request = PenaltyRequest | AccumulationRequest | CorrectionRequest
