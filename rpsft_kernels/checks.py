@@ -50,6 +50,24 @@ def check_rank(rank: object) -> None:
         raise ValueError(f"rank: got {rank!r}, expected an int of at least 1 (the paper takes 768)")
 
 
+def read_rank(rank: object) -> int | float:
+    """Return ``rank`` as it was asked for: a number of directions, or a share of energy as a Python float.
+
+    Raises:
+        ValueError: it is neither an int of at least 1 nor a float strictly between 0 and 1.
+    """
+    if isinstance(rank, float):
+        if 0.0 < rank < 1.0:
+            return float(rank)
+        raise ValueError(
+            f"rank: got {rank!r}, expected an int of at least 1, a number of directions (the paper takes 768), or a "
+            "float strictly between 0 and 1, a share of each weight's energy such as 0.9"
+        )
+    check_rank(rank)
+    assert isinstance(rank, int)
+    return rank
+
+
 def read_coeff(coeff: object) -> float:
     """Return ``coeff`` as a Python number. One on a GPU is waited for.
 

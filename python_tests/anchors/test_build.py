@@ -17,6 +17,8 @@ ODD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "basis_dtype: got torch.bfloat16 on rank 0, torch.float32 on rank 1",
     ),
     "keep_base": ({"keep_base": False}, "keep_base: got True on rank 0, False on rank 1"),
+    "share of energy": ({"rank": 0.5}, "rank: got 8 on rank 0, 0.5 on rank 1"),
+    "subspace": ({"subspace": "random"}, "subspace: got singular on rank 0, random on rank 1"),
     "exclude": ({"exclude": "1.*"}, "model: got other parameters to anchor on other ranks"),
 }
 

@@ -43,7 +43,7 @@ class _Model(nn.Module):
 NAMES = ["embed.weight", "query.weight", "key.weight"]
 
 
-def _anchors(model: nn.Module, rank: int = 5, **options: Any) -> Anchors:
+def _anchors(model: nn.Module, rank: int | float = 5, **options: Any) -> Anchors:
     return Anchors.from_model(model, rank, progress=False, **options)
 
 
@@ -107,6 +107,40 @@ def test_selection_reaches_from_model() -> None:
     assert anchors.skipped["key.weight"] == "matches none of include"
     with pytest.raises(ValueError, match=r"exclude: pattern '\*visual\*' matches none"):
         _anchors(_Model(), exclude="*visual*")
+
+
+def test_a_share_of_energy_gives_each_weight_its_own_rank() -> None:
+    model = _Model()
+    for share in (0.3, 0.7, 0.99):
+        anchors = _anchors(model, share)
+        for name, anchor in anchors.items():
+            same = Anchor.from_weight(model.get_parameter(name), anchor.rank)
+            _assert_same({name: anchor}, {name: same})
+            assert (anchor.share, same.share) == (share, None) and anchor.energy >= share
+            if anchor.rank > 1:
+                assert Anchor.from_weight(model.get_parameter(name), anchor.rank - 1).energy < share
+        assert f"a share of {share} of each weight's energy" in anchors.summary()
+        assert len({anchor.rank for anchor in anchors.values()}) > 1
+    assert "share" not in _anchors(model).summary()
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.999])
+def test_memory_of_a_share_is_a_bound(share: float, keep_base: bool) -> None:
+    model = _Model(torch.float32)
+    nn.init.orthogonal_(model.query.weight)  # Nothing takes more directions.
+    planned = Anchors.memory(model, share, keep_base=keep_base)
+    anchors = _anchors(model, share, keep_base=keep_base)
+    assert planned.at_most and str(planned).startswith("at most ")
+    assert anchors.nbytes <= planned.per_rank[0] < 3 * anchors.nbytes + 20_000
+    assert planned.subspaces[0] >= sum(
+        anchor.nbytes - sum(p.nbytes for p in (anchor.base, anchor.block) if p is not None)
+        for anchor in anchors.values()
+    )
+    for layout in ("shard0", "replicated", "flat"):
+        spread = Anchors.memory(model, share, keep_base=keep_base, ranks=3, layout=layout)  # type: ignore[arg-type]
+        assert spread.at_most and len(spread.per_rank) == 3
+    assert not Anchors.memory(model, 5).at_most
 
 
 def test_wrapped_models_share_anchors() -> None:

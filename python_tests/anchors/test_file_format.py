@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -111,6 +112,38 @@ def test_contents_come_back(path: Path) -> None:
             assert other.data_ptr() % 16 == 0
 
 
+def test_controls_have_a_version_that_older_readers_refuse(tmp_path: Path) -> None:
+    weight = torch.randn(12, 9, generator=torch.Generator().manual_seed(0))
+    plain, full = Anchor.from_weight(weight, 0.6), Anchor.from_weight(weight[:, :2], 2)
+    control = dataclasses.replace(plain, random_seed=7)
+    write_anchors(tmp_path / "plain", Contents({"a": plain, "b": full}, {}, {}))
+    write_anchors(tmp_path / "control", Contents({"a": control, "b": full}, {}, {}))
+    assert _describe(tmp_path / "plain")["version"] == 1
+    description = _describe(tmp_path / "control")
+    assert description["version"] == 2
+    first, second = description["weights"]
+    assert (first["share"], first["random_seed"], first["rank"]) == (0.6, 7, plain.rank)
+    assert "share" not in second and "random_seed" not in second
+    read = read_anchors(tmp_path / "control", "cpu").anchors
+    assert (read["a"].share, read["a"].random_seed, read["a"].subspace) == (0.6, 7, "random")
+    assert (read["b"].share, read["b"].random_seed, read["b"].subspace) == (None, None, "singular")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("share", 1.5, "share: got 1.5, expected a number between 0 and 1; the record is damaged"),
+        ("share", "0.6", "share: got '0.6', expected a number between 0 and 1"),
+        ("random_seed", -1, "random_seed: got -1, expected an int of at least 0"),
+        ("random_seed", True, "random_seed: got True, expected an int of at least 0"),
+    ],
+)
+def test_damaged_shares_and_seeds(path: Path, field: str, value: object, message: str) -> None:
+    _rewrite(path, lambda tensors, description: description["weights"][0].update({field: value}))
+    with pytest.raises(ValueError, match=rf"anchors.safetensors: a.weight: {message}"):
+        read_anchors(path, "cpu")
+
+
 def test_loaded_anchors_outlive_the_file(path: Path) -> None:
     read = read_anchors(path, "cpu")
     size = path.stat().st_size
@@ -173,10 +206,10 @@ def test_other_files(path: Path) -> None:
         read_anchors(path, "cpu")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_other_versions(path: Path, version: object) -> None:
     _rewrite(path, lambda tensors, description: description.update(version=version))
-    with pytest.raises(ValueError, match=rf"anchors.safetensors: got format version {version!r}, expected 1"):
+    with pytest.raises(ValueError, match=rf"anchors.safetensors: got format version {version!r}, expected 1 or 2"):
         read_anchors(path, "cpu")
 
 

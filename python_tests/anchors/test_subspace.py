@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 import rpsft_kernels as rk
 import rpsft_kernels.anchors.subspace as subspace
 from rpsft_kernels.anchors.make import AnchorOptions, solve
-from rpsft_kernels.anchors.subspace import top_subspaces
+from rpsft_kernels.anchors.subspace import captured_energy, largest_rank, subspaces_of_share, top_subspaces
 
 
 def _matrix(m: int, n: int, seed: int = 0) -> Tensor:
@@ -148,6 +148,87 @@ def test_weight_is_left_as_it_was() -> None:
 def test_rank_out_of_range(rank: object) -> None:
     with pytest.raises(ValueError, match=r"rank: got .*, expected an int between 1 and min\(6, 4\) = 4"):
         top_subspaces(torch.ones(6, 4), rank)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (300, 12)])
+@pytest.mark.parametrize("share", [1e-9, 0.3, 0.36, 0.9, 0.999])
+def test_a_share_takes_the_fewest_directions_that_hold_it(shape: tuple[int, int], share: float) -> None:
+    weight = _matrix(*shape)
+    energies = torch.linalg.svdvals(weight).square().cumsum(0)
+    expected = 1 + int((energies / energies[-1] < share).sum())
+    if expected == min(shape):
+        assert subspaces_of_share(weight, share) is None
+        return
+    spaces, same = subspaces_of_share(weight, share), top_subspaces(weight, expected)
+    assert spaces is not None and spaces.energy == same.energy >= share
+    for side in ("left", "values", "right"):
+        assert torch.equal(getattr(spaces, side), getattr(same, side))
+    assert expected == 1 or top_subspaces(weight, expected - 1).energy < share
+
+
+def test_the_energy_at_a_rank_takes_that_rank() -> None:
+    # The sum of all energies up to k is rounded in another order than that of the k largest.
+    weight = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
+    for rank in range(1, 30):
+        spaces = subspaces_of_share(weight, top_subspaces(weight, rank).energy)
+        assert spaces is not None and spaces.left.shape == (50, rank)
+
+
+def test_a_share_of_flat_and_zero_weights() -> None:
+    for share, rank in ((0.5, 5), (0.55, 6), (0.91, 10)):
+        spaces = subspaces_of_share(torch.eye(10), share)
+        assert rank == 10 if spaces is None else spaces.left.shape[1] in (rank, rank + 1)
+        assert (10 if spaces is None else spaces.left.shape[1]) <= largest_rank((10, 10), share)
+    zero = subspaces_of_share(torch.zeros(4, 3), 0.9)
+    assert zero is not None and zero.left.shape == (4, 1) and zero.energy == 1.0
+    assert subspaces_of_share(torch.ones(1, 5), 0.1) is None
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_no_weight_takes_more_than_the_largest_rank(share: float) -> None:
+    for shape in ((1, 1), (2, 7), (30, 20), (20, 30)):
+        largest = largest_rank(shape, share)
+        assert 1 <= largest <= min(shape)
+        flat = torch.linalg.qr(torch.randn(shape, generator=torch.Generator().manual_seed(1)).double())[0]
+        for weight in (flat, torch.rand(shape, generator=torch.Generator().manual_seed(2))):
+            spaces = subspaces_of_share(weight, share)
+            assert (min(shape) if spaces is None else spaces.left.shape[1]) <= largest
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan"), 3, True, None])
+def test_share_out_of_range(share: object) -> None:
+    with pytest.raises(ValueError, match=r"(rank|share): got .*, expected"):
+        subspaces_of_share(torch.ones(6, 4), share)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_share_of_a_spectrum_that_is_not_finite_is_not_taken_for_all(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eigh = torch.linalg.eigh
+
+    def broken(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = eigh(matrix)
+        return values * value, vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", broken)
+    with pytest.warns(UserWarning, match="got NaN or infinity; torch.linalg.svd on the CPU is tried"):
+        spaces = subspaces_of_share(_matrix(9, 6), 0.5)
+    assert spaces is not None and spaces.left.shape == (9, 2)
+
+
+@pytest.mark.parametrize("shape", [(37, 20), (20, 37)])
+@pytest.mark.parametrize("scale", [1.0, 1e-200])
+def test_energy_between_two_subspaces(shape: tuple[int, int], scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = _matrix(*shape)
+    spaces = top_subspaces(weight, 5)
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.linalg.qr(torch.randn(size, 5, generator=generator).double())[0] for size in shape)
+    expected = float((left.T @ weight @ right).square().sum() / weight.square().sum())
+    monkeypatch.setattr(subspace, "_CHUNK_ELEMENTS", 60)
+    assert captured_energy(weight * scale, left, right) == pytest.approx(expected, rel=1e-12)
+    assert captured_energy(weight * scale, spaces.left, spaces.right) == pytest.approx(spaces.energy, rel=1e-12)
+    assert captured_energy(weight * 0, left, right) == 1.0
 
 
 @pytest.mark.parametrize("weight", [torch.ones(4), torch.ones(2, 2, 2), torch.ones(0, 4), torch.ones(2, 2).int()])

@@ -68,6 +68,25 @@ def test_a_whole_anchor_comes_back_from_parts(tmp_path: Path) -> None:
             assert torch.equal(read[name].pieces()[piece], tensor), (name, piece)
 
 
+CHOSEN: list[tuple[float, dict[str, Any]]] = [
+    (0.6, {}),
+    (0.6, {"keep_base": False}),
+    (0.95, {"subspace": "random", "seed": 5}),
+]
+
+
+@pytest.mark.parametrize("layout", ["replicated", "rows"])
+def test_shares_and_random_subspaces_are_those_of_the_whole_model(layout: str, tmp_path: Path) -> None:
+    cases = [(rank, {"basis_dtype": torch.float32, **options}) for rank, options in CHOSEN]
+    first, second = run_ranks(2, anchors_ranks.choose_all, layout, str(tmp_path / "anchors"), cases)
+    for result, other, (_, options) in zip(first, second, cases, strict=True):
+        assert result["R"] == other["R"] and len(set(result["R"])) == 1
+        assert result["at anchor"] == 0.0 and len(result["ranks"]) > 2
+        # The block form rounds what is as large as the weight.
+        assert abs(result["error"]) < (1e-5 if options.get("keep_base", True) else 1e-4)
+        assert result["within"] and other["within"]
+
+
 def test_memory_is_known_before(tmp_path: Path) -> None:
     # bfloat16 weights: the dtype of the base is certain.
     for layout in ("shard0", "replicated", "flat"):

@@ -206,3 +206,47 @@ def anchor_where_one_rank_refuses(layout: str, options: dict[str, Any]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def choose_all(layout: str, path: str, cases: list[tuple[float, dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [_choose(layout, f"{path}-{i}", rank, options) for i, (rank, options) in enumerate(cases)]
+
+
+def _choose(layout: str, path: str, rank: float, options: dict[str, Any]) -> dict[str, Any]:
+    """Compare anchors of shards, made here and loaded, with those of the whole model; returns what was found."""
+    model = wrapped(llama(), layout)
+    counted = {name: options[name] for name in ("keep_base", "basis_dtype") if name in options}
+    planned = rk.Anchors.memory(model, rank, **counted).per_rank
+    anchors = rk.Anchors.from_model(model, rank, progress=False, **options)
+    whole = rk.Anchors.from_model(llama(), rank, progress=False, **options)
+    anchors.save(path)
+    loaded = rk.Anchors.load(path, model, verify=False)
+    for name, anchor in anchors.items():
+        reference, again = whole[name], loaded[name]
+        for facts in (reference, again):
+            assert (anchor.rank, anchor.form, anchor.energy) == (facts.rank, facts.form, facts.energy), name
+            assert (anchor.share, anchor.random_seed) == (facts.share, facts.random_seed), name
+        assert anchor.part == again.part, name
+        for piece, tensor in anchor.pieces().items():
+            assert torch.equal(tensor, again.pieces()[piece]), (name, piece)
+        for side, span in ((anchor.left, anchor.held.rows), (anchor.right, anchor.held.cols)):
+            if side is not None:
+                expected = reference.left if side is anchor.left else reference.right
+                assert expected is not None and torch.equal(side, expected[slice(*span)]), name
+    with torch.no_grad():
+        at_anchor = rk.rotation_penalty(model, anchors).item()
+        moved = llama()
+        drift(moved)
+        move_to(model, moved)
+        values = [rk.rotation_penalty(model, a).item() for a in (anchors, loaded)]
+        alone = rk.rotation_penalty(moved, whole).item()
+        # Whole anchors divide the work as those of shards do.
+        if layout == "replicated" and options.get("keep_base", True):
+            values.append(rk.rotation_penalty(model, whole).item())
+    return {
+        "at anchor": at_anchor,
+        "R": values,
+        "error": values[0] / alone - 1,
+        "ranks": sorted({a.rank for a in anchors.values()}),
+        "within": anchors.nbytes <= planned[0],
+    }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import DTYPES, check_basis_dtype, check_finite, check_rank, check_weight, dtype_name
 from ..distributed.shard import Shard
-from .make import AnchorOptions, anchor_fields, solve
+from .make import AnchorOptions, Subspace, anchor_fields, check_seed, plan_rank, solve
 from .tensors import compute_block, pad_rows
 
 Form = Literal["base", "block", "full"]
@@ -33,12 +33,15 @@ class Anchor:
         shape: (m, n).
         weight_dtype: Dtype of the weight that was anchored.
         rank: k; min(m, n) in the full form.
-        energy: Share of ||W0||_F^2 in the k directions, in [0, 1].
+        energy: Share of ||W0||_F^2 between the k directions, ``||U^T W0 V||_F^2 / ||W0||_F^2``, in [0, 1].
         arithmetic: :func:`rpsft_kernels.ops.arithmetic_id` of what computed ``block``; None where unknown
             or where there is no block.
         part: The shard of the weight that the pieces belong to; None for the whole weight. ``left`` has the shard's
             rows, ``right`` its columns, ``base`` its elements (1-D for a flat range) and ``block`` is the shard's own
             summand of U^T W0 V. ``shape`` and ``rank`` remain those of the whole weight.
+        share: The share of energy that ``rank`` was chosen for; None where it was given.
+        random_seed: The seed of U and V where they are random, a control for experiments; None where they are the
+            singular vectors of W0, and in the full form.
 
     A basis is held as the first k columns of a zero-padded buffer whose rows are a multiple of 16 elements
     long, the other pieces contiguous; what comes otherwise is copied. Orthonormality is not checked.
@@ -58,6 +61,8 @@ class Anchor:
     energy: float
     arithmetic: str | None = None
     part: Shard | None = None
+    share: float | None = None
+    random_seed: int | None = None
 
     def __post_init__(self) -> None:
         self._check_scalars()
@@ -73,7 +78,7 @@ class Anchor:
     def from_weight(
         cls,
         weight: Tensor,
-        rank: int,
+        rank: int | float,
         *,
         keep_base: bool = True,
         basis_dtype: torch.dtype = torch.bfloat16,
@@ -83,7 +88,8 @@ class Anchor:
         Args:
             weight: W0, shape (m, n), a tensor or parameter in bfloat16, float16, float32 or float64, any
                 strides, finite.
-            rank: k, at least 1. From min(m, n) on the form is full, whatever ``keep_base``.
+            rank: k, at least 1. From min(m, n) on the form is full, whatever ``keep_base``. A float strictly between 0
+                and 1 is a share of energy: k is the smallest number of directions that hold this share of ||W0||_F^2.
             keep_base: True keeps W0 (in bfloat16 where that is exact, else in its own dtype); False keeps
                 the k x k block, computed by the backend in force.
             basis_dtype: bfloat16 or float32; float64 for float64 weights.
@@ -101,6 +107,16 @@ class Anchor:
         if self.left is None:
             return "full"
         return "base" if self.block is None else "block"
+
+    @property
+    def subspace(self) -> Subspace:
+        """``"random"`` where U and V are a control for experiments."""
+        return "singular" if self.random_seed is None else "random"
+
+    @property
+    def planned_rank(self) -> int:
+        """k that the work on a replicated weight is divided by: see :func:`rpsft_kernels.anchors.make.plan_rank`."""
+        return self.rank if self.share is None else plan_rank(self.shape, self.share)
 
     @property
     def device(self) -> torch.device:
@@ -162,9 +178,11 @@ class Anchor:
 
     def __repr__(self) -> str:
         part = "" if self.part is None else f"part={self.part}, "
+        share = "" if self.share is None else f"share={self.share}, "
+        control = "" if self.random_seed is None else f"subspace='random', random_seed={self.random_seed}, "
         return (
             f"Anchor(form={self.form!r}, shape={self.shape}, {part}weight_dtype={dtype_name(self.weight_dtype)}, "
-            f"rank={self.rank}, energy={self.energy:.4f}, device='{self.device}', nbytes={self.nbytes})"
+            f"rank={self.rank}, {share}{control}energy={self.energy:.4f}, device='{self.device}', nbytes={self.nbytes})"
         )
 
     def _check_scalars(self) -> None:
@@ -182,6 +200,10 @@ class Anchor:
             raise ValueError(f"rank: got {self.rank}, expected at most min{shape} = {min(shape)}")
         if not isinstance(self.energy, (int, float)) or not 0.0 <= self.energy <= 1.0:
             raise ValueError(f"energy: got {self.energy!r}, expected a number in [0, 1]")
+        if self.share is not None and not (isinstance(self.share, float) and 0.0 < self.share < 1.0):
+            raise ValueError(f"share: got {self.share!r}, expected a float strictly between 0 and 1, or None")
+        if self.random_seed is not None:
+            check_seed(self.random_seed, "random_seed")
         if self.arithmetic is not None and not isinstance(self.arithmetic, str):
             raise ValueError(f"arithmetic: got {self.arithmetic!r}, expected a str or None")
         if self.part is not None and self.part.shape != shape:
@@ -198,6 +220,11 @@ class Anchor:
             raise ValueError(
                 f"rank: got {self.rank} without left and right, expected min{self.shape} = "
                 f"{min(self.shape)}: a full anchor keeps every direction"
+            )
+        if self.left is None and self.random_seed is not None:
+            raise ValueError(
+                f"random_seed: got {self.random_seed!r} without left and right, expected None: a full anchor has no "
+                "subspaces"
             )
         if self.arithmetic is not None and self.block is None:
             raise ValueError(

@@ -40,7 +40,7 @@ def build_anchors(
             continue
         try:
             values = weight.values()
-            solution, basis = solve(values, options)
+            solution, basis = solve(values, options, name)
             anchor = Anchor(**anchor_fields(values, weight.shard, solution, basis, options))
         except Exception as error:
             if type(error) not in (ValueError, RuntimeError):
@@ -184,7 +184,7 @@ class _Round:
         # The gathered weights are dropped before rows of U and V are received.
         own, whole_basis_by_name = self._solve(self._gather())
         outcomes = self._exchange(own)
-        basis_by_name = self._scatter(whole_basis_by_name)
+        basis_by_name = self._scatter(whole_basis_by_name, outcomes)
         for name, outcome in outcomes.items():
             assert outcome.solution is not None and outcome.fingerprint is not None
             yield name, self._anchor(name, outcome.solution, basis_by_name.get(name)), outcome.fingerprint
@@ -220,7 +220,7 @@ class _Round:
         basis_by_name: dict[str, Basis] = {}
         for name, whole in gathered.items():
             try:
-                solution, basis = solve(whole, self.options)
+                solution, basis = solve(whole, self.options, name)
                 outcomes[name] = _Outcome(solution, Fingerprint.of(name, whole))
             except Exception as error:
                 # Whatever it is, the other ranks wait for the outcome.
@@ -246,13 +246,14 @@ class _Round:
                 raise (ValueError if outcome.refused else RuntimeError)(outcome.problem)
         return outcomes
 
-    def _scatter(self, whole_basis_by_name: dict[str, Basis]) -> dict[str, Basis]:
+    def _scatter(self, whole_basis_by_name: Mapping[str, Basis], outcomes: Mapping[str, _Outcome]) -> dict[str, Basis]:
         """Send every rank its rows of U and V, from the solver that has them in ``whole_basis_by_name``."""
         this_rank, transfer = self.group.rank(), Transfer(self.group)
         basis_by_name: dict[str, Basis] = {}
         for name, solver in self.solvers.items():
-            weight = self.weights[name]
-            if is_full((weight.shape[0], weight.shape[1]), self.options.rank):
+            weight, solution = self.weights[name], outcomes[name].solution
+            assert solution is not None
+            if is_full((weight.shape[0], weight.shape[1]), solution.rank):
                 continue
             if solver == this_rank:
                 for member, shard in enumerate(self.shards_by_rank[name]):
@@ -263,15 +264,15 @@ class _Round:
                         transfer.send(rows.left, member)
                         transfer.send(rows.right, member)
             else:
-                rows = basis_by_name[name] = self._empty_basis(weight)
+                rows = basis_by_name[name] = self._empty_basis(weight, solution.rank)
                 transfer.receive(rows.left, solver)
                 transfer.receive(rows.right, solver)
         transfer.run()
         return basis_by_name
 
-    def _empty_basis(self, weight: LocalWeight) -> Basis:
+    def _empty_basis(self, weight: LocalWeight, rank: int) -> Basis:
         left, right = (
-            torch.empty((size, self.options.rank), dtype=self.options.basis_dtype, device=weight.device)
+            torch.empty((size, rank), dtype=self.options.basis_dtype, device=weight.device)
             for size in weight.shard.bounds.shape
         )
         return Basis(left, right)

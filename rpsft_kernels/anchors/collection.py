@@ -21,11 +21,11 @@ from .file_format import Contents, write_anchors
 from .fingerprint import Fingerprint
 from .left_out import describe_left_out
 from .load import read_anchors
-from .make import AnchorOptions
+from .make import AnchorOptions, Subspace
 from .memory import AnchorMemory, anchor_memory, format_bytes
 from .save import save_sharded
 from .select import Patterns, select_weights
-from .summary import table
+from .summary import describe_control, table
 from .ties import check_ties, find_broken_ties
 from .together import find_groups, refuse_together
 from .verify import find_differences
@@ -73,13 +73,15 @@ class Anchors(Mapping[str, Anchor]):
     def from_model(
         cls,
         model: nn.Module,
-        rank: int,
+        rank: int | float,
         *,
         include: Patterns = None,
         exclude: Patterns = None,
         keep_base: bool = True,
         basis_dtype: torch.dtype = torch.bfloat16,
         progress: bool = True,
+        subspace: Subspace = "singular",
+        seed: int = 0,
     ) -> Anchors:
         """Make anchors for every 2-D floating point parameter of a pretrained model, each on its own device.
 
@@ -90,13 +92,20 @@ class Anchors(Mapping[str, Anchor]):
 
         Args:
             model: The model before fine-tuning. Frozen parameters are anchored too.
-            rank: k (the paper's 768); weights with min(m, n) <= k get a full anchor.
+            rank: k (the paper's 768); weights with min(m, n) <= k get a full anchor. A float strictly between 0 and 1
+                is a share of energy: each weight gets the smallest k whose directions hold this share of ||W0||_F^2, a
+                full anchor where that takes min(m, n).
             include: A glob or globs over full canonical names (``fnmatch``, case-sensitive); None takes
                 every parameter.
             exclude: A glob or globs of parameters to leave out; outranks ``include``.
             keep_base: As for :meth:`Anchor.from_weight`.
             basis_dtype: As for :meth:`Anchor.from_weight`.
             progress: Whether to draw a progress bar on stderr.
+            subspace: ``"singular"``, or ``"random"``: orthonormal U and V drawn at random in place of the singular
+                vectors, with the same ranks and forms. That is a control for experiments, not RPSFT: it tells how much
+                of an effect the choice of directions has. Files, ``summary()`` and ``repr`` say so.
+            seed: Of random subspaces; with a weight's name and shape it determines them, wherever the weight lies. Not
+                used for singular ones.
 
         Tied parameters are anchored once, under their first name; a glob that matches any of their names has
         matched them. :attr:`skipped` has the parameters that were not anchored, with the reason. Among them is what is
@@ -113,12 +122,12 @@ class Anchors(Mapping[str, Anchor]):
                 finite (the message names it), or sharded in a way that is not known; or an argument is invalid.
         """
         with refuse_together(find_groups(model), "no anchor was made"):
-            options = AnchorOptions(rank, keep_base, basis_dtype)
+            options = AnchorOptions(rank, keep_base, basis_dtype, subspace, seed)
             selection = select_weights(model, include, exclude)
             left_out = describe_left_out(selection)
             if left_out is not None:
                 warnings.warn(left_out, UserWarning, stacklevel=2)
-            weights = assign_shards(selection.chosen, options.effective_ranks(selection.chosen))
+            weights = assign_shards(selection.chosen, options.planned_ranks(selection.chosen))
         built: dict[str, tuple[Anchor, Fingerprint]] = {}
         building = build_anchors(weights, options)
         for name, anchor, fingerprint in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
@@ -193,7 +202,7 @@ class Anchors(Mapping[str, Anchor]):
     @staticmethod
     def memory(
         model: nn.Module,
-        rank: int,
+        rank: int | float,
         *,
         include: Patterns = None,
         exclude: Patterns = None,
@@ -212,7 +221,8 @@ class Anchors(Mapping[str, Anchor]):
                 (FSDP1, ZeRO-3).
 
         A base is counted in bfloat16 for bfloat16 weights, else in the weights' own dtype, though it is kept in
-        bfloat16 where that turns out to be exact.
+        bfloat16 where that turns out to be exact. For a share of energy it counts the most bytes that any weights of
+        these shapes could take, because only their singular values tell the ranks: ``at_most`` is True then.
 
         Raises:
             ValueError: as :meth:`from_model`; ``ranks`` is less than 1, or there is no such layout.
@@ -303,7 +313,9 @@ class Anchors(Mapping[str, Anchor]):
         forms = [anchor.form for anchor in self._anchors.values()]
         counts = ", ".join(f"{forms.count(f)} {f}" for f in ("base", "block", "full") if f in forms)
         devices = ", ".join(sorted({str(anchor.device) for anchor in self._anchors.values()}))
-        return f"Anchors({counts}; {len(self._skipped)} skipped; {format_bytes(self.nbytes)} on {devices})"
+        control = describe_control(self._anchors)
+        subspaces = f"; subspaces: {control}" if control else ""
+        return f"Anchors({counts}; {len(self._skipped)} skipped; {format_bytes(self.nbytes)} on {devices}{subspaces})"
 
     def _check_blocks(self, path: str | os.PathLike[str]) -> None:
         """Raise a ValueError where a block that was read is not that of the shard at hand."""

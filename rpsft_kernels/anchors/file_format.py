@@ -1,7 +1,8 @@
 """Anchors on disk: one safetensors file with a JSON description in its metadata.
 
-Fields that were added since the first version (``checksums`` in a record, ``CHECKSUM`` in the metadata) are ignored by
-versions that do not know them, and may be absent.
+Fields that were added since the first version (``checksums`` and ``share`` in a record, ``CHECKSUM`` in the metadata)
+are ignored by versions that do not know them, and may be absent. A file with random subspaces (``random_seed`` in a
+record) has format version 2, so that no version of this package takes a control for the singular subspaces of W0.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .whole_file import check_regular, write_whole
 FORMAT = "rpsft_kernels.anchors.collection"
 CHECKSUM = f"{FORMAT}.crc32"
 VERSION = 1
+VERSION_OF_CONTROLS = 2
 
 PIECES = {"base": ("left", "right", "base"), "block": ("left", "right", "block"), "full": ("base",)}
 DTYPE_OF = {dtype_name(dtype): dtype for dtype in DTYPES}
@@ -67,7 +69,7 @@ def write_anchors(
     }
     description = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if all(a.random_seed is None for a in contents.anchors.values()) else VERSION_OF_CONTROLS,
         "weights": list(records.values()),
         "skipped": dict(contents.skipped),
         "save_id": save_id,
@@ -157,7 +159,7 @@ class AnchorFile:
 
 
 def _record(name: str, anchor: Anchor, fingerprint: Fingerprint | None, left_out: list[str]) -> dict[str, Any]:
-    return {
+    record = {
         "name": name,
         "shape": list(anchor.shape),
         "dtype": dtype_name(anchor.weight_dtype),
@@ -170,6 +172,10 @@ def _record(name: str, anchor: Anchor, fingerprint: Fingerprint | None, left_out
         "left_out": left_out,
         "checksums": {},
     }
+    for key, value in (("share", anchor.share), ("random_seed", anchor.random_seed)):
+        if value is not None:
+            record[key] = value
+    return record
 
 
 def _shard_to_json(shard: Shard) -> dict[str, Any]:
@@ -247,10 +253,10 @@ def _description(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise _damage_error(source, str(error)) from error
     version = description.get("version") if isinstance(description, dict) else None
-    if version != VERSION:
+    if version not in (VERSION, VERSION_OF_CONTROLS) or isinstance(version, bool):
         raise ValueError(
-            f"{source}: got format version {version!r}, expected {VERSION}: the file is of another version "
-            "of this package; read it with that one, or anchor the pretrained model again"
+            f"{source}: got format version {version!r}, expected {VERSION} or {VERSION_OF_CONTROLS}: the file is of "
+            "another version of this package; read it with that one, or anchor the pretrained model again"
         )
     skipped = description.get("skipped")
     if not isinstance(skipped, dict) or not all(isinstance(reason, str) for reason in skipped.values()):
@@ -301,6 +307,9 @@ def _check_record(record: Mapping[str, Any]) -> None:
         raise ValueError(f"left_out: got {left_out!r}, expected a list of pieces; the record is damaged")
     for key in ("energy", "arithmetic"):
         record[key]
+    share = record.get("share")
+    if share is not None and not (isinstance(share, float) and 0.0 < share < 1.0):
+        raise ValueError(f"share: got {share!r}, expected a number between 0 and 1; the record is damaged")
     if not isinstance(record.get("checksums", {}), dict):
         raise ValueError("checksums: got none by piece, expected an object; the record is damaged")
     _shard_from_json((shape[0], shape[1]), record.get("part"))

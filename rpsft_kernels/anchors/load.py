@@ -18,9 +18,10 @@ from ..distributed.shard import Span
 from .anchor import Anchor
 from .checksums import StoredPiece
 from .file_format import DTYPE_OF, PIECES, AnchorFile, Contents, describe_error
+from .make import plan_rank
 
 INDEX = "anchors.json"
-_SHARED_FACTS = ("shape", "dtype", "rank", "form", "energy")
+_SHARED_FACTS = ("shape", "dtype", "rank", "form", "energy", "share", "random_seed")
 
 
 def read_anchors(
@@ -33,8 +34,9 @@ def read_anchors(
     Args:
         path: A file, or the folder of a sharded save.
         device: Where the anchors go.
-        locate: finds the weights as they lie here, given k of each weight in the file by name. A weight that lies
-            over several ranks gets the anchor of its shard, any other that of the whole.
+        locate: finds the weights as they lie here, given k of each weight in the file by name: that by which the work
+            on replicated weights is divided. A weight that lies over several ranks gets the anchor of its shard, any
+            other that of the whole.
 
     Raises:
         ValueError: it is no such file or folder, of another version, incomplete, or its values are damaged or not
@@ -55,7 +57,7 @@ def read_anchors(
             )
         weights: Mapping[str, LocalWeight] = {}
         if locate is not None:
-            weights = locate({name: record["rank"] for name, record in files[0].records.items()})
+            weights = locate({name: _planned_rank(record) for name, record in files[0].records.items()})
         anchors, fingerprints = {}, {}
         for name, record in files[0].records.items():
             weight = weights.get(name)
@@ -72,7 +74,14 @@ def read_anchors(
 
 def _facts(file: AnchorFile) -> dict[str, tuple[Any, ...]]:
     """Return what all files of one save say of each weight."""
-    return {name: tuple(record[key] for key in _SHARED_FACTS) for name, record in file.records.items()}
+    return {name: tuple(record.get(key) for key in _SHARED_FACTS) for name, record in file.records.items()}
+
+
+def _planned_rank(record: Mapping[str, Any]) -> int:
+    """Return k that the work was divided by when the anchors were made, as ``Anchor.planned_rank`` does."""
+    share = record.get("share")
+    rank: int = record["rank"]
+    return rank if share is None else plan_rank(tuple(record["shape"]), share)
 
 
 def _files(path: Path) -> list[Path]:
@@ -124,6 +133,8 @@ class _Assembly:
             energy=record["energy"],
             arithmetic=arithmetic,
             part=shard,
+            share=record.get("share"),
+            random_seed=record.get("random_seed"),
         )
 
     def _sources(self, piece: str) -> list[tuple[int, StoredPiece]]:

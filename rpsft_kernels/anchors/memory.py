@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..checks import check_basis_dtype
-from ..costs import kept_bytes, subspace_bytes
+from ..costs import is_full, kept_bytes, subspace_bytes
 from ..distributed import LocalWeight, assign_shards
 from ..distributed.partition import Layout, plan_shards
 from .make import AnchorOptions
@@ -20,10 +20,12 @@ class AnchorMemory:
         per_rank: All pieces, one number for each rank.
         subspaces: The bytes of U and V among them.
         kept: The others: W0, or the blocks.
+        at_most: Whether the anchors may turn out smaller: for a share of energy, whose ranks are not known yet.
     """
 
     subspaces: tuple[int, ...]
     kept: tuple[int, ...]
+    at_most: bool = False
 
     @property
     def per_rank(self) -> tuple[int, ...]:
@@ -31,8 +33,9 @@ class AnchorMemory:
 
     def __str__(self) -> str:
         fullest = max(range(len(self.kept)), key=self.per_rank.__getitem__)
+        bound = "at most " if self.at_most else ""
         return (
-            f"{format_bytes(self.per_rank[fullest])} on the fullest of {len(self.kept)} ranks "
+            f"{bound}{format_bytes(self.per_rank[fullest])} on the fullest of {len(self.kept)} ranks "
             f"({format_bytes(self.subspaces[fullest])} of U and V, {format_bytes(self.kept[fullest])} of W0 or blocks)"
         )
 
@@ -43,18 +46,28 @@ def anchor_memory(
     """Count the bytes of the anchors of ``weights`` as they lie (this rank alone), or as over ``world_size`` ranks."""
     for weight in weights.values():
         check_basis_dtype(options.basis_dtype, weight.dtype, "basis_dtype")
+    planned = options.planned_ranks(weights)
     if world_size is None:
-        held = assign_shards(weights, options.effective_ranks(weights))
+        held = assign_shards(weights, planned)
         shards_by_weight = [[held[name].shard] for name in weights]
     else:
         shapes = [(weight.shape[0], weight.shape[1]) for weight in weights.values()]
-        shards_by_weight = plan_shards(shapes, options.rank, world_size, layout)
+        shards_by_weight = plan_shards(shapes, list(planned.values()), world_size, layout)
     subspaces, kept = [0] * len(shards_by_weight[0]), [0] * len(shards_by_weight[0])
-    for weight, shards in zip(weights.values(), shards_by_weight, strict=True):
+    for (name, weight), shards in zip(weights.items(), shards_by_weight, strict=True):
+        anchor_ranks = _dearest_ranks(shards[0].shape, planned[name], options)
         for i, shard in enumerate(shards):
-            subspaces[i] += subspace_bytes(shard, options.rank, options.basis_dtype.itemsize)
-            kept[i] += kept_bytes(shard, options.rank, options.keep_base, weight.dtype.itemsize)
-    return AnchorMemory(tuple(subspaces), tuple(kept))
+            subspaces[i] += max(subspace_bytes(shard, rank, options.basis_dtype.itemsize) for rank in anchor_ranks)
+            kept[i] += max(kept_bytes(shard, rank, options.keep_base, weight.dtype.itemsize) for rank in anchor_ranks)
+    return AnchorMemory(tuple(subspaces), tuple(kept), at_most=options.share is not None)
+
+
+def _dearest_ranks(shape: tuple[int, int], planned: int, options: AnchorOptions) -> list[int]:
+    """List the ranks that an anchor may have, of which one takes the most bytes."""
+    if options.share is None or not is_full(shape, planned) or min(shape) == 1:
+        return [planned]
+    # A full anchor has no U and V, so that one rank less may take more.
+    return [planned - 1, planned]
 
 
 def format_bytes(count: int) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import read_rank
 
 # 64 MiB in float64: long enough for a fast matrix product, small beside any weight that needs cutting.
 _CHUNK_ELEMENTS = 1 << 23
@@ -56,15 +57,76 @@ def top_subspaces(weight: Tensor, rank: int) -> Subspaces:
         ValueError: ``weight`` is not a non-empty finite floating point matrix, or ``rank`` is out of range.
         RuntimeError: every way has failed; the message says how.
     """
+    _check_matrix(weight)
+    shorter = min(weight.shape)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= shorter:
+        raise ValueError(f"rank: got {rank!r}, expected an int between 1 and min{tuple(weight.shape)} = {shorter}")
+    spaces = _find(weight, rank)
+    assert spaces is not None
+    return spaces
+
+
+def subspaces_of_share(weight: Tensor, share: float) -> Subspaces | None:
+    """Compute the smallest top singular subspaces that hold ``share`` of ||W||_F^2.
+
+    They have the bits of :func:`top_subspaces` at that rank, and its errors.
+
+    Args:
+        weight: Shape (m, n), any floating point dtype and strides.
+        share: strictly between 0 and 1.
+
+    Returns:
+        None where it takes all min(m, n) directions.
+    """
+    _check_matrix(weight)
+    if not isinstance(read_rank(share), float):
+        raise ValueError(f"share: got {share!r}, expected a float strictly between 0 and 1")
+    return _find(weight, float(share))
+
+
+def largest_rank(shape: tuple[int, ...], share: float) -> int:
+    """Return the largest k that ``share`` of the energy of any weight (m, n) can take; at most min(m, n).
+
+    The top k of r directions never hold less than k / r of the energy, and exactly that where all r singular values are
+    equal. One more than that is allowed for where rounding decides.
+    """
+    shorter = min(shape)
+    return min(shorter, math.floor(share * shorter + 1e-6) + 1)
+
+
+def captured_energy(weight: Tensor, left: Tensor, right: Tensor) -> float:
+    """Compute ``||U^T W V||_F^2 / ||W||_F^2`` in float64, in [0, 1]; 1.0 for a zero matrix.
+
+    Args:
+        weight: Shape (m, n), finite, any floating point dtype and strides.
+        left: U, shape (m, k), orthonormal columns in float64, on the device to compute on.
+        right: V, shape (n, k), likewise.
+    """
+    with torch.no_grad():
+        weight = weight.detach()
+        scale = _scale(weight)
+        tall = weight.T if weight.shape[0] < weight.shape[1] else weight
+        long_basis, short_basis = (left, right) if tall is weight else (right, left)
+        block = torch.zeros(left.shape[1], left.shape[1], dtype=torch.float64, device=left.device)
+        total = torch.zeros((), dtype=torch.float64, device=left.device)
+        step = _chunk_rows(tall)
+        for chunk, basis in zip(torch.split(tall, step), torch.split(long_basis, step), strict=True):
+            rows = _widen(chunk, left.device) * scale
+            total += rows.square().sum()
+            block.addmm_(basis.T, rows @ short_basis)
+        return min(1.0, float(block.square().sum() / total)) if total > 0 else 1.0
+
+
+def _check_matrix(weight: Tensor) -> None:
     if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)} and {weight.dtype}, expected a non-empty 2-D floating "
             "point tensor; reshape it to (rows, columns) first"
         )
-    shorter = min(weight.shape)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= shorter:
-        raise ValueError(f"rank: got {rank!r}, expected an int between 1 and min{tuple(weight.shape)} = {shorter}")
 
+
+def _find(weight: Tensor, rank: int | float) -> Subspaces | None:
+    """Try every way to compute the subspaces; None where a share of energy takes all directions."""
     with torch.no_grad():
         weight = weight.detach()
         scale = _scale(weight)
@@ -80,10 +142,12 @@ def top_subspaces(weight: Tensor, rank: int) -> Subspaces:
                         f"the singular subspaces of a weight of shape {tuple(weight.shape)} were not found by "
                         f"{failures[-1]}; {attempts[i + 1][0]} is tried",
                         UserWarning,
-                        stacklevel=2,
+                        stacklevel=3,
                     )
                 continue
-            return spaces.to(weight.device) if ops.has_float64(weight.device) else spaces
+            if spaces is None or not ops.has_float64(weight.device):
+                return spaces
+            return spaces.to(weight.device)
     raise RuntimeError(
         f"weight: its singular subspaces were not found: {'; '.join(failures)}; free memory if that is what "
         "is missing, or leave the weight out (exclude=...)"
@@ -117,11 +181,18 @@ def _solve_singular_values(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0), vectors.flip(1)
 
 
-def _compute(weight: Tensor, rank: int, scale: float, device: torch.device, diagonalise: Diagonalise) -> Subspaces:
+def _compute(
+    weight: Tensor, rank: int | float, scale: float, device: torch.device, diagonalise: Diagonalise
+) -> Subspaces | None:
     wide = weight.shape[0] < weight.shape[1]
     tall = weight.T if wide else weight
     gram = _gram(tall, scale, device)
     eigenvalues, eigenvectors = diagonalise(gram)
+    total = float(gram.trace())
+    if isinstance(rank, float):
+        rank = _count_directions(eigenvalues, total, rank)
+        if rank == min(weight.shape):
+            return None
     short_basis = eigenvectors[:, -rank:].flip(1)
 
     image = _multiply(tall, short_basis, scale)
@@ -134,14 +205,34 @@ def _compute(weight: Tensor, rank: int, scale: float, device: torch.device, diag
     values, order = diagonal.abs().sort(descending=True, stable=True)
     long_basis, short_basis = long_basis[:, order], short_basis[:, order]
 
-    total = float(gram.trace())
-    captured = float(eigenvalues[-rank:].clamp(min=0).sum())
-    if not math.isfinite(captured) or not bool(values.isfinite().all()):
+    energy = _energy(eigenvalues, rank, total)
+    if not math.isfinite(energy) or not bool(values.isfinite().all()):
         raise RuntimeError("got NaN or infinity")
-    energy = min(1.0, captured / total) if total > 0 else 1.0
 
     left, right = (short_basis, long_basis) if wide else (long_basis, short_basis)
     return Subspaces(left=left, values=values / scale, right=right, energy=energy)
+
+
+def _energy(eigenvalues: Tensor, rank: int, total: float) -> float:
+    """Return the share of ``total`` in the last ``rank`` eigenvalues."""
+    captured = float(eigenvalues[-rank:].clamp(min=0).sum())
+    if not math.isfinite(captured):
+        return captured
+    return min(1.0, captured / total) if total > 0 else 1.0
+
+
+def _count_directions(eigenvalues: Tensor, total: float, share: float) -> int:
+    """Return the smallest rank whose energy, as :func:`_energy` rounds it, reaches ``share``; else all."""
+    if not bool(eigenvalues.isfinite().all()):
+        raise RuntimeError("got NaN or infinity")
+    sums = eigenvalues.flip(0).clamp(min=0).cumsum(0)
+    rank = min(len(eigenvalues), 1 + int((sums < share * total).sum()))
+    # The sums above are rounded in another order.
+    while rank < len(eigenvalues) and _energy(eigenvalues, rank, total) < share:
+        rank += 1
+    while rank > 1 and _energy(eigenvalues, rank - 1, total) >= share:
+        rank -= 1
+    return rank
 
 
 def _scale(weight: Tensor) -> float:

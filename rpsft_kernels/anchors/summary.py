@@ -18,6 +18,13 @@ def table(anchors: Mapping[str, Anchor], skipped: Mapping[str, str]) -> str:
         if members:
             lines.append(_row(form, members))
     lines.append(_row("total", list(anchors.values())))
+    shares = sorted({anchor.share for anchor in anchors.values() if anchor.share is not None})
+    if shares:
+        asked = ", ".join(map(str, shares))
+        lines.append(f"ranks: the smallest that hold a share of {asked} of each weight's energy")
+    control = describe_control(anchors)
+    if control:
+        lines.append(f"subspaces: {control}")
     by_reason: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         by_reason.setdefault(reason, []).append(name)
@@ -26,6 +33,14 @@ def table(anchors: Mapping[str, Anchor], skipped: Mapping[str, str]) -> str:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         lines.append(f"  {reason} ({len(names)}): {', '.join(names[:_SHOWN])}{more}")
     return "\n".join(lines)
+
+
+def describe_control(anchors: Mapping[str, Anchor]) -> str:
+    """Say that subspaces are random, with their seeds; empty where all are W0's own."""
+    seeds = sorted({anchor.random_seed for anchor in anchors.values() if anchor.random_seed is not None})
+    if not seeds:
+        return ""
+    return f"random, a control for experiments (seed {', '.join(map(str, seeds))})"
 
 
 def _row(label: str, anchors: list[Anchor]) -> str:

@@ -98,23 +98,27 @@ def assign_shards(weights: Mapping[str, LocalWeight], anchor_ranks: Mapping[str,
     return assigned
 
 
-def plan_shards(shapes: Sequence[tuple[int, int]], rank: int, world_size: int, layout: Layout) -> list[list[Shard]]:
+def plan_shards(
+    shapes: Sequence[tuple[int, int]], rank: int | Sequence[int], world_size: int, layout: Layout
+) -> list[list[Shard]]:
     """Plan the shard of each weight (m, n) for each of N = ``world_size`` processes: ``shards[weight][process]``.
 
     ``"shard0"``: chunks of ceil(m / N) rows (FSDP2). ``"replicated"``: weights whole, their work divided (DDP).
-    ``"flat"``: ranges of ceil(m n / N) elements of each weight (DeepSpeed ZeRO-3).
+    ``"flat"``: ranges of ceil(m n / N) elements of each weight (DeepSpeed ZeRO-3). ``rank`` is k, of all weights or of
+    each.
 
     Raises:
         ValueError: k = ``rank`` or ``world_size`` is less than 1, or there is no such layout.
     """
-    if rank < 1 or world_size < 1 or layout not in LAYOUTS:
+    anchor_ranks = [rank] * len(shapes) if isinstance(rank, int) else rank
+    if min(anchor_ranks, default=1) < 1 or world_size < 1 or layout not in LAYOUTS:
         raise ValueError(
             f"rank, ranks, layout: got {rank}, {world_size}, {layout!r}, expected at least 1 each, and one of {LAYOUTS}"
         )
     if world_size == 1:
         return [[Shard.whole(shape)] for shape in shapes]
     if layout == "replicated":
-        return divide(shapes, [min(rank, *shape) for shape in shapes], world_size)
+        return divide(shapes, [min(k, *shape) for k, shape in zip(anchor_ranks, shapes, strict=True)], world_size)
     if layout == "shard0":
         return [[Shard.rectangle((m, n), span, (0, n)) for span in _chunks(m, world_size)] for m, n in shapes]
     return [[Shard.range((m, n), *span) for span in _chunks(m * n, world_size)] for m, n in shapes]

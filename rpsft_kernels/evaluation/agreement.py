@@ -53,7 +53,7 @@ def describe_call(
         content = _content_of(anchor) if anchor.part is None else None
         fingerprint = (fingerprints or {}).get(name)
         pretrained = None if fingerprint is None else fingerprint.checksum
-        facts = anchor.shape, anchor.rank, weight.dtype, dtypes, anchor.energy, content, pretrained
+        facts = anchor.shape, anchor.rank, weight.dtype, dtypes, anchor.energy, anchor.random_seed, content, pretrained
         words.append(f"{name} {facts!r}")
     # Each sum over ranks takes the drifts of one bucket, which must hold the same weights on every rank.
     words += [str([weights[i].name for i in b.members]) for b in buckets if b.summed and b.group_name == group_name]

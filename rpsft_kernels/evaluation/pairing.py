@@ -153,7 +153,7 @@ def _pair_by_name(anchors: object, parameters: Mapping[str, ParameterRef]) -> li
 
 def _assign_work(weights: list[AnchoredWeight]) -> list[AnchoredWeight]:
     """Give each replicated weight its shard: that of its anchor, or one of a new division where the anchor is whole."""
-    divided = assign_shards({w.name: w.weight for w in weights}, {w.name: w.anchor.rank for w in weights})
+    divided = assign_shards({w.name: w.weight for w in weights}, {w.name: w.anchor.planned_rank for w in weights})
     return [AnchoredWeight(w.name, divided[w.name].with_work(w.anchor.part), w.anchor) for w in weights]
 
 
