@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from ranks import run_ranks
-from replicated_ranks import FROZEN, accumulate_behind_a_gate, compare_all, refusals, train, verify_one_weight
+from replicated_ranks import (
+    FROZEN,
+    accumulate_behind_a_gate,
+    change_after_wrapping,
+    compare_all,
+    leave_a_weight_out,
+    refusals,
+    train,
+    verify_one_weight,
+)
 
 TOLERANCES = {"float32 bases": 1e-5, "bfloat16 bases": 0.01, "bfloat16 bases, blocks": 0.02}
 KINDS: dict[str, dict[str, Any]] = {
@@ -106,3 +115,26 @@ def test_gradients_of_zeros_hide_no_averaging(side: bool) -> None:
     for after, *before in run_ranks(2, accumulate_behind_a_gate, side):
         assert "averaged over ranks already" in after[0] and after[1]
         assert before == [("accepted", True)] * 2
+
+
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
+def test_shares_that_may_not_be_averaged_are_refused(option: str) -> None:
+    """DDP leaves the gradient of a weight that no rank's forward pass uses as it is on each rank."""
+    for found in run_ranks(2, leave_a_weight_out, {option: True}):
+        for way in ("before", "between"):
+            if way in found:
+                message, error = found[way]
+                assert option in message and error is None, (way, message, error)
+        (served,) = found.keys() - {"before", "between"}
+        message, error = found[served]
+        assert message == "accepted" and error < 1e-5, (served, message, error)
+
+
+def test_a_parameter_that_has_come_since_is_no_replica() -> None:
+    for calls in run_ranks(2, change_after_wrapping, "replaced"):
+        assert all(message == "accepted" and error < 1e-5 for message, error in calls), calls
+
+
+def test_a_parameter_that_was_frozen_when_the_model_was_wrapped_is_refused() -> None:
+    for calls in run_ranks(2, change_after_wrapping, "unfrozen"):
+        assert all("require grad" in message and error is None for message, error in calls), calls

@@ -287,6 +287,94 @@ def accumulate_behind_a_gate(side: bool) -> list[tuple[str, bool]]:
     return found
 
 
+class _Branches(nn.Module):
+    """Weights of which the forward pass leaves one out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = linear_layers((24, 16, 24)), nn.Linear(24, 24, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = self.used(inputs)
+        return found
+
+
+def leave_a_weight_out(options: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return, for each way of calling, its error, and the errors of the gradients of both anchored kinds of weights."""
+    torch.manual_seed(0)
+    model = _Branches()
+    anchors = rk.Anchors.from_model(model, 6, progress=False, basis_dtype=torch.float32)
+    drift(model)
+    _, wanted = expected(model, anchors)
+    replicated = DistributedDataParallel(model, **options)
+    inputs = vectors(24)[dist.get_rank() :: dist.get_world_size()]
+
+    def backward(extra: Tensor | float = 0.0) -> None:
+        (0 * replicated(inputs).sum() + extra).backward()
+
+    def between() -> None:
+        loss = 0 * replicated(inputs).sum()
+        rk.accumulate_rotation_grad_(replicated, anchors, 1.0)
+        loss.backward()
+
+    def before() -> None:
+        rk.accumulate_rotation_grad_(replicated, anchors, 1.0)
+        backward()
+
+    def after_in_the_module() -> None:
+        backward()
+        rk.accumulate_rotation_grad_(replicated.module, anchors, 1.0)
+
+    ways: dict[str, Callable[[], None]] = {"before": before, "between": between, "in the module": after_in_the_module}
+    if options.get("static_graph"):
+        # Without a static graph torch refuses it.
+        ways = {"in the loss": lambda: backward(rk.rotation_penalty(replicated, anchors))}
+    found: dict[str, list[Any]] = {}
+    for way, call in ways.items():
+        replicated.zero_grad()
+        message = refused(call)
+        gradients = _gradients(replicated)
+        found[way] = [message, errors({n: g.double() for n, g in gradients.items()}, wanted) if gradients else None]
+    if options.get("static_graph"):
+        found["before"] = [refused(lambda: rk.accumulate_rotation_grad_(replicated, anchors, 1.0)), None]
+    return found
+
+
+def change_after_wrapping(change: str) -> list[Any]:
+    """Return the errors of both calls, and those of the gradients, where DDP does not average one weight.
+
+    A parameter that was replaced is one that no forward pass uses.
+    """
+    torch.manual_seed(0)
+    model = linear_layers((24, 16, 24))
+    anchors = rk.Anchors.from_model(model, 6, progress=False, basis_dtype=torch.float32)
+    drift(model)
+    layer = model[2]
+    layer.weight.requires_grad_(change != "unfrozen")
+    replicated = DistributedDataParallel(model, find_unused_parameters=change == "replaced")
+    layer.weight.requires_grad_(True)
+    if change == "replaced":
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    _, wanted = expected(model, anchors)
+    inputs = vectors(24)[dist.get_rank() :: dist.get_world_size()]
+    found: list[Any] = []
+    for accumulates in (False,) if change == "replaced" else (True, False):
+        replicated.zero_grad()
+
+        def call(accumulates: bool = accumulates) -> None:
+            extra: Tensor | float = 0.0
+            if accumulates:
+                rk.accumulate_rotation_grad_(replicated, anchors, 1.0)
+            else:
+                extra = rk.rotation_penalty(replicated, anchors)
+            (0 * replicated(inputs).sum() + extra).backward()
+
+        message = refused(call)
+        gradients = {n: g.double() for n, g in _gradients(replicated).items() if n in wanted}
+        found.append([message, errors(gradients, wanted) if gradients else None])
+    return found
+
+
 def _ranks_agree(model: nn.Module) -> bool:
     own = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]

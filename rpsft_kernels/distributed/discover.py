@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
-from ..private_names import Zero3Parameter, averaging_group, ignored_by_ddp, is_fsdp1_flat
+from ..private_names import (
+    Zero3Parameter,
+    averaging_group,
+    count_averaged_by_ddp,
+    is_fsdp1_flat,
+    replicated_by_ddp,
+    skips_unused,
+)
 from .dtensor import gathered_by_fsdp2, is_dtensor, locate_dtensor
 from .fsdp1 import find_flat_parameters
 from .names import canonical_name, is_deepspeed, named_weights
@@ -83,10 +90,18 @@ def _find_replicas(model: nn.Module) -> dict[int, _Locate]:
     locate_by_id: dict[int, _Locate] = {}
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            replicated = _averaged_by_ddp(module)
-            locate = _replica_locator(module.process_group, replicas=partial(_find_averaged, weakref.ref(module)))
+            # Not those that have come since: no rank's copy of them is averaged.
+            replicated = replicated_by_ddp(module)
+            # A weight outlives no module, and plans must keep none alive.
+            reference = weakref.ref(module)
+            locate = _replica_locator(
+                module.process_group,
+                work_error=_reason_unaveraged(module),
+                replicas=partial(_find_averaged, reference),
+                reason_lost=partial(_reason_lost, reference),
+            )
         elif is_deepspeed(module) and module.zero_optimization_stage() < 3:  # type: ignore[operator]
-            locate = _replica_locator(averaging_group(module), _gradient_error(module))
+            locate = _replica_locator(averaging_group(module), gradient_error=_gradient_error(module))
             # Experts are averaged over other groups: each rank does all of their work.
             replicated = [p for p in module.module.parameters() if getattr(p, "allreduce", True)]  # type: ignore[union-attr]
         else:
@@ -103,27 +118,47 @@ def _gradient_error(engine: Any) -> str:
     )
 
 
-def _averaged_by_ddp(module: DistributedDataParallel) -> list[Tensor]:
-    ignored = ignored_by_ddp(module)
-    return [p for name, p in module.module.named_parameters() if name not in ignored]
+def _reason_unaveraged(module: DistributedDataParallel) -> str:
+    """Say why replicas may have gradients that are not averaged; "" where all that require grad are."""
+    trained = sum(parameter.requires_grad for parameter in replicated_by_ddp(module))
+    averaged = count_averaged_by_ddp(module) if trained else 0
+    if trained <= averaged:
+        return ""
+    return (
+        f"model: got {trained} parameters under DistributedDataParallel that require grad, expected the {averaged} "
+        "that did when it was made: it does not average the gradients of the others, so that each rank would keep its "
+        "own share; wrap the model again once requires_grad is set"
+    )
 
 
 def _find_averaged(module: weakref.ref[DistributedDataParallel]) -> list[Tensor]:
-    # A weight outlives no module, and plans must keep none alive.
     wrapped = module()
-    return [] if wrapped is None else _averaged_by_ddp(wrapped)
+    return [] if wrapped is None else replicated_by_ddp(wrapped)
 
 
-def _replica_locator(
-    group: Any, gradient_error: str = "", replicas: Callable[[], Sequence[Tensor]] = tuple
-) -> _Locate | None:
-    """Make the function that locates a replica of ``group``; None where the group has one rank only."""
+def _reason_lost(module: weakref.ref[DistributedDataParallel]) -> str:
+    wrapped = module()
+    option = "" if wrapped is None else skips_unused(wrapped)
+    if not option:
+        return ""
+    return (
+        f"got a parameter under DistributedDataParallel({option}=True), expected one whose gradient it always "
+        "averages: of a weight that no forward pass uses it leaves each rank its own share. Wrap the model without "
+        f"{option}; or put rotation_penalty into the loss; or pass the wrapped module (model.module) with anchors of "
+        "that: each rank then does all of the work, before or after the backward pass"
+    )
+
+
+def _replica_locator(group: Any, **facts: Any) -> _Locate | None:
+    """Make the function that locates a replica of ``group``, which has these facts as attributes; None where the group
+    has one rank only.
+    """
     if group.size() == 1:
         return None
 
     def locate(tensor: Tensor, name: str) -> LocalWeight:
         shape = tuple(tensor.shape)
         whole = Shard.whole(shape)  # type: ignore[arg-type]
-        return ReplicatedWeight(tensor, shape, whole, group, gradient_error=gradient_error, replicas=replicas)
+        return ReplicatedWeight(tensor, shape, whole, group, **facts)
 
     return locate

@@ -109,6 +109,9 @@ class LocalWeight:
 
         Only a replicated weight (:class:`ReplicatedWeight`) leaves the choice; any other weight, and None, change
         nothing.
+
+        Raises:
+            ValueError: a replica's work cannot be divided, because its gradient would not be averaged.
         """
         return self
 
@@ -179,11 +182,14 @@ class ReplicatedWeight(LocalWeight):
     """A weight that every rank of ``group`` holds whole and whose gradients its wrapper averages.
 
     The work is divided: this rank computes its shard alone, and multiplies that shard's gradient by the group's size.
-    ``gradient_error`` says why gradients cannot be added to; it is empty where they can. ``replicas`` returns the
-    parameters whose gradients the wrapper averages, this one among them.
+    ``gradient_error`` says why gradients cannot be added to; it is empty where they can. ``work_error`` says why the
+    work cannot be divided, and ``reason_lost`` why the wrapper might not average what is added to a gradient.
+    ``replicas`` returns the parameters whose gradients the wrapper averages, this one among them.
     """
 
     gradient_error: str = ""
+    work_error: str = ""
+    reason_lost: Callable[[], str] = str
     replicas: Callable[[], Sequence[Tensor]] = tuple
 
     @property
@@ -194,6 +200,8 @@ class ReplicatedWeight(LocalWeight):
     def with_work(self, shard: Shard | None) -> LocalWeight:
         if shard is None or self.group is None:
             return self
+        if self.work_error and self.requires_grad:
+            raise ValueError(self.work_error)
         return dataclasses.replace(self, shard=shard, grad_scale=float(self.group.size()))
 
     def values(self) -> Tensor:
@@ -205,8 +213,9 @@ class ReplicatedWeight(LocalWeight):
         return self.parameter.grad is not None or not self.shard.is_whole
 
     def check_gradient(self, name: str) -> None:
-        if self.gradient_error:
-            raise ValueError(f"{name}: {self.gradient_error}")
+        error = self.gradient_error or (self.reason_lost() if self.requires_grad else "")
+        if error:
+            raise ValueError(f"{name}: {error}")
         super().check_gradient(name)
 
     def gradient(self) -> Tensor:

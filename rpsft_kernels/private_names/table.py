@@ -58,8 +58,15 @@ TABLE: tuple[Row, ...] = (
     *_rows("torch", "torch.autograd.forward_ad", ("current level", "_current_level")),
     # The store through which ranks learn which of them are gone. distributed/group_call.py
     *_rows("torch", "torch.distributed.distributed_c10d", ("store of the job", "_get_default_store")),
-    # DDP: the parameters that it does not average. distributed/discover.py
-    *_rows("torch", "DistributedDataParallel", ("names of parameters that it leaves alone", "parameters_to_ignore")),
+    # DDP: the parameters that it averages, and when it leaves a gradient alone. distributed/discover.py
+    *_rows(
+        "torch",
+        "DistributedDataParallel",
+        ("parameters when it was made", "_module_parameters"),
+        ("facts about itself", "_get_ddp_logging_data"),
+        ("whether it looks for unused parameters", "find_unused_parameters"),
+        ("whether its graph is static", "static_graph"),
+    ),
     # DTensor: one group over several dimensions of a mesh; the order of cuts of one dimension. distributed/dtensor.py
     *_rows("torch", "DeviceMesh", ("mesh of one dimension with the same ranks", "_flatten")),
     *_rows("torch", "_StridedShard", ("number of shards that cut before it", "split_factor")),

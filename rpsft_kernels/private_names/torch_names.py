@@ -65,9 +65,26 @@ def default_store() -> Any:
         return None
 
 
-def ignored_by_ddp(module: nn.Module) -> set[str]:
-    """Return the names of the parameters that a DistributedDataParallel does not average."""
-    return set(read(module, "DistributedDataParallel", "names of parameters that it leaves alone"))
+def replicated_by_ddp(module: nn.Module) -> list[Tensor]:
+    """Return the parameters that a DistributedDataParallel keeps equal: those that it was made with, frozen or not."""
+    return list(read(module, "DistributedDataParallel", "parameters when it was made"))
+
+
+def count_averaged_by_ddp(module: nn.Module) -> int:
+    """Count the parameters that a DistributedDataParallel averages: those that required grad when it was made."""
+    facts = read(module, "DistributedDataParallel", "facts about itself")()
+    return int(facts["num_parameter_tensors"])
+
+
+def skips_unused(module: nn.Module) -> str:
+    """Name the option by which a DistributedDataParallel leaves gradients alone that no backward pass gave; "" if it
+    averages all.
+    """
+    for meaning in ("whether it looks for unused parameters", "whether its graph is static"):
+        if read(module, "DistributedDataParallel", meaning):
+            (row,) = spellings["DistributedDataParallel", meaning]
+            return row.name
+    return ""
 
 
 def flat_mesh(mesh: Any) -> Any:
