@@ -33,6 +33,10 @@ LABELS = {
     "drift": "drift(basis_type=fp32, aligned=True, descriptor=True",
     # Both operands in shared memory.
     "pull": "pull(basis_type=bf16, aligned=True, descriptor=True",
+    # Warp-specialised; of 3.9.0 alone.
+    "hopper_project": "hopper_project(weight_type=bf16, base_type=bf16, weight_parts=1",
+    "hopper_pull": "hopper_pull(stages",
+    "hopper_gradient": "hopper_gradient(grad_type=bf16, accumulate=True",
 }
 
 

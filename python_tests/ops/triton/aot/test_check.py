@@ -128,6 +128,11 @@ def take_a_specialised_one_that_breaks_them(folder: Path, entries: list[dict[str
     write(folder, of_arch(entries, "sm_90a", "hopper_gradient"), cubin("3.8.0", "gradient"))
 
 
+def take_a_plain_one(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """It breaks no rule, but it is not divided into producer and consumers."""
+    write(folder, of_arch(entries, "sm_90a", "hopper_gradient"), cubin("3.9.0", "gradient"))
+
+
 def claim(name: str, value: Any, kernel: str = "hopper_gradient") -> Change:
     def change(folder: Path, entries: list[dict[str, Any]]) -> None:
         of_arch(entries, "sm_90a", kernel)[name] = value
@@ -161,6 +166,10 @@ def claim(name: str, value: Any, kernel: str = "hopper_gradient") -> Change:
         (
             take_a_specialised_one_that_breaks_them,
             r"\(hopper_gradient, sm_90a\): may compute wrong numbers: gradient_kernel: .* writes R.* while HGMMA",
+        ),
+        (
+            take_a_plain_one,
+            r"\(hopper_gradient, sm_90a\): may be slow: no USETMAXREG\.DEALLOC with 40 registers",
         ),
         (claim("registers", 300), r"\(hopper_gradient, sm_90a\): 300 registers a thread, of 255"),
         (claim("registers", 8), r"registers: \w+\.cubin has 168, the manifest says 8"),

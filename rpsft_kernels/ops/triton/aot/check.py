@@ -1,5 +1,6 @@
 """Checks kernels compiled ahead of time: the manifest against the expected variants, against each file, and against
-what the machine code says about itself; and the machine code against the rules for registers of pending products.
+what the machine code says about itself; and the machine code against the rules for registers of pending products, and
+against what the speed of the warp-specialised kernels rests on.
 
 The check does not use the build's own reader of machine code: it runs cuobjdump again.
 """
@@ -22,8 +23,8 @@ from ..machine_code.cubin import read_cubin, read_hsaco
 from ..tile_table import rank_classes
 from ..variants import ARGUMENT_TYPES, ARGUMENTS, Variant
 from . import library
-from .hazards import hazards_in
 from .limits import check_limits
+from .scan import scan_files
 from .targets import BY_ARCH
 
 _POINTER = 8
@@ -138,11 +139,14 @@ def _findings(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
             yield f"{each['id']} ({each['label']}, {each['arch']}): is left out, but nothing asks for it"
     described = {library.MANIFEST}
     scanned = [each for each in manifest["kernels"] if BY_ARCH[each["arch"]].asynchronous_products]
-    hazards = hazards_in(folder / entry["file"] for entry in scanned)
+    scans = scan_files({folder / entry["file"]: expected.get(entry["id"]) for entry in scanned})
     for entry in manifest["kernels"]:
         described |= {place["file"] for place in (entry, entry.get("ptx")) if place}
-        for hazard in hazards.get(entry["file"], []):
-            yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): may compute wrong numbers: {hazard}"
+        if scan := scans.get(entry["file"]):
+            for hazard in scan.hazards:
+                yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): may compute wrong numbers: {hazard}"
+            for loss in scan.losses:
+                yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): may be slow: {loss}"
         for finding in _entry_findings(folder, entry, expected.get(entry["id"])):
             yield f"{entry['id']} ({entry['kernel']}, {entry['arch']}): {finding}"
     for name in sorted({path.name for path in folder.iterdir()} - described):

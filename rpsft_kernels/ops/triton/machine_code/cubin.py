@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -131,6 +132,19 @@ def disassemble(path: Path, indirect: bool = False) -> str:
         reason = (run.stderr or run.stdout).strip()[-200:] or f"{command[0]} prints nothing"
         raise ValueError(f"path: nvdisasm cannot read {path.name}: {reason}")
     return run.stdout
+
+
+def disassemble_image(image: bytes) -> str:
+    """The instructions of a cubin's content, with the targets of indirect branches where it has some.
+
+    Raises:
+        ValueError: there is no nvdisasm, or it cannot read the file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(image)
+        text = disassemble(path)
+        return disassemble(path, indirect=True) if re.search(r"\bBRXU? ", text) else text
 
 
 def read_hsaco(image: bytes) -> tuple[str, set[str]]:

@@ -14,14 +14,12 @@ An instruction or a jump target that it does not understand is a finding too: no
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 from .control_flow import Worklist, find_edges
-from .cubin import disassemble
+from .cubin import disassemble_image
 from .sass import PRODUCTS, Disassembly, Instruction, Unknown, parse, register_number
 
 # Increase this with every change of the rules: code that an older version passed is then scanned again.
@@ -37,13 +35,7 @@ def scan_cubin(image: bytes) -> list[str]:
     Raises:
         ValueError: there is no disassembler, or it cannot read the file.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(image)
-        text = disassemble(path)
-        if re.search(r"\bBRXU? ", text):
-            text = disassemble(path, indirect=True)
-        return find_hazards(text)
+    return find_hazards(disassemble_image(image))
 
 
 def find_hazards(sass: str) -> list[str]:
