@@ -15,6 +15,7 @@ NAMES = [
     "Anchors",
     "RotationPenalty",
     "accumulate_rotation_grad_",
+    "attach",
     "project",
     "rotation_penalty",
     "use_backend",

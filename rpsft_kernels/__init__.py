@@ -9,6 +9,7 @@ The public names::
     project(weight, left, right, base)                   one weight's drift U^T (W - W0) V
     use_backend(name)                                    "torch", "triton" or "native", in a with block
     RotationPenalty(rank, coeff)                         all of it over a training run: anchors, strength, metrics
+    attach(optimizer, penalty, model)                    the modes that act after the optimizer's step, as its hook
 
 ``weights`` is a module, a list of tensors or one tensor, sharded or not::
 
@@ -27,7 +28,7 @@ from .anchors.anchor import Anchor
 from .anchors.collection import Anchors
 from .ops import use_backend
 from .penalty import accumulate_rotation_grad_, project, rotation_penalty
-from .training import RotationPenalty
+from .training import RotationPenalty, attach
 from .version import __version__ as __version__
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Anchors",
     "RotationPenalty",
     "accumulate_rotation_grad_",
+    "attach",
     "project",
     "rotation_penalty",
     "use_backend",

@@ -9,22 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..anchors.collection import Anchors
 from ..checks import read_coeff
 from ..penalty import accumulate_rotation_grad_, rotation_penalty
 from .budget import DualAscent
+from .corrections import correct_, penalty_by_weight, project_onto_, proximal_share
 from .digest import describe_other, digest_anchors
+from .guards import Guards
 from .reading import Reading
 from .record import Record
 from .settings import Coefficient, Mode, Settings
 from .source import provide_anchors
+from .state import State, make_state, read_number, read_state
 from .strength import Schedule
 from .subspace_energy import measure_energy
 from .task_gradient import square_gradients
 from .watched import WatchedWeights
-
-_STATE_VERSION = 1
 
 
 class RotationPenalty:
@@ -38,14 +40,23 @@ class RotationPenalty:
         penalty.add_gradients_(model)    # before clipping; before the backward passes serves as well
         optimizer.step()
 
+    Three modes: ``"gradient"`` adds ``coeff * dR/dW`` to the gradients, as the paper does. The others change the
+    method: they correct the weights after ``optimizer.step()``, where neither clipping nor an optimizer's moments bend
+    what they do (``penalty.after_step_(model, lr)``, or :func:`rpsft_kernels.attach`). ``"decoupled"`` takes the exact
+    proximal step of ``coeff * R``, ``W -= s U C V^T`` with ``s = 2 lr coeff / (1 + 2 lr coeff)`` (full anchors:
+    ``W -= s (W - W0)``), which is stable for any coeff. ``"project"`` keeps R at its budget: where it is more, all C
+    are scaled down by one factor. Weights need to be float32 for these (masters, under mixed precision): others keep a
+    correction as their dtype rounds it.
+
     Args:
         rank: k of the anchors, an int of at least 1; or the share of each weight's energy that its subspaces are to
             hold, a float between 0 and 1. None with ``anchors``, or a ``path`` where there is a file.
         coeff: the paper's lambda, at least 0: a number, or a callable that is given the step, from 0.
         warmup: steps in which the coefficient rises from 0.
         budget: the relative rotation ``sqrt(R / sum sigma^2)`` to stay below, in place of ``coeff``; sigma are the
-            singular values that the anchors keep. Its coefficient is found by dual ascent.
-        mode: ``"gradient"`` adds ``coeff * dR/dW`` to the gradients, as the paper does.
+            singular values that the anchors keep. Its coefficient is found by dual ascent (mode ``"project"`` needs
+            none).
+        mode: see above.
         include, exclude, keep_base, basis_dtype: as for :meth:`Anchors.from_model`; None leaves its defaults.
         anchors: anchors that were made before.
         path: where anchors are kept: loaded if they are there, else written once the model is anchored.
@@ -53,14 +64,15 @@ class RotationPenalty:
         per_layer: whether they have R of each weight, for one more projection in those steps.
 
     Attributes:
-        mode: as given.
         anchors: None before :meth:`anchor`, unless given.
-        step: the number of calls, one per optimizer step.
+        step: the number of calls so far, one per optimizer step.
+        attached: the hook that :func:`rpsft_kernels.attach` has made; None without.
 
     Raises:
         ValueError: an argument is invalid, or two exclude each other.
 
-    A call under CUDA graph capture or ``torch.compile`` is refused: a replay would not count the step.
+    Where weights lie over several processes, every rank makes every call, with the model as it is wrapped. Calls under
+    CUDA graph capture or ``torch.compile`` are refused: a replay would not count the step.
     """
 
     def __init__(
@@ -97,33 +109,39 @@ class RotationPenalty:
         )
         self.anchors: Anchors | None = anchors
         self.step = 0
+        self.attached: RemovableHandle | None = None
         self._schedule = Schedule(coeff, warmup)
-        self._ascent: DualAscent | None = None
-        self._energy = 0.0
-        self._digest = ""
+        self._ascent = DualAscent() if budget is not None and mode != "project" else None
+        self._guards = Guards("add_gradients_" if mode == "gradient" else "after_step_")
+        # Both are set once there are anchors; a state that came before waits for them.
         self._watched: WatchedWeights | None = None
-        # What a loaded state said before there were anchors.
-        self._expected: Mapping[str, Any] | None = None
-        # R of the step before, and the squared norm of the task's gradient, on their way to the host.
+        self._energy, self._digest = 0.0, ""
+        self._expected: State | None = None
+        # What the next step takes into account: R, and a squared norm for a budget to begin with.
         self._penalty: Reading | None = None
-        self._gradient: Reading | None = None
+        self._start: Reading | None = None
         self._record: Record | None = None
+        self._unseen: Record | None = None
 
     @property
     def mode(self) -> Mode:
         return self._settings.mode
 
     @property
+    def budget(self) -> float | None:
+        return self._settings.budget
+
+    @property
     def needs_task_gradient(self) -> bool:
         """Whether there is a budget whose coefficient begins with the size of the task's gradients."""
-        return self._settings.budget is not None and self.mode != "project"
+        return self.budget is not None and self.mode == "gradient"
 
     # -- anchors ------------------------------------------------------------------------------------------------
 
     def anchor(self, model: nn.Module) -> RotationPenalty:
         """Make, load or take over the anchors, once; returns the penalty itself. Other methods call it by themselves.
 
-        Every rank makes this call. It waits for the device.
+        It waits for the device.
 
         Raises:
             ValueError: as ``Anchors.from_model`` and ``Anchors.load``; or a state was loaded that belongs to other
@@ -133,16 +151,18 @@ class RotationPenalty:
             return self
         anchors = provide_anchors(self._settings, model, resuming=self._expected is not None)
         energy, digest = measure_energy(anchors, model), digest_anchors(anchors)
+        if not energy > 0:
+            raise ValueError(
+                "anchors: got pretrained weights that are 0 in all their subspaces, expected some energy: R has "
+                "nothing to be relative to; anchor the model after its weights are loaded"
+            )
         if self._expected is not None:
             _refuse_other(self._expected, digest, energy)
-        self._expected = None
+            self._expected = None
         self.anchors, self._energy, self._digest = anchors, energy, digest
         self._watched = WatchedWeights(anchors)
-        budget = self._settings.budget
-        if budget is not None and self.mode != "project":
-            started = None if self._ascent is None else self._ascent.coeff
-            self._ascent = DualAscent(budget, energy)
-            self._ascent.coeff = started
+        if self._settings.rank is None:
+            self._guards.look_at_coverage(anchors, model)
         return self
 
     # -- one step -----------------------------------------------------------------------------------------------
@@ -152,6 +172,7 @@ class RotationPenalty:
 
         W stands still within a step: it may come after the backward passes of the micro-batches or before them all
         (where gradients are cleared after the optimizer's step). See :func:`rpsft_kernels.accumulate_rotation_grad_`.
+        A budget waits for the R of the step before, which has long been computed; nothing else waits.
 
         Args:
             scale: GradScaler's ``get_scale()``, where the gradients are still scaled; after ``unscale_``, 1.
@@ -163,10 +184,13 @@ class RotationPenalty:
         self._require("add_gradients_", "gradient")
         factor = _read_scale(scale)
         anchors = self._ready(model)
+        self._guards.before_call(model, self._witnesses(model))
         coeff = self._coeff()
-        gradient = self._measure_gradient(model, factor) if self._wants_gradient() else None
+        gradient = self._measure_gradient(model, factor) if self._wants_gradient(self.step) else None
+        layers = self._measure_layers(model)
         penalty = accumulate_rotation_grad_(model, anchors, coeff * factor)
-        self._count(coeff, penalty, gradient)
+        reading = Reading(penalty)
+        self._count(Record(self.step, coeff, reading, reading, gradient, tuple(anchors), layers), gradient)
         return penalty
 
     def loss_term(self, model: nn.Module) -> Tensor:
@@ -181,83 +205,130 @@ class RotationPenalty:
         self._require("loss_term", "gradient")
         anchors = self._ready(model)
         coeff = self._coeff()
+        layers = self._measure_layers(model)
         penalty = rotation_penalty(model, anchors)
-        self._count(coeff, penalty.detach(), None)
+        reading = Reading(penalty)
+        self._count(Record(self.step, coeff, reading, reading, None, tuple(anchors), layers), None)
         return coeff * penalty
 
     def observe_gradients(self, model: nn.Module, scale: float = 1.0) -> None:
         """Take note of the size of the task's gradients, where they are not there yet when :meth:`add_gradients_` is
         called: a budget begins with it, and the metric ``rotation/grad_ratio`` needs it.
 
-        Call it once per step when the gradients are there, after the backward passes. Nothing waits for the device.
+        Call it once per step when the gradients are there, after the backward passes. Nothing waits for the device. The
+        modes after the step need no gradients, and it does nothing.
         """
         factor = _read_scale(scale)
-        self._ready(model)
-        if not (self._wants_gradient() or self._wants_gradient(self.step - 1)):
+        if self.mode != "gradient" or not (self._wants_gradient(self.step) or self._wants_gradient(self.step - 1)):
             return
+        self.anchor(model)
         gradient = self._measure_gradient(model, factor)
-        self._gradient = gradient or self._gradient
+        if self._ascent is not None and self._ascent.coeff is None:
+            self._start = gradient or self._start
         if self._record is not None and self._record.gradient is None:
             self._record.gradient = gradient
+
+    def after_step_(self, model: nn.Module, lr: float | Mapping[int, float]) -> Tensor:
+        """Correct the weights, once after each step that the optimizer makes; returns the R that is left, detached.
+
+        Frozen weights stay as they are. With ``"decoupled"`` nothing waits for a device but a budget, for the R of the
+        step before; R is that of before times ``(1 - s)^2``, which is exact for orthonormal U and V (with several
+        learning rates: the largest that it can be). ``"project"`` waits for R once per step. It leaves R within 1e-3 of
+        the budget where it was more: if it was more than 1.1 times as much, R is computed again, because U and V in
+        bfloat16 are not quite orthonormal.
+
+        Weights over several processes: shards (DTensor, FSDP1) are corrected where they lie. Of replicas
+        (DistributedDataParallel) each rank corrects its share, and sends it to the others: all of them end with the
+        same bits.
+
+        Args:
+            lr: the learning rate of the step; or one for each anchored weight that trains, by the ``id`` of its
+                parameter. ``"project"`` does not read it.
+
+        Raises:
+            ValueError: the mode adds gradients; a weight cannot be corrected where it lies (DeepSpeed, a ``main_grad``,
+                memory that is shared); every anchored weight is frozen; lr is no number of at least 0; or as
+                :func:`rpsft_kernels.rotation_penalty`. No weight has changed, and the step does not count then.
+        """
+        self._require("after_step_", "decoupled", "project")
+        rates = _read_rates(lr)
+        anchors = self._ready(model)
+        witnesses = self._witnesses(model)
+        self._guards.before_correction(model, witnesses)
+        layers = self._measure_layers(model)
+        if self.mode == "project":
+            bound = float(self.budget or 0.0) ** 2 * self._energy
+            penalty, before, left = project_onto_(model, anchors, bound)
+            kept = penalty.new_tensor(left)
+            found, remains, coeff = Reading(torch.tensor(before)), Reading(torch.tensor(left)), None
+        else:
+            coeff = self._coeff()
+            shares = {key: proximal_share(rate, coeff) for key, rate in rates.items()}
+            penalty = correct_(model, anchors, shares if isinstance(lr, Mapping) else shares[0])
+            # A weight without a correction would keep all of its R.
+            kept = penalty * (1.0 - min(shares.values())) ** 2
+            found, remains = Reading(penalty), Reading(kept)
+        if witnesses is not None:
+            self._guards.look_at_dtypes(witnesses)
+        start = None
+        if self._ascent is not None and max(rates.values()) > 0:
+            # What the steps so far have moved, per unit of learning rate, stands for the norm of a gradient.
+            start = Reading(penalty / max(rates.values()) ** 2)
+        self._count(Record(self.step, coeff, found, remains, None, tuple(anchors), layers), start)
+        return kept
 
     # -- what it reports ----------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers of the latest step that logs; empty before the first. It waits for the device.
 
-        ``rotation/R``; ``rotation/coeff``; ``rotation/loss``, their product; ``rotation/relative``,
-        ``sqrt(R / sum sigma^2)``; ``rotation/budget_used``, its share of the budget; ``rotation/grad_ratio``,
-        ``2 coeff sqrt(R) / ||g||``, the norm of R's gradient over that of the task's, where the latter is known; and
-        ``rotation/layers/<name>``, R of one weight.
+        ``rotation/R`` (after a correction, where there is one); ``rotation/relative``, ``sqrt(R / sum sigma^2)``;
+        ``rotation/coeff`` and ``rotation/loss``, its product with R (not in mode ``"project"``);
+        ``rotation/budget_used``, the relative rotation over the budget; ``rotation/grad_ratio``,
+        ``2 coeff sqrt(R) / ||g||``, the norm of R's gradient over that of the task's, where the latter is known (for
+        adapters only a rough measure); and ``rotation/layers/<name>``, R of each weight before a correction.
         """
-        return {} if self._record is None else self._record.metrics(self._energy, self._settings.budget)
+        return {} if self._record is None else self._record.metrics(self._energy, self.budget)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the anchors, in plain numbers. It waits for the device."""
-        penalty = None if self._penalty is None else self._penalty.read()[0]
-        gradient = None if self._gradient is None else self._gradient.read()[0]
-        return {
-            "version": _STATE_VERSION,
-            "mode": self.mode,
-            "step": self.step,
-            "coeff": None if self._ascent is None else self._ascent.coeff,
-            "R": penalty,
-            "gradient": gradient,
-            "anchors": self._digest,
-            "energy": self._energy,
-        }
+        state = make_state(
+            mode=self.mode,
+            step=self.step,
+            coeff=None if self._ascent is None else self._ascent.coeff,
+            R=None if self._penalty is None else self._penalty.read()[0],
+            start=None if self._start is None else self._start.read()[0],
+            anchors=self._digest,
+            energy=self._energy,
+        )
+        return dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state that :meth:`state_dict` returned; the next step has the bits that it would have had.
 
-        It may come before the anchors are there: they are compared then, and a model that is loaded with them is not.
+        It may come before the anchors are there: they are compared then, and a model that is loaded with them is not
+        compared with their W0, because it has been trained.
 
         Raises:
             ValueError: it is no such state, or of another mode or other anchors. Nothing has changed then.
         """
-        state = _check_state(state, self.mode)
-        if self._watched is None:
-            self._expected = state if state["anchors"] else None
-        elif state["anchors"]:
-            _refuse_other(state, self._digest, self._energy)
-        self.step = state["step"]
-        budget = self._settings.budget
-        if budget is not None and self.mode != "project":
-            # Its bound is set with the anchors.
-            self._ascent = DualAscent(budget, self._energy or 1.0)
-            self._ascent.coeff = state["coeff"]
-        self._penalty = None if state["R"] is None else Reading(torch.tensor(state["R"], dtype=torch.float64))
-        gradient = state["gradient"]
-        self._gradient = None if gradient is None else Reading(torch.tensor(gradient, dtype=torch.float64))
-        self._record = None
+        given = read_state(state, self.mode)
+        if given["anchors"]:
+            if self._watched is None:
+                self._expected = given
+            else:
+                _refuse_other(given, self._digest, self._energy)
+        self.step = given["step"]
+        if self._ascent is not None:
+            self._ascent.coeff = given["coeff"]
+        self._penalty, self._start = read_number(given["R"]), read_number(given["start"])
+        self._record = self._unseen = None
 
     # -- within ---------------------------------------------------------------------------------------------------
 
     def _require(self, method: str, *modes: str) -> None:
         if self.mode not in modes:
-            other = (
-                "after_step_(model, lr), after optimizer.step()" if modes == ("gradient",) else "add_gradients_(model)"
-            )
+            other = "after_step_(model, lr)" if modes == ("gradient",) else "add_gradients_(model)"
             raise ValueError(f"mode: got {self.mode!r} for {method}, expected {' or '.join(modes)}: call {other}")
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             raise ValueError(
@@ -267,7 +338,7 @@ class RotationPenalty:
             )
 
     def _ready(self, model: nn.Module) -> Anchors:
-        """Return the anchors where the model is now; what the last step left is settled."""
+        """Return the anchors; what the last step left is settled."""
         self.anchor(model)
         assert self.anchors is not None
         self._settle()
@@ -275,19 +346,20 @@ class RotationPenalty:
 
     def _settle(self) -> None:
         """Take the last step's numbers into account. A budget waits for them, all else takes them when they arrive."""
-        ascent = self._ascent
-        if ascent is None:
+        unseen = self._unseen
+        if unseen is not None and (self._ascent is not None or unseen.arrived):
+            self._unseen = None
+            self._guards.take(unseen)
+        if self._ascent is None:
             return
+        bound = float(self.budget or 0.0) ** 2 * self._energy
         penalty, self._penalty = self._penalty, None
         if penalty is not None:
-            value = penalty.read()[0]
-            if not math.isfinite(value):
-                raise ValueError(f"R: got {value} in the step before, expected a finite number: the weights are not")
-            ascent.update(value)
-        if ascent.coeff is None and self._gradient is not None:
-            squared, self._gradient = self._gradient.read()[0], None
+            self._ascent.update(penalty.read()[0], bound)
+        if self._ascent.coeff is None and self._start is not None:
+            squared, self._start = self._start.read()[0], None
             if math.isfinite(squared) and squared > 0:
-                ascent.start(math.sqrt(squared))
+                self._ascent.start(math.sqrt(squared), bound)
 
     def _coeff(self) -> float:
         """Return the coefficient of this step."""
@@ -295,32 +367,45 @@ class RotationPenalty:
             return self._schedule.at(self.step)
         if self._ascent.coeff is not None:
             return self._ascent.coeff
-        if self.step >= 2:
+        if self.step >= 2 and self.mode == "gradient":
             raise ValueError(
                 f"budget: got no gradient of the task in {self.step} steps, expected one to begin with: call "
-                "add_gradients_ after the backward passes, or observe_gradients(model) there"
+                "add_gradients_ after the backward passes, or observe_gradients(model) there (penalised(Trainer) of "
+                "rpsft_kernels.integrations.transformers does); or use mode 'decoupled' or 'project', which need none"
             )
         return 0.0
 
     def _logs(self, step: int) -> bool:
         return step % self._settings.log_every == 0
 
-    def _wants_gradient(self, step: int | None = None) -> bool:
-        unstarted = self._ascent is not None and self._ascent.coeff is None
-        return unstarted or self._logs(self.step if step is None else step)
+    def _wants_gradient(self, step: int) -> bool:
+        return self._logs(step) or (self._ascent is not None and self._ascent.coeff is None)
+
+    def _witnesses(self, model: nn.Module) -> list[Any] | None:
+        """Return the weights to choose witnesses from, where the model is new."""
+        assert self._watched is not None
+        return None if self._guards.is_of(model) else self._watched.find(model)
 
     def _measure_gradient(self, model: nn.Module, scale: float) -> Reading | None:
         assert self._watched is not None
         squares = square_gradients(self._watched.find(model))
         return None if squares is None else Reading(squares / (scale * scale))
 
-    def _count(self, coeff: float, penalty: Tensor, gradient: Reading | None) -> None:
+    def _measure_layers(self, model: nn.Module) -> Reading | None:
+        if not self._settings.per_layer or not self._logs(self.step):
+            return None
+        assert self.anchors is not None
+        return Reading(penalty_by_weight(model, self.anchors))
+
+    def _count(self, record: Record, start: Reading | None) -> None:
         """Take note of a step that was made."""
-        reading = Reading(penalty)
-        self._penalty = reading
-        self._gradient = gradient or self._gradient
+        self._guards.after_call()
+        if self._ascent is not None:
+            self._penalty = record.kept
+            if self._ascent.coeff is None:
+                self._start = start or self._start
         if self._logs(self.step):
-            self._record = Record(self.step, coeff, reading, gradient)
+            self._record = self._unseen = record
         self.step += 1
 
 
@@ -331,25 +416,21 @@ def _read_scale(scale: object) -> float:
     return number
 
 
-def _refuse_other(state: Mapping[str, Any], digest: str, energy: float) -> None:
+def _read_rates(lr: float | Mapping[int, float]) -> dict[int, float]:
+    """Return learning rates by the id of their parameter, under 0 one of all."""
+    rates = dict(lr) if isinstance(lr, Mapping) else {0: lr}
+    for rate in rates.values():
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(f"lr: got {rate!r}, expected the learning rate of the step, a number of at least 0")
+    if not rates:
+        raise ValueError("lr: got an empty mapping, expected a learning rate for every anchored weight that trains")
+    return rates
+
+
+def _refuse_other(state: State, digest: str, energy: float) -> None:
     difference = describe_other(state, digest, energy)
     if difference is not None:
         raise ValueError(
             f"anchors: got others than the state was saved with ({difference}), expected the same ones: R would be "
             "measured from other weights. Resume with the file that the run began with (path=...)"
         )
-
-
-def _check_state(state: object, mode: str) -> Mapping[str, Any]:
-    fields = {"version", "mode", "step", "coeff", "R", "gradient", "anchors", "energy"}
-    if not isinstance(state, Mapping) or not fields <= set(state):
-        raise ValueError(f"state: got {state!r}, expected what RotationPenalty.state_dict() returned")
-    if state["version"] != _STATE_VERSION:
-        raise ValueError(
-            f"state: got version {state['version']!r}, expected {_STATE_VERSION}: another release wrote it"
-        )
-    if state["mode"] != mode:
-        raise ValueError(f"state: got one of mode {state['mode']!r}, expected {mode!r}: its coefficient means another")
-    if type(state["step"]) is not int or state["step"] < 0:
-        raise ValueError(f"state: got step {state['step']!r}, expected an int of at least 0")
-    return dict(state)

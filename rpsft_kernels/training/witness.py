@@ -1,0 +1,86 @@
+"""A few weights by which a call tells whether the optimizer has stepped since the last one. No device is asked."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..distributed import LocalWeight
+
+_COUNT = 4
+
+
+class _Sight(NamedTuple):
+    """One weight at one moment: which tensor it was, how often it had been written, and its gradient."""
+
+    identity: int
+    version: int
+    gradient: Tensor | None
+
+
+class Witnesses:
+    """The smallest of the weights in each quarter of the model, so that one optimizer of several is not missed.
+
+    Their modules are held by weak references. Only the gradients, small ones, are kept until the next look.
+    """
+
+    def __init__(self) -> None:
+        self._model: weakref.ref[nn.Module] | None = None
+        self._places: list[tuple[weakref.ref[nn.Module], str]] = []
+        self._seen: list[_Sight | None] = []
+
+    def choose(self, model: nn.Module, weights: Sequence[LocalWeight]) -> None:
+        """Take new witnesses among the weights, unless those at hand are of this very model."""
+        if self._model is not None and self._model() is model:
+            return
+        self._model = weakref.ref(model)
+        size = -(-len(weights) // _COUNT)
+        quarters = [weights[i : i + size] for i in range(0, len(weights), max(size, 1))]
+        chosen = {id(min(quarter, key=_elements).parameter) for quarter in quarters}
+        self._places = [
+            (weakref.ref(module), name)
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if id(parameter) in chosen
+        ]
+        self._seen = [None] * len(self._places)
+
+    def look(self) -> tuple[bool, bool]:
+        """Return whether some weight has the gradient of the last :meth:`note` and was not written since; and whether
+        some weight was written.
+        """
+        lingers = moved = False
+        for before, now in zip(self._seen, self._look(), strict=True):
+            if before is None or now is None or before.identity != now.identity:
+                continue
+            if before.version != now.version:
+                moved = True
+            elif now.gradient is not None and now.gradient is before.gradient:
+                lingers = True
+        return lingers, moved
+
+    def keeps_gradients(self) -> bool:
+        """Whether the gradients are the tensors of the last :meth:`note`: zeroed in place, or not at all."""
+        return any(
+            before is not None and now is not None and now.gradient is not None and now.gradient is before.gradient
+            for before, now in zip(self._seen, self._look(), strict=True)
+        )
+
+    def note(self) -> None:
+        """Remember the weights as they are now."""
+        self._seen = self._look()
+
+    def _look(self) -> list[_Sight | None]:
+        sights: list[_Sight | None] = []
+        for reference, name in self._places:
+            module = reference()
+            parameter = None if module is None else module._parameters.get(name)
+            sights.append(None if parameter is None else _Sight(id(parameter), parameter._version, parameter.grad))
+        return sights
+
+
+def _elements(weight: LocalWeight) -> int:
+    return weight.shape[0] * weight.shape[1]
