@@ -19,12 +19,13 @@ ROOT = Path(__file__).parents[1]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("checks", "costs", "private_names", "version"),
     ("ops", "distributed"),
+    ("low_rank",),
     ("anchors",),
     ("evaluation",),
     ("penalty",),
     ("training",),
     ("",),
-    ("tools",),
+    ("tools", "integrations"),
     ("demo", "__main__"),
 )
 # Inside ops: everything in the package that files below a name may import. A name stands for everything below it, too.

@@ -1,0 +1,131 @@
+"""The rotation penalty in a loop of Accelerate: ``attach(accelerator, penalty, model)`` after ``accelerator.prepare``.
+
+The gradient is added where the loop calls ``accelerator.clip_grad_norm_``, once per step, before it clips. A loop that
+steps without that call is refused at its first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..training import attach as attach_to_optimizer
+from .deepspeed import check_mode, penalise_backward
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+except ImportError as error:
+    raise ImportError("rpsft_kernels.integrations.accelerate needs Accelerate: pip install accelerate") from error
+
+if TYPE_CHECKING:
+    from ..training import RotationPenalty
+
+_MARK = "_rotation_penalty"
+
+
+def attach(accelerator: Accelerator, penalty: RotationPenalty, model: nn.Module) -> None:
+    """Let every optimizer step of a loop have the penalty, and ``save_state`` and ``load_state`` its state.
+
+    Args:
+        penalty: is anchored now, at the weights that ``model`` has: call this before ``accelerator.load_state``.
+        model: what ``accelerator.prepare`` returned.
+
+    Raises:
+        ValueError: nothing was prepared; a penalty is attached already; or the accelerator's way of distributing does
+            not let gradients be added to.
+    """
+    if getattr(accelerator, _MARK, None) is not None:
+        raise ValueError("accelerator: got one that has a penalty attached, expected one without: R would count twice")
+    compiled_from = getattr(model, "_orig_mod", model)
+    if not accelerator._optimizers or not any(prepared in (model, compiled_from) for prepared in accelerator._models):
+        raise ValueError(
+            "model: got one that this accelerator has not prepared with an optimizer, expected what "
+            "accelerator.prepare(model, optimizer) returned"
+        )
+    if accelerator.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise ValueError(
+            f"accelerator: got {accelerator.distributed_type.value}, expected one process, DDP, FSDP or DeepSpeed: the "
+            "penalty does not know where gradients lie there"
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        check_mode(penalty)
+        penalty.anchor(model)
+        _attach_to_deepspeed(accelerator, penalty, model)
+    else:
+        if penalty.mode != "gradient" and len(accelerator._optimizers) > 1:
+            raise ValueError(
+                f"accelerator: got {len(accelerator._optimizers)} optimizers in mode {penalty.mode!r}, expected one; "
+                "call penalty.after_step_(model, lr) after the last of them, and do not attach"
+            )
+        # DDP has averaged the gradients when they are clipped: every rank adds the whole penalty, to the bare model.
+        bare = _bare(model)
+        penalty.anchor(bare)
+        if penalty.mode == "gradient":
+            _Loop(accelerator, penalty, bare)
+        else:
+            attach_to_optimizer(accelerator._optimizers[0], penalty, bare)
+    accelerator.register_for_checkpointing(penalty)
+    setattr(accelerator, _MARK, penalty)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _attach_to_deepspeed(accelerator: Accelerator, penalty: RotationPenalty, engine: Any) -> None:
+    backward = accelerator.backward
+    last = penalise_backward(backward, penalty, engine, divisor=engine.gradient_accumulation_steps())
+
+    def backward_or_last(loss: Tensor, **options: Any) -> None:
+        (last if accelerator.sync_gradients else backward)(loss, **options)
+
+    accelerator.backward = backward_or_last
+
+
+class _Loop:
+    """Stands between a loop and its accelerator: notes new gradients, and adds the penalty where they are clipped."""
+
+    def __init__(self, accelerator: Accelerator, penalty: RotationPenalty, model: nn.Module) -> None:
+        self._accelerator, self._penalty, self._model = accelerator, penalty, model
+        # Whether gradients have come that the penalty was not added to.
+        self._due = False
+        backward = accelerator.backward
+
+        def note_and_backward(loss: Tensor, **options: Any) -> None:
+            self._due = True
+            backward(loss, **options)
+
+        accelerator.backward = note_and_backward
+        accelerator.clip_grad_norm_ = _precede(accelerator.clip_grad_norm_, self._add)
+        accelerator.clip_grad_value_ = _precede(accelerator.clip_grad_value_, self._add)
+        for optimizer in accelerator._optimizers:
+            optimizer.step = _precede(optimizer.step, self._refuse_if_due)
+
+    def _add(self) -> None:
+        # A second call within a step, for other parameters, clips what has the penalty.
+        if self._accelerator.sync_gradients and self._due:
+            scaler = self._accelerator.scaler
+            scale = 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
+            self._penalty.add_gradients_(self._model, scale)
+            self._due = False
+
+    def _refuse_if_due(self) -> None:
+        if self._accelerator.sync_gradients and self._due:
+            raise ValueError(
+                "accelerator.clip_grad_norm_: got no call between the last backward pass and optimizer.step(), "
+                "expected one: the penalty is added there. Clip with it (max_norm=float('inf') clips nothing), or call "
+                "penalty.add_gradients_(model) and do not attach"
+            )
+
+
+def _precede(method: Callable[..., Any], first: Callable[[], None]) -> Callable[..., Any]:
+    def call_after(*args: Any, **options: Any) -> Any:
+        first()
+        return method(*args, **options)
+
+    return call_after

@@ -1,0 +1,134 @@
+"""The rotation penalty in Lightning: a callback for its Trainer, and a call for Fabric.
+
+    trainer = lightning.Trainer(callbacks=[RotationPenaltyCallback(rk.RotationPenalty(64))], gradient_clip_val=1.0)
+
+The gradient is added in ``on_before_optimizer_step``: after the last backward pass and unscaling, before clipping.
+Hooks of the optimizer run earlier, before the ``zero_grad`` of Lightning's closure.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from .rates import read_rates
+
+try:
+    from lightning.fabric import Fabric
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+except ImportError as error:
+    raise ImportError("rpsft_kernels.integrations.lightning needs Lightning 2: pip install lightning") from error
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from ..training import RotationPenalty
+
+
+class RotationPenaltyCallback(Callback):
+    """Adds the penalty's gradient before each optimizer step, or acts after it in the other modes.
+
+    On one device, under DDP, and under ModelParallelStrategy (FSDP2, tensor parallel). R is logged every
+    ``log_every_n_steps``, and the penalty's state is in the checkpoints. The penalty is anchored when fitting begins:
+    from the module's weights before a checkpoint is loaded into them.
+
+    A module with manual optimization calls ``penalty.add_gradients_(self)`` itself, once per step, after
+    ``manual_backward`` and before it clips; a step without is refused.
+    """
+
+    def __init__(self, penalty: RotationPenalty) -> None:
+        self.penalty = penalty
+        self._handles: list[RemovableHandle] = []
+        # Then the penalty refuses to be anchored by a model that has been trained.
+        self._restored = False
+        # Of the penalty, when a batch has ended the last time.
+        self._step = 0
+        # Of the optimizers' steps since; None where there was none.
+        self._rates: float | dict[int, float] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy):
+            raise ValueError(
+                f"strategy: got {type(strategy).__name__}, expected one device, DDP or ModelParallelStrategy (FSDP2): "
+                "what others do with gradients between the backward pass and the step is their own"
+            )
+        # Lightning may load a checkpoint next, and tells nobody before it does.
+        if not (strategy.restore_checkpoint_after_setup or is_overridden("configure_model", pl_module)):
+            # Where the strategy puts it next; subspaces are computed there.
+            pl_module.to(strategy.root_device)
+            self.penalty.anchor(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loaded = trainer.ckpt_path is not None and not trainer.strategy.restore_checkpoint_after_setup
+        if self.penalty.anchors is None and loaded and not self._restored:
+            raise ValueError(
+                "ckpt_path: got a checkpoint without the penalty's state for a module that configure_model makes, "
+                "expected anchors: R would start again at 0. Keep them in a file: RotationPenalty(path=...)"
+            )
+        self.penalty.anchor(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step, self._rates = self.penalty.step, None
+        if self.penalty.mode != "gradient":
+
+            def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+                # Now, before a scheduler changes it.
+                self._rates = read_rates([group for each in trainer.optimizers for group in each.param_groups])
+
+            self._handles = [optimizer.register_step_post_hook(note) for optimizer in trainer.optimizers]
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self.penalty.mode != "gradient":
+            return
+        if pl_module.automatic_optimization:
+            self.penalty.add_gradients_(pl_module)
+        elif self.penalty.step == self._step:
+            raise ValueError(
+                f"{type(pl_module).__name__}: got an optimizer step of its own (automatic_optimization=False) without "
+                "the penalty, expected penalty.add_gradients_(self) before it: once per step, after manual_backward "
+                "and before clipping"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Once, however many optimizers have stepped; a step that a scaler has skipped is none.
+        if self._rates is not None:
+            self.penalty.after_step_(pl_module, self._rates)
+            self._rates = None
+        if self.penalty.step == self._step:
+            return
+        self._step = self.penalty.step
+        steps = trainer.global_step if pl_module.automatic_optimization else self.penalty.step
+        if trainer.log_every_n_steps and steps % trainer.log_every_n_steps == 0:
+            pl_module.log_dict(self.penalty.metrics())
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.penalty.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = True
+        self.penalty.load_state_dict(state_dict)
+
+
+def add_gradients_(fabric: Fabric, penalty: RotationPenalty, model: Any) -> None:
+    """Add the penalty's gradient in a loop of Fabric: once per step, before ``fabric.clip_gradients``.
+
+    Args:
+        model: what ``fabric.setup`` returned.
+    """
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.get_scale()
+    # Under DDP the gradients are averaged by now: every rank adds the whole penalty.
+    penalty.add_gradients_(model.module, scale)
