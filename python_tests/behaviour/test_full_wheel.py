@@ -44,6 +44,8 @@ def test_the_build_says_what_it_took(full_wheel: FullWheel, capsys: pytest.Captu
     assert re.search(rf"compiling kernels for sm_90a in {found[4]} processes", full_wheel.printed)
     # Two of them, and what they leave to the machine, fit 8 GiB.
     assert int(found[3]) < 1536
+    # So that a wheel for three architectures, with PTX, fits 40 MB.
+    assert full_wheel.path.stat().st_size < 10e6
     with capsys.disabled():
         print(f"\nfull wheel for sm_90: {found[0]}; {full_wheel.path.stat().st_size / 1e6:.1f} MB")
 

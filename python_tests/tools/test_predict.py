@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rpsft_kernels.distributed.shard import Shard
 from rpsft_kernels.ops.buckets import BucketLimits
 from rpsft_kernels.tools.cli import main
 from rpsft_kernels.tools.gpus import GPUS
 from rpsft_kernels.tools.models import MODELS
-from rpsft_kernels.tools.predict import COPY_RATE, TENSOR_RATES, predict
-from rpsft_kernels.tools.roofline import Job
+from rpsft_kernels.tools.predict import COPY_RATE, COPY_SHARE, TENSOR_RATES, predict
+from rpsft_kernels.tools.roofline import Job, rank_phases
 
 H200 = GPUS["h200"]
 
@@ -45,6 +46,18 @@ def test_what_costs_more_takes_longer() -> None:
     assert predict(job("llama-3.2-1b", 384, dtype=torch.float32)).total > plain.total
     few = predict(job("llama-3.2-1b", 384), BucketLimits(weights=1))
     assert few.launches > plain.launches and few.total > plain.total
+
+
+def test_what_launches_beside_a_phase_move_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding C, and the sums of a vocabulary's stretches, where memory is all that takes time."""
+    shape, rank = (1024, 128256), 128
+    plain = {phase.name: phase.bytes for phase in rank_phases(Job([shape], rank, H200), [Shard.whole(shape)])}
+    monkeypatch.setattr("rpsft_kernels.tools.predict.COPY_RATE", 1.0)
+    seconds = predict(Job([shape], rank, H200)).seconds
+    assert COPY_SHARE * seconds["pull"] == pytest.approx(plain["pull"] + 6 * rank**2)
+    # 4 stretches of T, each in 4 stretches of rows: 16 sums of k x k in float32, written and read.
+    assert COPY_SHARE * seconds["drift"] == pytest.approx(plain["drift"] + 16 * 8 * rank**2)
+    assert COPY_SHARE * seconds["gradient"] == pytest.approx(plain["gradient"])
 
 
 def test_full_anchors_have_a_phase_of_their_own() -> None:

@@ -187,10 +187,14 @@ def _roofline(options: argparse.Namespace) -> int:
     print(f"\nthis package, prediction per step: rank {busiest}, the busiest of {options.ranks} ({options.layout})")
     print(r.phase_table(ours, gpu))
     if gpu.name == "h200" and job.world_size == 1:
+        from .measured import H200, beside_predicted
         from .predict import predict
 
         print("\nthis package, predicted from its tiles, from rates of prototypes on an H200 and from assumptions")
         print(predict(job).table())
+        print("\nmilliseconds, base form, bfloat16: predicted for the kernels of this commit, which were not measured,")
+        print(f"and measured with the plain kernels of earlier ones ({H200})")
+        print(beside_predicted())
     print("\npublished way, prediction per micro-batch: every rank")
     print(r.phase_table(published, gpu))
     ratio = r.total_seconds(published, gpu) / r.total_seconds(ours, gpu)

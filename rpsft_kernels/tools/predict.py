@@ -67,12 +67,15 @@ class Prediction:
 
 
 class _Work(NamedTuple):
-    """A phase of one bucket: products of parts per multiply-add, and bytes read from the cache per multiply-add."""
+    """A phase of one bucket: products of parts per multiply-add, bytes read from the cache per multiply-add, and bytes
+    that a launch before or after it moves.
+    """
 
     variant: Variant
     schedule: Schedule
     products: int
     read: float
+    beside: int = 0
 
     def seconds(self) -> float:
         """Time of the program with the most to do."""
@@ -113,7 +116,8 @@ def predict(job: Job, limits: BucketLimits | None = None) -> Prediction:
         else:
             works, count = _plan(job, shapes)
             for name, work in works.items():
-                seconds[name] += max(work.seconds(), moved[name] / (COPY_SHARE * COPY_RATE))
+                rate = COPY_SHARE * COPY_RATE
+                seconds[name] += max(work.seconds(), moved[name] / rate) + work.beside / rate
         launches += count
     return Prediction({**seconds, "launches": launches * LAUNCH_SECONDS}, launches)
 
@@ -133,10 +137,12 @@ def _plan(job: Job, shapes: list[tuple[int, int]]) -> tuple[dict[str, _Work], in
     of_project = (m * (width + 2 * job.keep_base) + 2 * n) / (m * n)
     m, n, _ = backward.gradient.blocks
     of_gradient = 2 * (m + n) / (m * n) + 2 * width / rank
+    # C is read in float32 and written in bfloat16; sums of stretches are written and read.
+    rounded = 0 if backward.rounding is None else len(shapes) * rank * rank * (4 + 2)
     works = {
         "project": _Work(forward.project, forward.project_schedule, precision.weight_parts, of_project),
-        "drift": _Work(forward.drift, forward.drift_schedule, 1, 0.0),
-        "pull": _Work(backward.pull, backward.pull_schedule, 1, 0.0),
+        "drift": _Work(forward.drift, forward.drift_schedule, 1, 0.0, 8 * forward.partial_size),
+        "pull": _Work(backward.pull, backward.pull_schedule, 1, 0.0, rounded),
         "gradient": _Work(backward.gradient, backward.gradient_schedule, 1, of_gradient),
     }
     # One more launch sums the squares.
