@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
@@ -15,6 +16,7 @@ from .. import ops
 from ..checks import dtype_name
 from ..distributed import LocalWeight, ParameterRef, assign_shards, find_parameters
 from ..distributed.partition import Layout
+from .adapted import locate_pretrained
 from .anchor import Anchor
 from .build import build_anchors
 from .file_format import Contents, write_anchors
@@ -77,7 +79,7 @@ class Anchors(Mapping[str, Anchor]):
         *,
         include: Patterns = None,
         exclude: Patterns = None,
-        keep_base: bool = True,
+        keep_base: bool | None = None,
         basis_dtype: torch.dtype = torch.bfloat16,
         progress: bool = True,
         subspace: Subspace = "singular",
@@ -91,14 +93,18 @@ class Anchors(Mapping[str, Anchor]):
         weight is gathered once, on one rank, for its singular subspaces.
 
         Args:
-            model: The model before fine-tuning. Frozen parameters are anchored too.
+            model: The model before fine-tuning. Frozen parameters are anchored too. Of a model with PEFT's adapters
+                (LoRA and its relatives; see the docs) the weights below them are anchored, under the names that the
+                plain model has for them, and the originals of ``modules_to_save``; what is frozen and has no adapter
+                stands still, and is skipped. One file of anchors serves the plain, the adapted and the merged model.
             rank: k (the paper's 768); weights with min(m, n) <= k get a full anchor. A float strictly between 0 and 1
                 is a share of energy: each weight gets the smallest k whose directions hold this share of ||W0||_F^2, a
                 full anchor where that takes min(m, n).
             include: A glob or globs over full canonical names (``fnmatch``, case-sensitive); None takes
                 every parameter.
             exclude: A glob or globs of parameters to leave out; outranks ``include``.
-            keep_base: As for :meth:`Anchor.from_weight`.
+            keep_base: As for :meth:`Anchor.from_weight`; None is True but for weights with adapters, whose penalty
+                needs no W0.
             basis_dtype: As for :meth:`Anchor.from_weight`.
             progress: Whether to draw a progress bar on stderr.
             subspace: ``"singular"``, or ``"random"``: orthonormal U and V drawn at random in place of the singular
@@ -122,14 +128,14 @@ class Anchors(Mapping[str, Anchor]):
                 finite (the message names it), or sharded in a way that is not known; or an argument is invalid.
         """
         with refuse_together(find_groups(model), "no anchor was made"):
-            options = AnchorOptions(rank, keep_base, basis_dtype, subspace, seed)
+            options = AnchorOptions(rank, keep_base is not False, basis_dtype, subspace, seed)
             selection = select_weights(model, include, exclude)
             left_out = describe_left_out(selection)
             if left_out is not None:
                 warnings.warn(left_out, UserWarning, stacklevel=2)
             weights = assign_shards(selection.chosen, options.planned_ranks(selection.chosen))
         built: dict[str, tuple[Anchor, Fingerprint]] = {}
-        building = build_anchors(weights, options)
+        building = _build(weights, options, selection.adapted if keep_base is None else frozenset())
         for name, anchor, fingerprint in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
             built[name] = anchor, fingerprint
         # Anchors come in the model's order, in whatever order they were built.
@@ -167,9 +173,7 @@ class Anchors(Mapping[str, Anchor]):
 
         def locate(anchor_ranks: Mapping[str, int]) -> Mapping[str, LocalWeight]:
             assert model is not None
-            parameters = find_parameters(model)
-            weights = {name: parameters[name].locate(name) for name in anchor_ranks if name in parameters}
-            return assign_shards(weights, anchor_ranks)
+            return assign_shards(locate_pretrained(model, anchor_ranks), anchor_ranks)
 
         groups = {} if model is None else find_groups(model)
         with refuse_together(groups, "path: the anchors were not loaded"):
@@ -206,7 +210,7 @@ class Anchors(Mapping[str, Anchor]):
         *,
         include: Patterns = None,
         exclude: Patterns = None,
-        keep_base: bool = True,
+        keep_base: bool | None = None,
         basis_dtype: torch.dtype = torch.bfloat16,
         ranks: int | None = None,
         layout: Layout = "shard0",
@@ -227,9 +231,10 @@ class Anchors(Mapping[str, Anchor]):
         Raises:
             ValueError: as :meth:`from_model`; ``ranks`` is less than 1, or there is no such layout.
         """
-        options = AnchorOptions(rank, keep_base, basis_dtype)
-        chosen = select_weights(model, include, exclude).chosen
-        return anchor_memory(chosen, options, world_size=ranks, layout=layout)
+        options = AnchorOptions(rank, keep_base is not False, basis_dtype)
+        selection = select_weights(model, include, exclude)
+        without_base = selection.adapted if keep_base is None else frozenset()
+        return anchor_memory(selection.chosen, options, world_size=ranks, layout=layout, without_base=without_base)
 
     def verify(self, model: nn.Module) -> None:
         """Check that ``model`` holds the very weights that were anchored, bit for bit.
@@ -343,9 +348,14 @@ def check_ties_of(anchors: Mapping[str, Anchor], parameters: Mapping[str, Parame
 
 def _locate_anchored(anchors: Mapping[str, Anchor], model: nn.Module) -> dict[str, LocalWeight]:
     """Find the anchored weights that the model has, as they lie here; replicated ones get their anchors' shards."""
-    parameters = find_parameters(model)
-    weights = {}
-    for name, anchor in anchors.items():
-        if name in parameters:
-            weights[name] = parameters[name].locate(name).with_work(anchor.part)
-    return weights
+    return {name: weight.with_work(anchors[name].part) for name, weight in locate_pretrained(model, anchors).items()}
+
+
+def _build(
+    weights: Mapping[str, LocalWeight], options: AnchorOptions, without_base: Collection[str]
+) -> Iterator[tuple[str, Anchor, Fingerprint]]:
+    """Build the anchors; those of weights ``without_base`` in block form, after the others."""
+    for names, keep_base in ((weights.keys() - set(without_base), options.keep_base), (set(without_base), False)):
+        members = {name: weight for name, weight in weights.items() if name in names}
+        if members:
+            yield from build_anchors(members, dataclasses.replace(options, keep_base=keep_base))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..checks import check_basis_dtype
@@ -41,9 +41,16 @@ class AnchorMemory:
 
 
 def anchor_memory(
-    weights: Mapping[str, LocalWeight], options: AnchorOptions, world_size: int | None, layout: Layout
+    weights: Mapping[str, LocalWeight],
+    options: AnchorOptions,
+    world_size: int | None,
+    layout: Layout,
+    without_base: Collection[str] = (),
 ) -> AnchorMemory:
-    """Count the bytes of the anchors of ``weights`` as they lie (this rank alone), or as over ``world_size`` ranks."""
+    """Count the bytes of the anchors of ``weights`` as they lie (this rank alone), or as over ``world_size`` ranks.
+
+    Those of the weights named ``without_base`` have the block form, whatever ``options.keep_base``.
+    """
     for weight in weights.values():
         check_basis_dtype(options.basis_dtype, weight.dtype, "basis_dtype")
     planned = options.planned_ranks(weights)
@@ -58,7 +65,8 @@ def anchor_memory(
         anchor_ranks = _dearest_ranks(shards[0].shape, planned[name], options)
         for i, shard in enumerate(shards):
             subspaces[i] += max(subspace_bytes(shard, rank, options.basis_dtype.itemsize) for rank in anchor_ranks)
-            kept[i] += max(kept_bytes(shard, rank, options.keep_base, weight.dtype.itemsize) for rank in anchor_ranks)
+            keep_base = options.keep_base and name not in without_base
+            kept[i] += max(kept_bytes(shard, rank, keep_base, weight.dtype.itemsize) for rank in anchor_ranks)
     return AnchorMemory(tuple(subspaces), tuple(kept), at_most=options.share is not None)
 
 

@@ -13,7 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import DTYPES, dtype_name
 from ..distributed import LocalWeight, ParameterRef, find_parameters
-from .not_weights import find_non_weights
+from ..low_rank import AdaptedLayers, find_adapted
+from .adapted import pretrained_of, reason_untouched
+from .not_weights import ADAPTER, find_non_weights
 from .ties import describe_tie
 
 Patterns = str | Sequence[str] | None
@@ -23,12 +25,14 @@ Patterns = str | Sequence[str] | None
 class Selection:
     """Parameters by canonical name: ``chosen`` are to be anchored, ``skipped`` has the reason for each other one.
 
-    ``elements`` counts those of every floating-point parameter of two or more dimensions that the globs admit.
+    ``elements`` counts those of every floating-point parameter of two or more dimensions that the globs admit and that
+    may move. ``adapted`` are the names of those that adapters move.
     """
 
     chosen: dict[str, LocalWeight]
     skipped: dict[str, str]
     elements: dict[str, int]
+    adapted: frozenset[str] = frozenset()
 
 
 def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> Selection:
@@ -36,25 +40,26 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
 
     Parameters that are no weights of their own (``not_weights.py``) are left out.
 
-    A glob that matches one name of a tied parameter has matched the parameter; ``exclude`` wins.
+    A glob that matches one name of a tied parameter has matched the parameter; ``exclude`` wins. Of a model with PEFT's
+    adapters the pretrained weights are chosen that the adapters move, and the trainable ones.
 
     Raises:
         ValueError: ``model`` is not a module, a glob matches no parameter, nothing is left to anchor, or
-            a parameter to anchor is not initialised or sharded in a way that is not known.
+            a parameter to anchor is not initialised, sharded in a way that is not known, or moved by adapters that
+            are not served.
     """
     parameters = find_parameters(model)
+    found = find_adapted(model, parameters)
     included = _check_patterns(include, "include", parameters)
     excluded = _check_patterns(exclude, "exclude", parameters)
     non_weights = find_non_weights(model, parameters)
-    names: dict[int, list[str]] = {}
-    for name, reference in parameters.items():
-        names.setdefault(reference.identity, []).append(name)
+    names = _tied_names(parameters, found)
 
     chosen: dict[str, LocalWeight] = {}
     skipped: dict[str, str] = {}
     elements: dict[str, int] = {}
     for name, reference in parameters.items():
-        aliases = names[reference.identity]
+        aliases = names[name]
         if name != aliases[0]:
             skipped[name] = describe_tie(aliases[0])
             continue
@@ -62,13 +67,22 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
         if reason is None and not _is_included(aliases, included):
             reason = "matches none of include"
         if reason is None:
+            reason = reason_untouched(name, reference, found)
+        if reason is None:
             if is_lazy(reference.parameter):
                 raise ValueError(f"{name}: got an uninitialised lazy parameter; run one forward pass first")
-            if len(reference.shape) > 1 and reference.dtype.is_floating_point:
-                elements[name] = math.prod(reference.shape)
-            reason = _first_reason(aliases, non_weights) or _reason_unsuitable(reference)
+            if found is not None and name in found.served:
+                elements[name] = math.prod(found.served[name].base.shape)
+            else:
+                copied = found is not None and name in found.copies
+                non_weight = None if copied else _first_reason(aliases, non_weights)
+                reason = non_weight or _reason_unsuitable(reference)
+                if len(reference.shape) > 1 and reference.dtype.is_floating_point:
+                    # The parts of adapters move weights that are counted.
+                    if found is None or non_weight != ADAPTER:
+                        elements[name] = math.prod(reference.shape)
         if reason is None:
-            chosen[name] = reference.locate(name)
+            chosen[name] = pretrained_of(name, parameters, found)
         else:
             skipped[name] = reason
     if not chosen:
@@ -78,7 +92,26 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
             "2-D floating point parameter: anchors for nothing would regularise nothing; widen include or "
             "narrow exclude"
         )
-    return Selection(chosen, skipped, elements)
+    return Selection(chosen, skipped, elements, frozenset() if found is None else frozenset(found.served) & set(chosen))
+
+
+def _tied_names(parameters: Mapping[str, ParameterRef], found: AdaptedLayers | None) -> dict[str, list[str]]:
+    """Return for each name all names of the same weight, the first being that which gets the anchor.
+
+    That is one with adapters, where there is one. A weight with adapters of its own under two names is two.
+    """
+    by_identity: dict[int, list[str]] = {}
+    for name, reference in parameters.items():
+        by_identity.setdefault(reference.identity, []).append(name)
+    served = found.served if found is not None else {}
+    names: dict[str, list[str]] = {}
+    for aliases in by_identity.values():
+        adapted = [name for name in aliases if name in served]
+        others = [name for name in aliases if name not in served]
+        for i, name in enumerate(adapted):
+            names[name] = [name, *(others if i == 0 else [])]
+        names.update({name: [*adapted[:1], *others] for name in others})
+    return names
 
 
 def _check_patterns(given: Patterns, argument: str, names: Mapping[str, object]) -> Sequence[str] | None:

@@ -18,6 +18,11 @@ def describe_tie(first: str) -> str:
     return _REASON + first
 
 
+def tied_to(reason: str) -> str | None:
+    """Return the name that :func:`describe_tie` was given; None for other reasons."""
+    return reason.removeprefix(_REASON) if reason.startswith(_REASON) else None
+
+
 def check_ties(
     anchors: Mapping[str, Anchor], skipped: Mapping[str, str], parameters: Mapping[str, ParameterRef]
 ) -> None:

@@ -17,7 +17,7 @@ from ..distributed import ReplicatedWeight
 from .bucket import Bucket
 from .pairing import AnchoredWeight
 
-_MASK = (1 << 62) - 1
+MASK = (1 << 62) - 1
 # Checksums of U, V and W0 of whole anchors, each computed once.
 _contents: weakref.WeakKeyDictionary[Anchor, int] = weakref.WeakKeyDictionary()
 
@@ -50,7 +50,7 @@ def describe_call(
     for anchored in members_of(weights, group_name):
         name, weight, anchor = anchored.name, anchored.weight, anchored.anchor
         dtypes = [f"{piece}:{dtype_name(tensor.dtype)}" for piece, tensor in anchor.pieces().items()]
-        content = _content_of(anchor) if anchor.part is None else None
+        content = content_of(anchor) if anchor.part is None else None
         fingerprint = (fingerprints or {}).get(name)
         pretrained = None if fingerprint is None else fingerprint.checksum
         facts = anchor.shape, anchor.rank, weight.dtype, dtypes, anchor.energy, anchor.random_seed, content, pretrained
@@ -60,12 +60,12 @@ def describe_call(
     return hashlib.blake2b("\n".join(words).encode(), digest_size=8).digest()
 
 
-def _content_of(anchor: Anchor) -> int:
+def content_of(anchor: Anchor) -> int:
     content = _contents.get(anchor)
     if content is None:
         # Not B, whose bits another machine's arithmetic may differ in.
         pieces = [piece for piece in (anchor.left, anchor.right, anchor.base) if piece is not None]
-        content = _contents[anchor] = sum(content_sum(piece) for piece in pieces) & _MASK
+        content = _contents[anchor] = sum(content_sum(piece) for piece in pieces) & MASK
     return content
 
 
@@ -86,7 +86,7 @@ def digest(description: bytes, members: Sequence[AnchoredWeight], coeff: float |
         weights = [anchored.weight for anchored in members]
         gradients = [weight.gradient_dtype if weight.requires_grad else None for weight in weights]
         hasher.update(repr(gradients).encode())
-    return int.from_bytes(hasher.digest(), "little") & _MASK
+    return int.from_bytes(hasher.digest(), "little") & MASK
 
 
 def gradient_checksum(members: Iterable[AnchoredWeight]) -> int:
@@ -101,14 +101,14 @@ def gradient_checksum(members: Iterable[AnchoredWeight]) -> int:
     gradients = [weight.parameter.grad for weight in weights if weight.parameter.grad is not None]
     if not gradients:
         return 0
-    checksum = content_sum(min(gradients, key=Tensor.numel)) & _MASK
+    checksum = content_sum(min(gradients, key=Tensor.numel)) & MASK
     if checksum:
         return checksum
     others = {id(tensor): tensor for weight in weights for tensor in weight.replicas()}.values()
     for candidates in (gradients, [tensor.grad for tensor in others if tensor.grad is not None]):
         smallest = _smallest_nonzero(candidates)
         if smallest is not None:
-            return content_sum(smallest) & _MASK
+            return content_sum(smallest) & MASK
     return 0
 
 

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..distributed import GroupCall, find_parameters
+from .adapted import find_adapted_weights, recall_adapted
+from .adapted_call import AdaptedCall
 from .agreement import digest, gradient_checksum, members_of
 from .bucket import Bucket, BucketTensors, ProjectedBucket
 from .corrections import Corrections
 from .foreign_blocks import warn_of_foreign_blocks
 from .forward_mode import check_tangents
 from .gradients import Gradients, PullBack
-from .plan import PlannedWeights, groups_of, prepare, recall
+from .plan import PlannedWeights, groups_of, prepare, prepare_beside, recall, recall_beside
 from .reduce import GroupReduction, refuse_second_derivatives, start_drifts
 from .requests import AccumulationRequest, PenaltyRequest, Request
 
@@ -28,9 +30,11 @@ class Call:
     """
 
     def __init__(self, planned: PlannedWeights, request: Request) -> None:
-        self.weights, self._plan = planned
+        self.weights, self._plan, adapted = planned
         self._coeff = request.factor if isinstance(request, AccumulationRequest) else None
         self.group_calls: dict[str, GroupCall] = {}
+        # The weights that adapters move, which are computed from the adapters' factors.
+        self._adapted = None if adapted is None or not adapted.plan.layers else AdaptedCall(adapted, self._coeff)
         # What the call writes, if it does: gradients, or the weights themselves.
         self._writes = not isinstance(request, PenaltyRequest)
         self.gradients: Gradients | Corrections = Gradients(self.weights, self._coeff or 0.0, self._plan.tied)
@@ -74,6 +78,8 @@ class Call:
                     self._stage_backward(run, bucket, tensors)
             if self._writes:
                 self._stage_gradients(run, bucket, tensors)
+        if self._adapted is not None:
+            self._adapted.stage()
         if self._writes:
             self.gradients.check_memory(self._plan)
         for run in self._runs:
@@ -101,6 +107,8 @@ class Call:
     def close(self) -> None:
         """Release everything that the call uses, and remove gradients that it has made and not computed."""
         self.gradients.drop_made()
+        if self._adapted is not None:
+            self._adapted.close()
         for program, run in zip(self._plan.programs, self._runs, strict=False):
             program.end(run)
         self._runs = []
@@ -120,6 +128,8 @@ class Call:
         # Names are unique: weights of a list are numbered.
         shards = {anchored.name: anchored.weight.shard for anchored in members}
         described = digest(self._describe(name), members, self._coeff)
+        if self._adapted is not None:
+            described ^= self._adapted.digest(name)
         checksums = group_call.check_consistent(described, shards, self._checksums.get(name, 0))
         if checksums[0] and len(set(checksums)) == 1:
             raise ValueError(
@@ -139,10 +149,10 @@ class Call:
         """Return R; autograd connects it to the weights if gradients are on."""
         _, summands = self._project_shared()
         squares = [self._project(bucket).squares for bucket in self._local]
-        total = self._total(squares + summands)
-        if total.requires_grad and any(bucket.summed for bucket in self._shared):
-            return refuse_second_derivatives(total)
-        return total
+        adapted = [] if self._adapted is None else [self._adapted.penalties()]
+        total = self._total(squares + summands + adapted)
+        summed = any(bucket.summed for bucket in self._shared) or (self._adapted is not None and self._adapted.summed)
+        return refuse_second_derivatives(total) if total.requires_grad and summed else total
 
     def accumulate_(self) -> Tensor:
         """Add ``coeff * dR/dW`` to the gradients and return R. All sums have arrived and are finite before that."""
@@ -150,7 +160,8 @@ class Call:
         self._pull_back_shared(shared)
         squares = [self._project_and_pull_back(bucket) for bucket in self._local]
         self.gradients.keep_made()
-        return self._total(squares + summands)
+        adapted = [] if self._adapted is None else [self._adapted.add_gradients_()]
+        return self._total(squares + summands + adapted)
 
     def penalty_by_weight(self) -> Tensor:
         """Return R of each weight of the call, in their order: (n,), on the first weight's device, detached."""
@@ -183,6 +194,8 @@ class Call:
     def _project_shared(self) -> tuple[list[ProjectedBucket], list[Tensor]]:
         """Project the buckets whose weights lie over several processes; returns them, and their R in summands."""
         shared = []
+        if self._adapted is not None:
+            self._adapted.start(self.group_calls)
         for bucket in self._shared:
             projected = self._project(bucket)
             if bucket.summed:
@@ -193,9 +206,13 @@ class Call:
             members = [projected for projected in shared if projected.bucket.group_name == name]
             if members:
                 reductions.append(GroupReduction.start(group_call, members, shared, self.weights))
+        if self._adapted is not None:
+            self._adapted.finish()
         for reduction in reductions:
             reduction.finish()
         # All groups have finished before one raises, so that no rank waits in another group for those that raise.
+        if self._adapted is not None:
+            self._adapted.check_health()
         for reduction in reductions:
             reduction.check_health()
         return shared, [summand for reduction in reductions for summand in reduction.summands(self.weights)]
@@ -264,7 +281,7 @@ class Call:
             self.weights[i].weight.write_back(grad)
 
     def _total(self, summands: Sequence[Tensor]) -> Tensor:
-        device = self.weights[0].weight.device
+        device = self.weights[0].weight.device if self.weights or self._adapted is None else self._adapted.device
         # One concatenation and one sum keep the order fixed.
         return torch.cat([summand.reshape(-1).to(device) for summand in summands]).sum()
 
@@ -289,6 +306,9 @@ def open_call(
             anchors; or the kernels that Triton compiles on this machine may compute wrong numbers. Nothing has changed.
     """
     recalled = recall(weights, anchors)
+    adapted = None if recalled is not None else recall_adapted(weights, anchors)
+    if adapted is not None:
+        recalled = recall_beside(weights, adapted)
     parameters = None
     if recalled is not None:
         groups = recalled[1]
@@ -299,10 +319,17 @@ def open_call(
     failure: Exception | None = None
     call: CallT | None = None
     try:
-        planned = prepare(weights, anchors, parameters, groups) if recalled is None else recalled[0]
+        if recalled is not None:
+            planned = recalled[0]
+        else:
+            adapted = find_adapted_weights(weights, anchors, parameters, groups)
+            if adapted is None:
+                planned = prepare(weights, anchors, parameters, groups)
+            else:
+                planned = prepare_beside(weights, adapted, parameters, groups)
         check_tangents(planned.weights)
-        request.check(planned.weights)
-        if planned.weights:
+        request.check(planned.weights, planned.factors)
+        if planned.weights or planned.factors:
             call = make(planned, request)
             call.group_calls = group_calls
             call.stage()

@@ -23,7 +23,9 @@ from ..anchors.collection import Anchors
 from ..anchors.fingerprint import Fingerprint
 from ..distributed import LocalWeight, ModuleSnapshot, ParameterRef, locate_tensor
 from ..distributed.dtensor import is_dtensor
+from ..low_rank import Factor
 from ..private_names import is_traced
+from .adapted import AdaptedWeights
 from .agreement import describe_call
 from .bucket import Bucket, make_buckets
 from .pairing import AnchoredWeight, pair
@@ -166,10 +168,16 @@ class CachedPlan:
 
 
 class PlannedWeights(NamedTuple):
-    """A call's weights and their plan."""
+    """A call's weights and their plan; ``adapted`` are those that adapters move, beside ``weights``."""
 
     weights: list[AnchoredWeight]
     plan: Plan
+    adapted: AdaptedWeights | None = None
+
+    @property
+    def factors(self) -> Sequence[Factor]:
+        """The factors of all adapters."""
+        return () if self.adapted is None else self.adapted.factors
 
 
 # Plans by the objects that they were made for, the newest first. As soon as an anchor or the module of any plan is
@@ -268,6 +276,26 @@ def _remember(key: Hashable, cached: CachedPlan, weights: object, paired: Sequen
         _cache[key] = [cached, *_cache.pop(key, ())][:_MOST_PLANS_PER_KEY]
         while len(_cache) > _MOST_KEYS:
             _cache.popitem(last=False)
+
+
+def recall_beside(weights: object, adapted: AdaptedWeights) -> tuple[PlannedWeights, list[Group]] | None:
+    """Do as :func:`recall` for a model of which ``adapted`` are some weights, and have not changed."""
+    if not adapted.plan.dense:
+        return PlannedWeights([], Plan([], None), adapted), adapted.plan.groups
+    recalled = recall(weights, adapted.plan.dense)
+    return None if recalled is None else (recalled[0]._replace(adapted=adapted), recalled[1])
+
+
+def prepare_beside(
+    weights: object,
+    adapted: AdaptedWeights,
+    parameters: Mapping[str, ParameterRef] | None,
+    groups: Sequence[Group],
+) -> PlannedWeights:
+    """Do as :func:`prepare` for a model of which ``adapted`` are some weights."""
+    if not adapted.plan.dense:
+        return PlannedWeights([], Plan([], None), adapted)
+    return prepare(weights, adapted.plan.dense, parameters, groups)._replace(adapted=adapted)
 
 
 def groups_of(weights: object, parameters: Mapping[str, ParameterRef] | None) -> list[Group]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import dtype_name, read_coeff
+from ..low_rank import Factor
 from .corrections import reason_unwritable
 from .pairing import AnchoredWeight
 
@@ -22,7 +23,7 @@ _SMALL = 1e18
 class PenaltyRequest:
     """R, differentiable where gradients are on."""
 
-    def check(self, weights: Sequence[AnchoredWeight]) -> None:
+    def check(self, weights: Sequence[AnchoredWeight], factors: Sequence[Factor] = ()) -> None:
         """Raise a ValueError if a weight needs a gradient and autograd cannot reach it."""
         if not torch.is_grad_enabled():
             return
@@ -52,7 +53,7 @@ class AccumulationRequest:
         """``coeff`` as a Python number; a ValueError if it is none. Read once: a tensor on a GPU is waited for."""
         return read_coeff(self.coeff)
 
-    def check(self, weights: Sequence[AnchoredWeight]) -> None:
+    def check(self, weights: Sequence[AnchoredWeight], factors: Sequence[Factor] = ()) -> None:
         """Raise a ValueError unless coeff is a number that gradients can be scaled by, and all can be added to."""
         if abs(self.factor) > _SMALL:
             self._check_scales(weights)
@@ -64,7 +65,11 @@ class AccumulationRequest:
                     "call weight.requires_grad_(), or use rotation_penalty"
                 )
             anchored.weight.check_gradient(anchored.name)
-        if weights and not any(anchored.weight.requires_grad for anchored in weights):
+        for factor in factors:
+            factor.weight.check_gradient(factor.name)
+        trained = [anchored.weight.requires_grad for anchored in weights]
+        trained += [factor.weight.requires_grad for factor in factors]
+        if trained and not any(trained):
             raise ValueError(
                 "model: every anchored parameter is frozen, expected at least one that requires grad; "
                 "use rotation_penalty to evaluate the penalty alone"
@@ -99,8 +104,14 @@ class CorrectionRequest:
     decide: Callable[[Tensor], float] | None = None
     key: str = ""
 
-    def check(self, weights: Sequence[AnchoredWeight]) -> None:
+    def check(self, weights: Sequence[AnchoredWeight], factors: Sequence[Factor] = ()) -> None:
         """Raise a ValueError unless all weights that train can be written where they lie."""
+        if factors:
+            raise ValueError(
+                f"{factors[0].name}: got an adapter's factor, expected weights that train themselves: the modes after "
+                "the step correct the weights where they lie, and a correction has more directions than an adapter: "
+                "use mode 'gradient'"
+            )
         seen: set[int] = set()
         for anchored in weights:
             weight = anchored.weight

@@ -2,10 +2,11 @@
 
 Neither library promises these names, so that no other file may hold any. Where no spelling fits, reading raises a
 RuntimeError that names the installed version. No missing name is passed over: a shard that is not found would give a
-wrong penalty.
+wrong penalty. The attributes of PEFT and bitsandbytes have files here, too, which import neither.
 """
 
 from .deepspeed_names import Zero3Parameter, averaging_group, is_linked_by_deepspeed
+from .peft_names import components_of_adapters, is_adapted
 from .torch_names import (
     WRAPPED,
     Fsdp1Handle,
@@ -31,12 +32,14 @@ __all__ = [
     "Fsdp1Weight",
     "Zero3Parameter",
     "averaging_group",
+    "components_of_adapters",
     "constant_under_dynamo",
     "count_averaged_by_ddp",
     "default_store",
     "flat_mesh",
     "fsdp2_parameters",
     "in_forward_mode",
+    "is_adapted",
     "is_fsdp1_flat",
     "is_linked_by_deepspeed",
     "is_traced",
