@@ -16,13 +16,14 @@ from .dispatch import (
 )
 from .operands import Operands
 from .products import has_float64
-from .programs import prepare_program
+from .programs import prepare_factors, prepare_program
 from .reference import accumulation_dtype
-from .runs import Program, Run, open_run
+from .runs import FactorProgram, Program, Run, open_run
 from .torch_ops import differentiate_projection, empty_grads, make_ready, project_drift, pull_back, pull_back_
 
 __all__ = [
     "BucketLimits",
+    "FactorProgram",
     "Operands",
     "Program",
     "Run",
@@ -39,6 +40,7 @@ __all__ = [
     "make_ready",
     "open_run",
     "plan_buckets",
+    "prepare_factors",
     "prepare_program",
     "project_drift",
     "pull_back",

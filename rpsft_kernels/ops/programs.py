@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .dispatch import Backend
 from .operands import Operands
-from .runs import Program, Run
+from .runs import FactorProgram, Program, Run
 from .torch_ops import make_ready, without_autocast
 
 
@@ -27,6 +27,18 @@ def prepare_program(backend: str, device: torch.device, counts: Sequence[int]) -
 
         return TritonProgram(device, counts)
     return _DirectProgram(ready, device)
+
+
+def prepare_factors(device: torch.device, counts: Sequence[int]) -> FactorProgram:
+    """Prepare the kernels (backend ``triton``) for batches of so many low-rank factors each.
+
+    Raises:
+        RuntimeError: the GPU's kernels have failed their self-test.
+    """
+    make_ready("triton", device)
+    from .triton.program import TritonProgram
+
+    return TritonProgram(device, counts)
 
 
 class _DirectProgram:

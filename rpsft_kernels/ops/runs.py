@@ -73,6 +73,35 @@ class Program(Protocol):
         """Give a run back."""
 
 
+class FactorRun(Protocol):
+    """One call's use of a program for products of low-rank factors with bases. A batch has one r and one k."""
+
+    def stage_factors(self, batch: int, factors: Sequence[Tensor], bases: Sequence[Tensor]) -> Any:
+        """Prepare ``T = F V`` of factors (r, n) and bases (n, k)."""
+
+    def project_factors(self, operation: Any) -> Tensor:
+        """Compute T (count, r, k) in float32."""
+
+    def stage_factor_gradients(self, batch: int, grads: Sequence[Tensor], bases: Sequence[Tensor]) -> Any:
+        """Prepare ``G += X V^T`` of gradients (r, n) and bases (n, k)."""
+
+    def add_factors_(self, operation: Any, coefficients: Tensor) -> None:
+        """Add to the gradients; X is (count, r, k) in float32."""
+
+    def send(self) -> None:
+        """As :meth:`Run.send`."""
+
+
+class FactorProgram(Protocol):
+    """Batches of factors prepared for the kernels."""
+
+    def begin(self) -> FactorRun:
+        """As :meth:`Program.begin`."""
+
+    def end(self, run: Any) -> None:
+        """As :meth:`Program.end`."""
+
+
 @contextmanager
 def open_run(program: Program) -> Iterator[Run]:
     """Begin a run of a program, and give it back at the end of the ``with`` block."""
