@@ -6,6 +6,7 @@ takes two r x r products. Its gradients are ``dR/dB = 2 s^2 U (P^T (Q Q^T))`` an
 
 from .base import QuantisedWeight
 from .batches import Batch, Batches, LayerImages, LayerSpec
+from .grouped import GroupedProducts
 from .layers import AdaptedLayer, AdaptedLayers, Adapter, Factor, facts_of, find_adapted, whole_replica
 from .products import add_products_, project_factors
 
@@ -16,6 +17,7 @@ __all__ = [
     "Batch",
     "Batches",
     "Factor",
+    "GroupedProducts",
     "LayerImages",
     "LayerSpec",
     "QuantisedWeight",
