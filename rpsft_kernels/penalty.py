@@ -48,6 +48,9 @@ def rotation_penalty(
     fails, or makes another call, makes every rank raise. With FSDP2 on a GPU compute R after the model's forward pass,
     not before it: its gradients then come before those that FSDP2 adds on another stream.
 
+    The first call with new anchors measures how far each weight is from W0, and warns (UserWarning) of weights that are
+    other ones (farther than half of ||W0||), and of such as differ from W0 by the rounding to another dtype alone.
+
     Multiply R by the paper's lambda: ``(task_loss + coeff * R).backward()``. The gradient ``2 U C V^T`` (full:
     ``2 (W - W0)``) is computed in ``backward`` one bucket of weights at a time: if R has a backward pass of its own
     (``(coeff * R).backward()``), no more than one bucket's gradients exist beside the ``.grad`` they are added to. In
@@ -105,12 +108,12 @@ def accumulate_rotation_grad_(
     memory (``torch.autograd.grad`` of a sum is an expanded number) is replaced by a copy, and the tensor itself is left
     as it is.
 
-    Nothing here waits for a GPU, and the call can be captured in a CUDA graph, once the same step has run outside of
-    the capture (that loads kernels and sets pinned memory aside). A replay reads the weights and adds to the gradients
-    at their addresses during the capture, with that ``coeff`` and those anchors. A ``.grad`` that the capture itself
-    made lies in the graph's memory, and is written, not added to, at each replay. The same holds for
-    :func:`rotation_penalty` and its backward pass. Weights over several processes are the exception: see
-    :mod:`rpsft_kernels.distributed.group_call`.
+    Nothing here waits for a GPU, but for the first call with new anchors, and the call can be captured in a CUDA graph,
+    once the same step has run outside of the capture (that loads kernels and sets pinned memory aside). A replay reads
+    the weights and adds to the gradients at their addresses during the capture, with that ``coeff`` and those anchors.
+    A ``.grad`` that the capture itself made lies in the graph's memory, and is written, not added to, at each replay.
+    The same holds for :func:`rotation_penalty` and its backward pass. Weights over several processes are the exception:
+    see :mod:`rpsft_kernels.distributed.group_call`.
     """
     request = AccumulationRequest(coeff, of_module=isinstance(weights, nn.Module))
     with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import rpsft_kernels as rk
 from rpsft_kernels import ops
+from rpsft_kernels.evaluation import distance
 from rpsft_kernels.ops.triton import upload
 from rpsft_kernels.ops.triton.tile_table import is_interpreted
 from stand_in import DEVICE, OnGpu, StandIn
@@ -34,10 +35,19 @@ class Model(nn.Module):
 
 
 class Step:
-    """A model on the stand-in and the same on the CPU, with the same anchors."""
+    """A model on the stand-in and the same on the CPU, with the same anchors.
+
+    Unless they are ``new``, these have been used before: how far weights are from W0 is measured no more.
+    """
 
     def __init__(
-        self, form: str, dtype: torch.dtype, device: StandIn, backend: str = "triton", foreign: bool = False
+        self,
+        form: str,
+        dtype: torch.dtype,
+        device: StandIn,
+        backend: str = "triton",
+        foreign: bool = False,
+        new: bool = False,
     ) -> None:
         self.backend, self.device = backend, device
         pretrained = [random_matrix(*shape, dtype, scale=0.2, seed=i) for i, shape in enumerate(SHAPES)]
@@ -50,6 +60,8 @@ class Step:
             arithmetic = "elsewhere" if foreign else ops.arithmetic_id(backend, DEVICE, dtype)
             self.anchors = {f"weight{i}": self._moved(anchor, arithmetic) for i, anchor in enumerate(made)}
             self.model = Model([OnGpu((weight * 1.01).to(dtype)) for weight in pretrained])
+        if not new:
+            distance._measured.update(self.anchors.values())
         device.waits.clear()
         device.refused.clear()
         device.operators.clear()
@@ -221,6 +233,27 @@ def test_a_foreign_block_is_reported_without_a_look_at_it(stand_in: StandIn) -> 
     with stand_in.running(), pytest.warns(UserWarning, match="rounds differently"):
         step.accumulate()
     assert stand_in.waits == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("call", ["accumulate", "differentiate"])
+def test_the_first_call_with_new_anchors_waits_once(call: str, backend: str, form: str, stand_in: StandIn) -> None:
+    """How far the weights are from W0 is read then; no capture reads it, and no later call."""
+    step = Step(form, torch.float32, stand_in, backend, new=True)
+    with stand_in.running():
+        step.give_gradients("all")
+        if backend == "torch":
+            # Triton's kernels are captured only once they have run.
+            with stand_in.capture():
+                step.run(call)
+        assert stand_in.waits == []
+        step.run(call)
+        assert stand_in.waits == ["tolist"]
+        step.run(call)
+        with stand_in.capture():
+            step.run(call)
+    assert stand_in.waits == ["tolist"] and stand_in.own == []
 
 
 def _waiting(device: StandIn) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from .adapted_call import AdaptedCall
 from .agreement import digest, gradient_checksum, members_of
 from .bucket import Bucket, BucketTensors, ProjectedBucket
 from .corrections import Corrections
+from .distance import warn_of_distant_weights
 from .foreign_blocks import warn_of_foreign_blocks
 from .forward_mode import check_tangents
 from .gradients import Gradients, PullBack
@@ -333,8 +334,9 @@ def open_call(
             call = make(planned, request)
             call.group_calls = group_calls
             call.stage()
-            # This comes before ranks agree: where warnings are errors, the other ranks must learn of this one.
+            # These come before ranks agree: where warnings are errors, the other ranks must learn of this one.
             warn_of_foreign_blocks(planned)
+            warn_of_distant_weights(planned)
     except Exception as error:
         failure = error
     try:

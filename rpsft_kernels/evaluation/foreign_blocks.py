@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import weakref
 
@@ -10,11 +9,14 @@ import torch
 
 from .. import ops
 from ..anchors.anchor import Anchor
+from ..checks import dtype_name
+from .caller import level_of_caller
 from .plan import PlannedWeights
 
 # Anchors that a warning has named already: each is named once, not once per step.
 _reported: weakref.WeakSet[Anchor] = weakref.WeakSet()
-_PACKAGE = __name__.partition(".")[0]
+# Names of weights, by the arithmetics or the dtypes of the anchor and of the weight.
+_Names = dict[tuple[str | None, str], list[str]]
 
 
 def warn_of_foreign_blocks(planned: PlannedWeights) -> None:
@@ -26,14 +28,15 @@ def warn_of_foreign_blocks(planned: PlannedWeights) -> None:
     if plan.looked_for_foreign_blocks or torch.compiler.is_compiling():
         return
     plan.looked_for_foreign_blocks = True
-    foreign = _find_foreign_blocks(planned)
+    foreign, rounded = _find_foreign_blocks(planned)
     if foreign:
-        warnings.warn(_message(foreign), UserWarning, stacklevel=_level_of_caller())
+        warnings.warn(_message(foreign, rounded), UserWarning, stacklevel=level_of_caller())
 
 
-def _find_foreign_blocks(planned: PlannedWeights) -> dict[tuple[str | None, str], list[str]]:
-    """Return the names of weights with foreign blocks, by the arithmetics that computed and that use the block."""
-    foreign: dict[tuple[str | None, str], list[str]] = {}
+def _find_foreign_blocks(planned: PlannedWeights) -> tuple[_Names, _Names]:
+    """Return the names of weights with foreign blocks by arithmetics, and of those in another dtype by dtypes."""
+    foreign: _Names = {}
+    rounded: _Names = {}
     for bucket in planned.plan.buckets:
         for anchored in (planned.weights[i] for i in bucket.members):
             weight, anchor = anchored.weight, anchored.anchor
@@ -43,26 +46,28 @@ def _find_foreign_blocks(planned: PlannedWeights) -> dict[tuple[str | None, str]
             if anchor.arithmetic != arithmetic:
                 _reported.add(anchor)
                 foreign.setdefault((anchor.arithmetic, arithmetic), []).append(anchored.name)
-    return foreign
+                if anchor.weight_dtype != weight.dtype:
+                    dtypes = dtype_name(anchor.weight_dtype), dtype_name(weight.dtype)
+                    rounded.setdefault(dtypes, []).append(anchored.name)
+    return foreign, rounded
 
 
-def _message(foreign: dict[tuple[str | None, str], list[str]]) -> str:
+def _message(foreign: _Names, rounded: _Names) -> str:
     # The residual is given relative to the block: its norm lies on the GPU, which a step does not wait for.
     residual = torch.finfo(torch.float32).eps ** 2
     blocks = "; ".join(
         f"{', '.join(names)}: the anchor's block was computed by {computed!r} and is used by {used!r}"
         for (computed, used), names in foreign.items()
     )
-    return (
+    message = (
         f"{blocks}, which rounds differently: at the pretrained weight its penalty is not exactly 0 but of the order "
         f"of {residual:.1e} ||B||_F^2, where B is the block. Rebuild it from the pretrained weight: "
         "Anchors.load(path, model) or Anchor.rebuilt_block(weight); or keep the base"
     )
-
-
-def _level_of_caller() -> int:
-    """Return the ``stacklevel`` with which a warning of the calling function points outside of this package."""
-    level, frame = 0, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
-        level, frame = level + 1, frame.f_back
-    return level
+    for (anchored, held), names in rounded.items():
+        message += (
+            f". {', '.join(names)}: got {held} weights for blocks of {anchored} ones, expected the dtype that was "
+            "anchored: if W0 was rounded in between, R counts the rounding, many times what a step at a learning rate "
+            f"of 1e-6 adds, and no rebuilding helps: anchor the weights in {held}, or keep the base"
+        )
+    return message

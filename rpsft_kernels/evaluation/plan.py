@@ -49,6 +49,7 @@ class Plan:
             share.
         tied: whether one and the same weight is listed twice.
         looked_for_foreign_blocks: whether a call with this plan has searched for them.
+        measured_distances: whether a call with this plan has measured how far its weights are from W0.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Plan:
         self.tied = len({anchored.weight.identity for anchored in weights}) < len(weights)
         self.programs: list[ops.Program] = []
         self.looked_for_foreign_blocks = False
+        self.measured_distances = False
         if not torch.compiler.is_compiling():
             # References, not ids: a new anchor may have the address of one that is gone.
             self._anchors = [weakref.ref(anchored.anchor) for anchored in weights]
