@@ -7,20 +7,55 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from ..distributed import LocalWeight, ParameterRef, find_parameters
-from ..low_rank import AdaptedLayers, find_adapted
+from ..low_rank import AdaptedLayer, AdaptedLayers, find_adapted
+from ..low_rank.start import AdapterStart
+from ..low_rank.started import MOMENTS, At, StartedWeight, make_another_weight, take_starts
+from .anchor import Anchor
 
 STANDS_STILL = "frozen, and no adapter moves it"
 
 
-def locate_pretrained(model: nn.Module, names: Iterable[str]) -> dict[str, LocalWeight]:
+def locate_pretrained(
+    model: nn.Module, names: Iterable[str], anchors: Mapping[str, Anchor] | None = None
+) -> dict[str, LocalWeight]:
     """Find the pretrained weights of these names that the model has, as they lie here.
+
+    Args:
+        model: the model, adapted or not.
+        names: canonical names.
+        anchors: where there are some, they know what adapters were at their start.
 
     Raises:
         ValueError: one of them lies in a way that is not known.
     """
     parameters = find_parameters(model)
     found = find_adapted(model, parameters)
-    return {name: pretrained_of(name, parameters, found) for name in names if name in parameters}
+    weights = {name: pretrained_of(name, parameters, found) for name in names if name in parameters}
+    for name, anchor in (anchors or {}).items():
+        if name in weights and found is not None and name in found.served:
+            weights[name] = _start(found.served[name], anchor.starts)
+    return weights
+
+
+def start_adapters(
+    model: nn.Module, layers: Mapping[str, AdaptedLayer], at: At
+) -> tuple[dict[str, dict[str, AdapterStart]], dict[str, LocalWeight]]:
+    """Return what the adapters of each layer are to count from, and the weights that they make with their bases.
+
+    Raises:
+        ValueError: ``at`` is no such moment; or as :func:`rpsft_kernels.low_rank.started.take_starts`.
+    """
+    if at not in MOMENTS:
+        raise ValueError(f"at: got {at!r}, expected 'base' or 'now'")
+    starts = {name: take_starts(model, layer, at) for name, layer in layers.items()}
+    return starts, {name: _start(layer, starts[name]) for name, layer in layers.items()}
+
+
+def _start(layer: AdaptedLayer, starts: Mapping[str, AdapterStart]) -> LocalWeight:
+    base = layer.base
+    if not make_another_weight(starts):
+        return base
+    return StartedWeight(base.parameter, base.shape, base.shard, layer=layer, starts=starts)
 
 
 def pretrained_of(name: str, parameters: Mapping[str, ParameterRef], found: AdaptedLayers | None) -> LocalWeight:

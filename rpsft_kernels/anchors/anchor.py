@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..checks import DTYPES, check_basis_dtype, check_finite, check_rank, check_weight, dtype_name
 from ..distributed.shard import Shard
+from ..low_rank.start import AdapterStart
 from .make import AnchorOptions, Subspace, anchor_fields, check_seed, plan_rank, solve
 from .tensors import compute_block, pad_rows
 
@@ -40,6 +42,8 @@ class Anchor:
             rows, ``right`` its columns, ``base`` its elements (1-D for a flat range) and ``block`` is the shard's own
             summand of U^T W0 V. ``shape`` and ``rank`` remain those of the whole weight.
         share: The share of energy that ``rank`` was chosen for; None where it was given.
+        starts: What adapters (PEFT) were when the weight was anchored, by their names, where that is not nothing: W0
+            has them in it, and the penalty of a weight with adapters counts from there.
         random_seed: The seed of U and V where they are random, a control for experiments; None where they are the
             singular vectors of W0, and in the full form.
 
@@ -63,6 +67,7 @@ class Anchor:
     part: Shard | None = None
     share: float | None = None
     random_seed: int | None = None
+    starts: Mapping[str, AdapterStart] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_scalars()
@@ -126,7 +131,8 @@ class Anchor:
     def nbytes(self) -> int:
         """Bytes of all pieces, the padding of U and V included."""
         subspaces = sum(p.shape[0] * p.stride(0) * p.element_size() for p in (self.left, self.right) if p is not None)
-        return subspaces + sum(p.nbytes for p in (self.base, self.block) if p is not None)
+        starts = sum(start.nbytes for start in self.starts.values())
+        return subspaces + sum(p.nbytes for p in (self.base, self.block) if p is not None) + starts
 
     @property
     def held(self) -> Shard:
@@ -143,7 +149,8 @@ class Anchor:
         moved = {name: piece.to(device) for name, piece in self.pieces().items()}
         if all(moved[name] is piece for name, piece in self.pieces().items()):
             return self
-        return self._with(moved)
+        changes: dict[str, Any] = {**moved, "starts": {name: start.to(device) for name, start in self.starts.items()}}
+        return dataclasses.replace(self, **changes)
 
     def rebuilt_block(self, weight: Tensor) -> Anchor:
         """Return a block-form anchor whose block is recomputed from W0 by the backend in force.
@@ -206,6 +213,9 @@ class Anchor:
             check_seed(self.random_seed, "random_seed")
         if self.arithmetic is not None and not isinstance(self.arithmetic, str):
             raise ValueError(f"arithmetic: got {self.arithmetic!r}, expected a str or None")
+        for adapter, start in self.starts.items():
+            if not isinstance(start, AdapterStart) or any(p.device != self.device for p in start.pieces().values()):
+                raise ValueError(f"starts[{adapter!r}]: got {start!r}, expected an AdapterStart on {self.device}")
         if self.part is not None and self.part.shape != shape:
             raise ValueError(f"part: got {self.part}, expected a part of a weight of shape {shape}")
 

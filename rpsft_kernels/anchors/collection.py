@@ -16,7 +16,8 @@ from .. import ops
 from ..checks import dtype_name
 from ..distributed import LocalWeight, ParameterRef, assign_shards, find_parameters
 from ..distributed.partition import Layout
-from .adapted import locate_pretrained
+from ..low_rank.started import At
+from .adapted import locate_pretrained, start_adapters
 from .anchor import Anchor
 from .build import build_anchors
 from .file_format import Contents, write_anchors
@@ -84,6 +85,7 @@ class Anchors(Mapping[str, Anchor]):
         progress: bool = True,
         subspace: Subspace = "singular",
         seed: int = 0,
+        at: At = "base",
     ) -> Anchors:
         """Make anchors for every 2-D floating point parameter of a pretrained model, each on its own device.
 
@@ -113,6 +115,11 @@ class Anchors(Mapping[str, Anchor]):
             seed: Of random subspaces; with a weight's name and shape it determines them, wherever the weight lies. Not
                 used for singular ones.
 
+            at: Of a model with adapters: ``"base"`` takes the weights below them for W0, so that what adapters hold
+                already counts as drift (a training that goes on). ``"now"`` takes the weights that the model computes
+                with now, and keeps the adapters' values for that: needed where PEFT has taken the adapters out of the
+                base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ). Not used for other models.
+
         Tied parameters are anchored once, under their first name; a glob that matches any of their names has
         matched them. :attr:`skipped` has the parameters that were not anchored, with the reason. Among them is what is
         no weight of its own, whatever its shape: packed 4-bit values, scales and zero points, parts and bases of PEFT's
@@ -133,10 +140,14 @@ class Anchors(Mapping[str, Anchor]):
             left_out = describe_left_out(selection)
             if left_out is not None:
                 warnings.warn(left_out, UserWarning, stacklevel=2)
-            weights = assign_shards(selection.chosen, options.planned_ranks(selection.chosen))
+            starts, chosen = start_adapters(model, selection.adapted, at)
+            chosen = {name: chosen.get(name, weight) for name, weight in selection.chosen.items()}
+            weights = assign_shards(chosen, options.planned_ranks(chosen))
         built: dict[str, tuple[Anchor, Fingerprint]] = {}
         building = _build(weights, options, selection.adapted if keep_base is None else frozenset())
         for name, anchor, fingerprint in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
+            if starts.get(name):
+                anchor = dataclasses.replace(anchor, starts=starts[name])
             built[name] = anchor, fingerprint
         # Anchors come in the model's order, in whatever order they were built.
         return cls(
@@ -348,7 +359,8 @@ def check_ties_of(anchors: Mapping[str, Anchor], parameters: Mapping[str, Parame
 
 def _locate_anchored(anchors: Mapping[str, Anchor], model: nn.Module) -> dict[str, LocalWeight]:
     """Find the anchored weights that the model has, as they lie here; replicated ones get their anchors' shards."""
-    return {name: weight.with_work(anchors[name].part) for name, weight in locate_pretrained(model, anchors).items()}
+    located = locate_pretrained(model, anchors, anchors)
+    return {name: weight.with_work(anchors[name].part) for name, weight in located.items()}
 
 
 def _build(

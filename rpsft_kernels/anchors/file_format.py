@@ -8,6 +8,7 @@ record) has format version 2, so that no version of this package takes a control
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..checks import DTYPES, dtype_name
 from ..distributed.shard import Shard
+from ..low_rank.start import AdapterStart, name_pieces
 from .anchor import Anchor
 from .checksums import StoredPiece, blank_checksums, checksum_bytes, write_piece
 from .fingerprint import Fingerprint
@@ -175,7 +177,31 @@ def _record(name: str, anchor: Anchor, fingerprint: Fingerprint | None, left_out
     for key, value in (("share", anchor.share), ("random_seed", anchor.random_seed)):
         if value is not None:
             record[key] = value
+    if anchor.starts:
+        record["starts"] = {adapter: _start_to_json(start) for adapter, start in anchor.starts.items()}
     return record
+
+
+def _start_to_json(start: AdapterStart) -> dict[str, Any]:
+    return {"scaling": start.scaling, "pieces": list(start.pieces())}
+
+
+def pieces_of_starts(record: Mapping[str, Any]) -> list[str]:
+    """List the pieces of a weight's record that belong to the starts of adapters."""
+    starts = record.get("starts", {})
+    return [f"start.{adapter}.{piece}" for adapter, start in starts.items() for piece in start["pieces"]]
+
+
+def _check_starts(record: Mapping[str, Any]) -> None:
+    starts = record.get("starts", {})
+    if not isinstance(starts, dict):
+        raise ValueError("starts: got none by adapter, expected an object; the record is damaged")
+    for adapter, start in starts.items():
+        pieces = start.get("pieces") if isinstance(start, dict) else None
+        if not isinstance(pieces, list) or not {*map(str, pieces)} <= {"up", "down", "scale"} or not pieces:
+            raise ValueError(f"starts: got {start!r} for {adapter}, expected its pieces; the record is damaged")
+        if not isinstance(start.get("scaling"), float) or not math.isfinite(start["scaling"]):
+            raise ValueError(f"starts: got {start!r} for {adapter}, expected its scaling; the record is damaged")
 
 
 def _shard_to_json(shard: Shard) -> dict[str, Any]:
@@ -212,7 +238,7 @@ def _pieces(anchors: Mapping[str, Anchor], left_out: Collection[tuple[str, str]]
     pieces = [
         (name, piece, tensor)
         for name, anchor in anchors.items()
-        for piece, tensor in anchor.pieces().items()
+        for piece, tensor in {**anchor.pieces(), **name_pieces(anchor.starts)}.items()
         if (name, piece) not in left_out
     ]
     return sorted(pieces, key=lambda item: (-item[2].element_size(), _key(item[0], item[1])))
@@ -312,6 +338,7 @@ def _check_record(record: Mapping[str, Any]) -> None:
         raise ValueError(f"share: got {share!r}, expected a number between 0 and 1; the record is damaged")
     if not isinstance(record.get("checksums", {}), dict):
         raise ValueError("checksums: got none by piece, expected an object; the record is damaged")
+    _check_starts(record)
     _shard_from_json((shape[0], shape[1]), record.get("part"))
 
 
@@ -319,7 +346,7 @@ def _check_tensors(source: Path, present: set[str], records: Mapping[str, Mappin
     expected = {
         _key(name, piece)
         for name, record in records.items()
-        for piece in PIECES[record["form"]]
+        for piece in (*PIECES[record["form"]], *pieces_of_starts(record))
         if piece not in record.get("left_out", ())
     }
     for problem, keys in (("lacks", expected - present), ("has unexpected", present - expected)):

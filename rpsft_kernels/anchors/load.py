@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..distributed import LocalWeight, Rect, Shard
 from ..distributed.shard import Span
+from ..low_rank.start import AdapterStart
 from .anchor import Anchor
 from .checksums import StoredPiece
 from .file_format import DTYPE_OF, PIECES, AnchorFile, Contents, describe_error
@@ -125,6 +126,7 @@ class _Assembly:
                 pieces[piece] = self._read_base(target)
             else:
                 pieces[piece], arithmetic = self._read_block(target)
+        starts = {adapter: self._read_start(adapter) for adapter in record.get("starts", {})}
         return Anchor(
             **{name: tensor.to(self._device) for name, tensor in pieces.items()},
             shape=self._shape,
@@ -133,6 +135,7 @@ class _Assembly:
             energy=record["energy"],
             arithmetic=arithmetic,
             part=shard,
+            starts=starts,
             share=record.get("share"),
             random_seed=record.get("random_seed"),
         )
@@ -147,6 +150,19 @@ class _Assembly:
                 self._check_shape(piece, source.shape, self._shards[i])
                 sources.append((i, source))
         return sources
+
+    def _read_start(self, adapter: str) -> AdapterStart:
+        """Read the start of an adapter, which lies whole in one of the files."""
+        stored, tensors = self._record["starts"][adapter], {}
+        for piece in stored["pieces"]:
+            key = f"start.{adapter}.{piece}"
+            file = next((file for file in self._files if file.has(self._name, key)), None)
+            if file is None:
+                raise ValueError(f"got no {key!r} in the files; save the anchors again")
+            with _prefix_errors(key):
+                source = file.read(self._name, key)
+                tensors[piece] = source.read(0, source.shape[0]).clone().to(self._device)
+        return AdapterStart(stored["scaling"], **tensors)
 
     def _check_shape(self, piece: str, shape: tuple[int, ...], shard: Shard) -> None:
         rank, (rows, cols) = self._record["rank"], shard.bounds.shape

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..distributed import Shard
+from ..low_rank.start import name_pieces
 from .file_format import Contents, write_anchors
 from .load import INDEX
 from .whole_file import remove_stale, write_whole
@@ -45,7 +46,7 @@ def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
         raise ValueError(problem)
     name = f"rank-{rank:05d}-of-{size:05d}.safetensors"
     try:
-        write_anchors(folder / name, contents, _pieces_of_earlier_ranks(held, rank), save_id)
+        write_anchors(folder / name, contents, _pieces_of_earlier_ranks(held, rank, contents), save_id)
     except Exception as error:
         # Whatever it is, the other ranks wait for the outcome.
         problem = f"rank {rank}: {_describe(error)}"
@@ -83,7 +84,7 @@ def _make_folder(folder: Path, path: str | os.PathLike[str]) -> None:
     remove_stale(folder, r"rank-\d+-of-\d+\.safetensors")
 
 
-def _pieces_of_earlier_ranks(held: list[dict[str, Shard]], rank: int) -> set[tuple[str, str]]:
+def _pieces_of_earlier_ranks(held: list[dict[str, Shard]], rank: int, contents: Contents) -> set[tuple[str, str]]:
     """Return the (weight, piece) that a rank before ``rank`` writes."""
     left_out = set()
     for name, shard in held[rank].items():
@@ -94,4 +95,5 @@ def _pieces_of_earlier_ranks(held: list[dict[str, Shard]], rank: int) -> set[tup
             left_out.add((name, "right"))
         if shard in earlier:
             left_out |= {(name, "base"), (name, "block")}
+            left_out |= {(name, piece) for piece in name_pieces(contents.anchors[name].starts)}
     return left_out

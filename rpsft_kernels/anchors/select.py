@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import DTYPES, dtype_name
 from ..distributed import LocalWeight, ParameterRef, find_parameters
-from ..low_rank import AdaptedLayers, find_adapted
+from ..low_rank import AdaptedLayer, AdaptedLayers, find_adapted
 from .adapted import pretrained_of, reason_untouched
 from .not_weights import ADAPTER, find_non_weights
 from .ties import describe_tie
@@ -26,13 +26,13 @@ class Selection:
     """Parameters by canonical name: ``chosen`` are to be anchored, ``skipped`` has the reason for each other one.
 
     ``elements`` counts those of every floating-point parameter of two or more dimensions that the globs admit and that
-    may move. ``adapted`` are the names of those that adapters move.
+    may move. ``adapted`` has the layers of those that adapters move.
     """
 
     chosen: dict[str, LocalWeight]
     skipped: dict[str, str]
     elements: dict[str, int]
-    adapted: frozenset[str] = frozenset()
+    adapted: Mapping[str, AdaptedLayer] = field(default_factory=dict)
 
 
 def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> Selection:
@@ -92,7 +92,8 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
             "2-D floating point parameter: anchors for nothing would regularise nothing; widen include or "
             "narrow exclude"
         )
-    return Selection(chosen, skipped, elements, frozenset() if found is None else frozenset(found.served) & set(chosen))
+    served = {} if found is None else {name: layer for name, layer in found.served.items() if name in chosen}
+    return Selection(chosen, skipped, elements, served)
 
 
 def _tied_names(parameters: Mapping[str, ParameterRef], found: AdaptedLayers | None) -> dict[str, list[str]]:

@@ -6,6 +6,8 @@ are let go with the mapping that holds them, and parameters are known by ``id`` 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -21,18 +23,46 @@ from ..anchors.anchor import Anchor
 from ..anchors.collection import Anchors
 from ..anchors.ties import tied_to
 from ..checks import dtype_name
-from ..distributed import ModuleSnapshot, ParameterRef
-from ..low_rank import AdaptedLayer, AdaptedLayers, Batches, Factor, LayerSpec, facts_of, find_adapted
+from ..distributed import LocalWeight, ModuleSnapshot, ParameterRef
+from ..low_rank import (
+    AdaptedLayer,
+    AdaptedLayers,
+    Batches,
+    Factor,
+    GroupedProducts,
+    LayerSpec,
+    facts_of,
+    find_adapted,
+    project_factors,
+)
+from ..low_rank.dora import image_of_base, square_rows
+from ..low_rank.start import AdapterStart
+from ..low_rank.started import make_another_weight
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class PlannedAdapter:
-    """An active adapter of a layer; its factors are places among the plan's."""
+    """An active adapter of a layer; its factors are places among the plan's.
+
+    Attributes:
+        name: PEFT's name of it.
+        scaling: s.
+        up: the place of B.
+        down: the place of A.
+        magnitude: the place of DoRA's magnitudes; None for other adapters.
+        start: what the adapter was when its weight was anchored; None where that was nothing.
+        start_up: ``B0^T U`` (r, k), ``B0^T`` in the full form; None without a start, and for DoRA.
+        start_down: ``A0 V`` (r, k), A0 in the full form; None as ``start_up``.
+    """
 
     name: str
     scaling: float
     up: int
     down: int
+    magnitude: int | None = None
+    start: AdapterStart | None = None
+    start_up: Tensor | None = None
+    start_down: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -47,6 +77,9 @@ class PlannedLayer:
             form.
         down_basis: V (U, where the base is transposed); None in the full form.
         spec: the properties that decide its batch.
+        transposed: whether the base is the transpose of (out, in).
+        squares: of the rows of the base (out,), for DoRA.
+        base_image: of the base (out, k), for DoRA.
     """
 
     name: str
@@ -55,6 +88,14 @@ class PlannedLayer:
     up_basis: Tensor | None
     down_basis: Tensor | None
     spec: LayerSpec
+    transposed: bool = False
+    squares: Tensor | None = None
+    base_image: Tensor | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether its adapter is DoRA's."""
+        return self.squares is not None
 
 
 @dataclass(eq=False)
@@ -64,8 +105,9 @@ class AdaptedPlan:
     Attributes:
         layers: the layers whose weights are anchored.
         factors: their factors, without parameters.
-        batches: for each device, the places of its layers and their batches.
+        batches: for each device, the places of its layers without DoRA, and their batches.
         dense: the anchors of the weights that are computed whole.
+        products: of the factors with U and V, prepared at the first step.
         summary: a text that is equal on ranks which mean the same call.
     """
 
@@ -74,23 +116,26 @@ class AdaptedPlan:
     dense: Mapping[str, Anchor]
     groups: list[Any] = field(default_factory=list)
     batches: list[tuple[list[int], Batches]] = field(default_factory=list)
+    products: GroupedProducts = field(default_factory=GroupedProducts)
     summary: str = ""
 
     def __post_init__(self) -> None:
         by_device: dict[torch.device, list[int]] = {}
         for i, layer in enumerate(self.layers):
-            by_device.setdefault(layer.spec.device, []).append(i)
+            if not layer.scaled:
+                by_device.setdefault(layer.spec.device, []).append(i)
         for members in by_device.values():
             self.batches.append((members, Batches([self.layers[i].spec for i in members])))
-        self.summary = repr([(layer.name, layer.anchor.rank, layer.spec[:5], layer.adapters) for layer in self.layers])
+        self.summary = repr([(layer.name, layer.anchor.rank, layer.spec[:6], layer.scaled) for layer in self.layers])
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptedWeights:
-    """The adapted weights of one call: the plan, and its factors with their parameters as they are now."""
+    """The adapted weights of one call: the plan, its factors with their parameters as they are now, and the bases."""
 
     plan: AdaptedPlan
     factors: list[Factor]
+    bases: list[LocalWeight]
 
 
 class _CachedPlan:
@@ -104,7 +149,8 @@ class _CachedPlan:
         parameters += [layer.base.parameter for layer in layers]
         self._ids, self._types = list(map(id, parameters)), list(map(type, parameters))
         self._snapshot = ModuleSnapshot(model, parameters)
-        self._states = [factor.weight.state() for factor in factors]
+        self._bases = [layer.base.without_parameter() for layer in layers]
+        self._states = [weight.state() for weight in (*[f.weight for f in factors], *[layer.base for layer in layers])]
         self._layers = [layer.module for layer in layers]
         self._facts = [facts_of(_living(module)) for module in self._layers]
         self.watches: list[weakref.ref[Any]] = []
@@ -120,9 +166,13 @@ class _CachedPlan:
             Factor(factor.name, factor.weight.with_parameter(parameter))
             for factor, parameter in zip(self.plan.factors, parameters, strict=False)
         ]
-        if [factor.weight.state() for factor in factors] != self._states:
+        bases = [
+            base.with_parameter(parameter)
+            for base, parameter in zip(self._bases, parameters[len(factors) :], strict=True)
+        ]
+        if [weight.state() for weight in (*[factor.weight for factor in factors], *bases)] != self._states:
             return None
-        return AdaptedWeights(self.plan, factors)
+        return AdaptedWeights(self.plan, factors, bases)
 
 
 def _living(module: weakref.ref[nn.Module]) -> nn.Module:
@@ -175,7 +225,7 @@ def find_adapted_weights(
     layers = [layer for layer, _ in pairs]
     if isinstance(anchors, Anchors) and all(factor.weight.lasting for factor in factors):
         _remember(weights, anchors, _CachedPlan(weights, plan, layers, factors))
-    return AdaptedWeights(plan, factors)
+    return AdaptedWeights(plan, factors, [layer.base for layer in layers])
 
 
 def _remember(model: nn.Module, anchors: Anchors, cached: _CachedPlan) -> None:
@@ -251,6 +301,7 @@ def _check(layer: AdaptedLayer, anchor: Anchor) -> None:
             f"{name}: got adapters in {', '.join(sorted(map(dtype_name, dtypes)))}, expected float64 like the weight "
             "that was anchored; anchor it again in the dtype that is trained"
         )
+    _check_starts(layer, anchor)
     devices = {factor.weight.device for factor in layer.factors}
     if devices - {anchor.device}:
         raise ValueError(
@@ -259,25 +310,82 @@ def _check(layer: AdaptedLayer, anchor: Anchor) -> None:
         )
 
 
+def _check_starts(layer: AdaptedLayer, anchor: Anchor) -> None:
+    adapters = {adapter.name: adapter for adapter in layer.adapters}
+    for name, start in anchor.starts.items():
+        adapter = adapters.get(name)
+        if adapter is None:
+            if make_another_weight({name: start}):
+                raise ValueError(
+                    f"{layer.name}: got active adapters {', '.join(adapters)}, expected {name!r} among them: it was in "
+                    "the weight when that was anchored; activate it (model.set_adapter(...)), or anchor this model"
+                )
+            continue
+        shapes = {"up": adapter.up.weight.shape, "down": adapter.down.weight.shape, "scale": (layer.out_features,)}
+        got = {piece: tuple(tensor.shape) for piece, tensor in start.pieces().items()}
+        scaled = start.scale is not None and adapter.magnitude is None
+        if start.scaling != adapter.scaling or scaled or any(shapes[piece] != shape for piece, shape in got.items()):
+            raise ValueError(
+                f"{layer.name}: got adapter {name!r} with s = {adapter.scaling} and shapes {shapes}, expected that "
+                f"which was anchored, with s = {start.scaling} and shapes {got}; anchor this model (Anchors.from_model)"
+            )
+        if any(factor.weight.shard.numel != math.prod(factor.weight.shape) for factor in adapter.factors):
+            if start.up is not None and anchor.part is not None:
+                raise ValueError(
+                    f"{layer.name}: got a part of an anchor for adapters that have a start, expected the whole: load "
+                    "the anchors without the model (Anchors.load(path)), or anchor it before it is sharded"
+                )
+
+
 def _plan_layer(layer: AdaptedLayer, anchor: Anchor, first: int) -> PlannedLayer:
     """Plan a layer whose factors are the plan's from place ``first`` on."""
-    adapters, place = [], first
-    for adapter in layer.adapters:
-        adapters.append(PlannedAdapter(adapter.name, adapter.scaling, place, place + 1))
-        place += len(adapter.factors)
     up_basis, down_basis = _bases(layer, anchor)
     dtypes = [factor.weight.dtype for factor in layer.factors]
+    dtype = max(map(ops.accumulation_dtype, dtypes), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    adapters, place = [], first
+    for adapter in layer.adapters:
+        start = anchor.starts.get(adapter.name)
+        planned = PlannedAdapter(adapter.name, adapter.scaling, place, place + 1, start=start)
+        place += len(adapter.factors)
+        if adapter.magnitude is not None:
+            planned = dataclasses.replace(planned, magnitude=place - 1)
+        elif start is not None and start.up is not None and start.down is not None:
+            planned = dataclasses.replace(
+                planned,
+                start_up=_image(start.up.T, up_basis, dtype),
+                start_down=_image(start.down, down_basis, dtype),
+            )
+        adapters.append(planned)
     full = anchor.form == "full"
     spec = LayerSpec(
         scalings=tuple(adapter.scaling for adapter in layer.adapters),
         ranks=tuple(adapter.down.weight.shape[0] for adapter in layer.adapters),
-        started=tuple(False for _ in layer.adapters),
+        started=tuple(adapter.start_up is not None for adapter in adapters),
         left_columns=layer.out_features if full else anchor.rank,
         right_columns=layer.in_features if full else anchor.rank,
-        dtype=max(map(ops.accumulation_dtype, dtypes), key=lambda dtype: dtype.itemsize, default=torch.float32),
+        dtype=dtype,
         device=anchor.device,
     )
-    return PlannedLayer(layer.name, anchor, tuple(adapters), up_basis, down_basis, spec)
+    squares = base_image = None
+    if layer.adapters[0].magnitude is not None:
+        values = layer.base.values().detach()
+        rows = values.T if layer.transposed else values
+        squares, base_image = square_rows(rows, dtype), image_of_base(rows, down_basis, dtype)
+    return PlannedLayer(
+        name=layer.name,
+        anchor=anchor,
+        adapters=tuple(adapters),
+        up_basis=up_basis,
+        down_basis=down_basis,
+        spec=spec,
+        transposed=layer.transposed,
+        squares=squares,
+        base_image=base_image,
+    )
+
+
+def _image(factor: Tensor, basis: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return factor.to(dtype) if basis is None else project_factors([factor], [basis], dtype)[0]
 
 
 def _bases(layer: AdaptedLayer, anchor: Anchor) -> tuple[Tensor | None, Tensor | None]:

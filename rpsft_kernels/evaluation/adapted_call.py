@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..distributed import GroupCall, LocalWeight, PendingSum, ReplicatedWeight
-from ..low_rank import Batch, LayerImages, add_products_, project_factors
+from ..low_rank import Batch, LayerImages
+from ..low_rank.dora import ScaledImages, ScaledWeight, differentiate_scaled, project_scaled
 from .adapted import AdaptedPlan, AdaptedWeights
 from .agreement import MASK, content_of
 from .gradient_memory import GradientMemory
@@ -61,6 +62,9 @@ class AdaptedCall:
         self._targets: dict[int, tuple[Tensor, bool]] = {}
         self._values: list[Tensor] = []
         self._images: list[LayerImages] = []
+        self._found: list[Tensor] = []
+        self._scaled: dict[int, ScaledImages] = {}
+        self._bases = adapted.bases
         self._sums: dict[str, _Sum] = {}
 
     @property
@@ -122,30 +126,37 @@ class AdaptedCall:
         for i in self._made:
             self.factors[i].weight.drop_gradient()
         self._memory.restore()
-        self._made, self._targets, self._values, self._images = [], {}, [], []
+        self._made, self._targets, self._values = [], {}, []
+        self._found, self._images, self._scaled, self._bases = [], [], {}, []
 
     # -- the computation ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def start(self, group_calls: Mapping[str, GroupCall]) -> None:
         """Compute the images of all factors, and start their sums over ranks."""
-        self._images = project_layers(self._plan, self._lies, [value.detach() for value in self._values])
+        values = [value.detach() for value in self._values]
+        self._found = project_layers(self._plan, self._lies, values)
+        self._scaled = _project_scaled(self._plan, self._base_values(), values)
         shared: dict[str, list[Tensor]] = {}
-        for i, image in _by_factor(self._plan, self._images):
+        for i, image in zip(_places(self._plan), self._found, strict=True):
             if self._lies.groups[i]:
                 shared.setdefault(self._lies.groups[i], []).append(image)
         self._sums = {name: _Sum(group_calls[name], images) for name, images in shared.items()}
+
+    def _base_values(self) -> dict[int, Tensor]:
+        """Return the bases of DoRA's layers (out, in)."""
+        bases = {i: self._bases[i].values().detach() for i, layer in enumerate(self._plan.layers) if layer.scaled}
+        return {i: base.T if self._plan.layers[i].transposed else base for i, base in bases.items()}
 
     @torch.no_grad()
     def finish(self) -> None:
         """Wait for the sums."""
         arrived = {name: iter(images.finish()) for name, images in self._sums.items()}
-        if arrived:
-            found = [
-                next(arrived[self._lies.groups[i]]).to(image.device) if self._lies.groups[i] else image
-                for i, image in _by_factor(self._plan, self._images)
-            ]
-            self._images = _by_layer(self._plan, found)
+        found = [
+            next(arrived[self._lies.groups[i]]).to(image.device) if self._lies.groups[i] else image
+            for i, image in zip(_places(self._plan), self._found, strict=True)
+        ]
+        self._found, self._images = [], _by_layer(self._plan, found)
 
     def check_health(self) -> None:
         """Raise a ValueError unless every rank's factors are finite."""
@@ -154,17 +165,18 @@ class AdaptedCall:
 
     def penalties(self) -> Tensor:
         """Return R of each layer; autograd connects it to the factors if gradients are on."""
-        penalties, _ = _penalties(self._plan, self._images)
+        penalties, _ = _penalties(self._plan, self._images, self._scaled)
         if torch.is_grad_enabled() and any(value.requires_grad for value in self._values):
-            penalties = _Penalties.apply(self._plan, self._lies, self._images, penalties, *self._values)  # type: ignore[no-untyped-call, unused-ignore]
+            state = _State(self._plan, self._lies, self._images, self._scaled, self._base_values())
+            penalties = _Penalties.apply(state, penalties, *self._values)  # type: ignore[no-untyped-call, unused-ignore]
         return penalties
 
     @torch.no_grad()
     def add_gradients_(self) -> Tensor:
         """Add to the factors' gradients, and return R of each layer."""
         assert self._coeff is not None
-        penalties, batches = _penalties(self._plan, self._images)
-        _add_gradients_(self._plan, self._lies, batches, self._coeff, self._targets)
+        penalties, batches = _penalties(self._plan, self._images, self._scaled)
+        _add_gradients_(self._plan, self._lies, batches, self._scaled, self._coeff, self._targets)
         for i, (grad, _) in self._targets.items():
             self.factors[i].weight.write_back(grad)
         self._made = []
@@ -188,18 +200,24 @@ class _Layout:
 # -- images ---------------------------------------------------------------------------------------------------
 
 
-def project_layers(plan: AdaptedPlan, lies: _Layout, values: Sequence[Tensor]) -> list[LayerImages]:
-    """Compute the images of what lies here of all factors: what other ranks have of them is 0 in these."""
+def project_layers(plan: AdaptedPlan, lies: _Layout, values: Sequence[Tensor]) -> list[Tensor]:
+    """Compute the images of what lies here of all factors, in the order of :func:`_places`: what other ranks have of
+    them is 0 in these.
+    """
     factors: dict[torch.dtype, tuple[list[int], list[Tensor], list[Tensor]]] = {}
     images: dict[int, Tensor] = {}
     for layer in plan.layers:
+        if layer.scaled:
+            continue
         dtype = layer.spec.dtype
         places, projected, bases = factors.setdefault(dtype, ([], [], []))
         for adapter in layer.adapters:
-            for i, value, basis in (
-                (adapter.up, values[adapter.up].T, layer.up_basis),
-                (adapter.down, values[adapter.down], layer.down_basis),
-            ):
+            up, down = values[adapter.up], values[adapter.down]
+            start = adapter.start
+            if start is not None and start.up is not None and start.down is not None:
+                up = up.to(dtype) - start.up[slice(*lies.rows[adapter.up])].to(dtype)
+                down = down.to(dtype) - start.down[slice(*lies.rows[adapter.down])].to(dtype)
+            for i, value, basis in ((adapter.up, up.T, layer.up_basis), (adapter.down, down, layer.down_basis)):
                 if basis is None:
                     images[i] = value.to(dtype)
                 else:
@@ -207,34 +225,66 @@ def project_layers(plan: AdaptedPlan, lies: _Layout, values: Sequence[Tensor]) -
                     projected.append(value)
                     bases.append(basis)
     for dtype, (places, projected, bases) in factors.items():
-        images.update(zip(places, project_factors(projected, bases, dtype), strict=True))
+        images.update(zip(places, plan.products.project(projected, bases, dtype), strict=True))
     found = []
     for layer in plan.layers:
+        if layer.scaled:
+            continue
         for adapter, rank in zip(layer.adapters, layer.spec.ranks, strict=True):
             up, down = images[adapter.up], images[adapter.down]
             # Without a basis the image of B is B^T itself, of which the columns lie here.
             found.append(_place(up, (rank, layer.spec.left_columns), 1, lies.rows[adapter.up]))
             found.append(_place(down, (rank, layer.spec.right_columns), 0, lies.rows[adapter.down]))
-    return _by_layer(plan, found)
+    return found
 
 
-def _by_factor(plan: AdaptedPlan, images: Sequence[LayerImages]) -> Iterator[tuple[int, Tensor]]:
-    """Yield each factor's place and image, in an order that all ranks share."""
-    for layer, own in zip(plan.layers, images, strict=True):
-        for adapter, up, down in zip(layer.adapters, own.ups, own.downs, strict=True):
-            yield adapter.up, up
-            yield adapter.down, down
+def _places(plan: AdaptedPlan) -> Iterator[int]:
+    """Yield the place of each factor that has an image, in an order that all ranks share."""
+    for layer in plan.layers:
+        if not layer.scaled:
+            for adapter in layer.adapters:
+                yield adapter.up
+                yield adapter.down
 
 
-def _by_layer(plan: AdaptedPlan, images: Sequence[Tensor]) -> list[LayerImages]:
-    """Undo :func:`_by_factor`."""
-    following = iter(images)
+def _by_layer(plan: AdaptedPlan, found: Sequence[Tensor]) -> list[LayerImages]:
+    """Sort the images of all factors, in the order of :func:`_places`, by layer; DoRA's layers have none."""
+    following = iter(found)
     layers = []
     for layer in plan.layers:
-        pairs = [(next(following), next(following)) for _ in layer.adapters]
-        none = [None] * len(pairs)
-        layers.append(LayerImages([up for up, _ in pairs], [down for _, down in pairs], none, none))
+        ups: list[Tensor] = []
+        downs: list[Tensor] = []
+        turned: list[Tensor | None] = []
+        for adapter in () if layer.scaled else layer.adapters:
+            up, down = next(following), next(following)
+            ups.append(up)
+            # That of A is that of A0 and of A - A0 together.
+            downs.append(down if adapter.start_down is None else down + adapter.start_down)
+            turned.append(None if adapter.start_down is None else down)
+        layers.append(LayerImages(ups, downs, [adapter.start_up for adapter in layer.adapters], turned))
     return layers
+
+
+def _project_scaled(
+    plan: AdaptedPlan, bases: Mapping[int, Tensor], values: Sequence[Tensor]
+) -> dict[int, ScaledImages]:
+    """Compute the products of DoRA's layers, by their places."""
+    images = {}
+    for i, layer in enumerate(plan.layers):
+        if layer.squares is None or layer.base_image is None:
+            continue
+        (adapter,) = layer.adapters
+        assert adapter.magnitude is not None
+        weight = ScaledWeight(
+            base=bases[i],
+            up=values[adapter.up],
+            down=values[adapter.down],
+            magnitude=values[adapter.magnitude],
+            scaling=adapter.scaling,
+            start=adapter.start,
+        )
+        images[i] = project_scaled(weight, layer.squares, layer.base_image, layer.up_basis, layer.down_basis)
+    return images
 
 
 def _place(image: Tensor, shape: tuple[int, int], dim: int, span: tuple[int, int]) -> Tensor:
@@ -249,17 +299,21 @@ def _place(image: Tensor, shape: tuple[int, int], dim: int, span: tuple[int, int
 _StackedByDevice = list[tuple[list[int], list[Batch]]]
 
 
-def _penalties(plan: AdaptedPlan, images: Sequence[LayerImages]) -> tuple[Tensor, _StackedByDevice]:
+def _penalties(
+    plan: AdaptedPlan, images: Sequence[LayerImages], scaled: Mapping[int, ScaledImages]
+) -> tuple[Tensor, _StackedByDevice]:
     """Return R of each layer, and the batches of each device, with the places of its layers."""
     stacked = [(members, made.stack([images[i] for i in members])) for members, made in plan.batches]
     parts = [made.penalties(own) for (_, made), (_, own) in zip(plan.batches, stacked, strict=True)]
-    if len(parts) == 1:
+    if len(parts) == 1 and not scaled:
         return parts[0], stacked
     device = plan.layers[0].spec.device
     by_place: dict[int, Tensor] = {}
     for (members, _), part in zip(plan.batches, parts, strict=True):
         by_place.update(zip(members, part.to(device), strict=True))
-    return torch.stack([by_place[i] for i in range(len(by_place))]), stacked
+    by_place.update((i, own.drift.square().sum().to(device)) for i, own in scaled.items())
+    dtype = max((value.dtype for value in by_place.values()), key=lambda dtype: dtype.itemsize)
+    return torch.stack([by_place[i].to(dtype) for i in range(len(plan.layers))]), stacked
 
 
 # -- gradients ------------------------------------------------------------------------------------------------
@@ -269,6 +323,7 @@ def _add_gradients_(
     plan: AdaptedPlan,
     lies: _Layout,
     stacked: _StackedByDevice,
+    scaled: Mapping[int, ScaledImages],
     factor: float | Tensor,
     targets: Mapping[int, tuple[Tensor, bool]],
 ) -> None:
@@ -278,6 +333,7 @@ def _add_gradients_(
         plan: of the layers.
         lies: where the factors lie.
         stacked: the batches of each device, with the places of its layers.
+        scaled: the products of DoRA's layers, by their places.
         factor: what R is multiplied by: a number, or one for each layer.
         targets: by the factors' places, the gradient and whether it is added to.
     """
@@ -304,9 +360,23 @@ def _add_gradients_(
                             _store(grad, own, keep)
                         else:
                             products.append((grad, own, layer.down_basis, keep))
+    for place, images in scaled.items():
+        layer = plan.layers[place]
+        (adapter,) = layer.adapters
+        scale = factor[place].to(images.drift) if isinstance(factor, Tensor) else factor
+        gradients = differentiate_scaled(images, adapter.scaling, scale, layer.up_basis)
+        for i, gradient in ((adapter.up, gradients.up), (adapter.magnitude, gradients.magnitude)):
+            if i is not None and i in targets:
+                _store(targets[i][0], gradient, targets[i][1])
+        if adapter.down in targets:
+            grad, keep = targets[adapter.down]
+            if layer.down_basis is None:
+                _store(grad, gradients.down, keep)
+            else:
+                products.append((grad, gradients.down, layer.down_basis, keep))
     if products:
         grads, coefficients, bases, accumulate = zip(*products, strict=True)
-        add_products_(grads, coefficients, bases, accumulate)
+        plan.products.add_(grads, coefficients, bases, accumulate)
 
 
 def _store(grad: Tensor, value: Tensor, accumulate: bool) -> None:
@@ -314,14 +384,22 @@ def _store(grad: Tensor, value: Tensor, accumulate: bool) -> None:
     grad.copy_(value + grad.to(value.dtype) if accumulate else value)
 
 
+class _State(NamedTuple):
+    """What a backward pass needs of a call."""
+
+    plan: AdaptedPlan
+    lies: _Layout
+    images: list[LayerImages]
+    scaled: dict[int, ScaledImages]
+    bases: dict[int, Tensor]
+
+
 class _Penalties(torch.autograd.Function):
     """Returns R of each layer, which is computed already, connected to the values of the factors."""
 
     @staticmethod
-    def forward(
-        ctx: Any, plan: AdaptedPlan, lies: _Layout, images: list[LayerImages], penalties: Tensor, *values: Tensor
-    ) -> Tensor:
-        ctx.plan, ctx.lies, ctx.images = plan, lies, images
+    def forward(ctx: Any, state: _State, penalties: Tensor, *values: Tensor) -> Tensor:
+        ctx.state = state
         # Their own numbers are not read again, unless the gradient is to be differentiated itself.
         ctx.save_for_backward(*values)
         ctx.kinds = [(value.shape, value.dtype, value.device) for value in values]
@@ -329,25 +407,25 @@ class _Penalties(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        needed = ctx.needs_input_grad[4:]
+        state, needed = ctx.state, ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            grads = _differentiable_gradients(ctx.plan, ctx.lies, ctx.saved_tensors, needed, grad)
-            return None, None, None, None, *grads
-        _, stacked = _penalties(ctx.plan, ctx.images)
+            return None, None, *_differentiable_gradients(state, ctx.saved_tensors, needed, grad)
+        _, stacked = _penalties(state.plan, state.images, state.scaled)
         targets = {
             i: (torch.empty(shape, dtype=dtype, device=device), False)
             for i, ((shape, dtype, device), wanted) in enumerate(zip(ctx.kinds, needed, strict=True))
             if wanted
         }
-        _add_gradients_(ctx.plan, ctx.lies, stacked, grad, targets)
-        return None, None, None, None, *[targets[i][0] if i in targets else None for i in range(len(needed))]
+        _add_gradients_(state.plan, state.lies, stacked, state.scaled, grad, targets)
+        return None, None, *[targets[i][0] if i in targets else None for i in range(len(needed))]
 
 
 def _differentiable_gradients(
-    plan: AdaptedPlan, lies: _Layout, values: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+    state: _State, values: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
     """Return the gradients as a part of the graph: by autograd, from images that it records."""
-    penalties, _ = _penalties(plan, project_layers(plan, lies, values))
+    images = _by_layer(state.plan, project_layers(state.plan, state.lies, values))
+    penalties, _ = _penalties(state.plan, images, _project_scaled(state.plan, state.bases, values))
     wanted = [value for value, want in zip(values, needed, strict=True) if want]
     grads = iter(torch.autograd.grad(penalties, wanted, grad, create_graph=True))
     return [next(grads) if want else None for want in needed]

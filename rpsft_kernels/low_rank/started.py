@@ -1,0 +1,139 @@
+"""Starts of a model's adapters, and the weights that they make with their bases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import LocalWeight, ReplicatedWeight
+from ..private_names.peft_names import start_in_the_base
+from .dora import ScaledWeight, scale_rows, square_rows
+from .layers import AdaptedLayer, Adapter
+from .start import AdapterStart
+
+At = Literal["base", "now"]
+MOMENTS: tuple[At, ...] = get_args(At)
+# How far PEFT's magnitudes are from the norms that they were made of, by the rounding of either.
+_ROUNDING = 2**-6
+
+
+@torch.no_grad()
+def take_starts(model: nn.Module, layer: AdaptedLayer, at: At) -> dict[str, AdapterStart]:
+    """Return the starts of a layer's adapters that are not nothing, by their names.
+
+    Args:
+        model: the whole model, which knows how its adapters were initialised.
+        layer: the layer.
+        at: "base" counts the drift from the weight below the adapters, "now" from that which the layer computes with.
+
+    Raises:
+        ValueError: the weight below is not the pretrained one, or adapters are sharded that have a start.
+    """
+    starts = {}
+    for adapter in layer.adapters:
+        start = _take_start(model, layer, adapter, at)
+        if start.pieces():
+            starts[adapter.name] = start
+    return starts
+
+
+def _take_start(model: nn.Module, layer: AdaptedLayer, adapter: Adapter, at: At) -> AdapterStart:
+    factors: dict[str, Tensor] = {}
+    up, down = (factor.weight.values().detach() for factor in (adapter.up, adapter.down))
+    moved = bool(up.any()) and bool(down.any())
+    if moved or _is_sharded(adapter):
+        taken_out = start_in_the_base(model, adapter.name)
+        if taken_out is not None and at == "base":
+            raise ValueError(
+                f"{layer.name}: got adapter {adapter.name!r} with init_lora_weights={taken_out!r}, which has taken the "
+                "adapter out of the base, so that the base is not the pretrained weight: pass at='now' where the "
+                "adapters are as they were initialised; to go on with a training, load the anchors of its start "
+                "(Anchors.load(path))"
+            )
+    if at == "now" and _is_sharded(adapter):
+        raise ValueError(
+            f"{layer.name}: got at='now' for adapter {adapter.name!r}, of which some rows lie here, expected all: "
+            "anchor the model before it is sharded"
+        )
+    if at == "now" and moved:
+        factors = {"up": up.clone(), "down": down.clone()}
+    if adapter.magnitude is not None:
+        scale = _scale_of(layer, adapter)
+        # A fresh adapter has a scale of 1 but for rounding, from which it is to count; one that has been trained has
+        # moved away from 1, and that is drift.
+        if at == "now" or (not moved and bool(((scale - 1).abs() < _ROUNDING).all())):
+            factors["scale"] = scale
+    return AdapterStart(adapter.scaling, **factors)
+
+
+def make_another_weight(starts: Mapping[str, AdapterStart]) -> bool:
+    """Whether a layer whose adapters are at these starts computes with another weight than its base."""
+    return any(start.up is not None or _is_scaled(start) for start in starts.values())
+
+
+def _is_scaled(start: AdapterStart) -> bool:
+    return start.scale is not None and bool(((start.scale - 1).abs() >= _ROUNDING).any())
+
+
+def _is_sharded(adapter: Adapter) -> bool:
+    weights = [adapter.up.weight, adapter.down.weight]
+    return any(weight.group is not None and not isinstance(weight, ReplicatedWeight) for weight in weights)
+
+
+def _scale_of(layer: AdaptedLayer, adapter: Adapter) -> Tensor:
+    weight = scaled_weight(layer.base, layer.transposed, adapter)
+    dtype = torch.float64 if weight.up.dtype == torch.float64 else torch.float32
+    return scale_rows(weight, square_rows(weight.base, dtype))
+
+
+def scaled_weight(base: LocalWeight, transposed: bool, adapter: Adapter) -> ScaledWeight:
+    """Return what DoRA's formulas need of a layer's values, without a start."""
+    assert adapter.magnitude is not None
+    values = base.values().detach()
+    return ScaledWeight(
+        base=values.T if transposed else values,
+        up=adapter.up.weight.values(),
+        down=adapter.down.weight.values(),
+        magnitude=adapter.magnitude.weight.values(),
+        scaling=adapter.scaling,
+        start=None,
+    )
+
+
+@dataclass(frozen=True)
+class StartedWeight(LocalWeight):
+    """The weight that a layer computes with where its adapters are at ``starts``: W0 of anchors that count from them.
+
+    Every reading of its values makes it anew.
+
+    Attributes:
+        layer: the layer with its base and adapters.
+        starts: of its adapters, by their names. Those that are not there add nothing.
+    """
+
+    layer: AdaptedLayer | None = None
+    starts: Mapping[str, AdapterStart] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        assert self.layer is not None
+        return self.layer.base.dtype
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        assert self.layer is not None
+        base = self.layer.base.values().detach()
+        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        weight = base.to(dtype, copy=True)
+        # The view has the outputs in its rows.
+        rows = weight.T if self.layer.transposed else weight
+        for start in self.starts.values():
+            if start.up is not None and start.down is not None:
+                rows.addmm_(start.up.to(dtype), start.down.to(dtype), alpha=start.scaling)
+            if start.scale is not None and _is_scaled(start):
+                rows.mul_(start.scale.to(dtype)[:, None])
+        return weight.to(base.dtype)
