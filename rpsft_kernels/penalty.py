@@ -48,6 +48,9 @@ def rotation_penalty(
     fails, or makes another call, makes every rank raise. With FSDP2 on a GPU compute R after the model's forward pass,
     not before it: its gradients then come before those that FSDP2 adds on another stream.
 
+    In one process a weight that is not finite makes R not finite, and its own gradient; no call waits to refuse that.
+    Over several processes, which wait for each other anyway, every rank refuses it (one rank's NaN would reach all).
+
     The first call with new anchors measures how far each weight is from W0, and warns (UserWarning) of weights that are
     other ones (farther than half of ||W0||), and of such as differ from W0 by the rounding to another dtype alone.
 
@@ -107,6 +110,10 @@ def accumulate_rotation_grad_(
     of up to 256 MiB.) Frozen weights of a module count towards R and get no gradient. A ``.grad`` whose elements share
     memory (``torch.autograd.grad`` of a sum is an expanded number) is replaced by a copy, and the tensor itself is left
     as it is.
+
+    In one process a weight that is not finite makes R and that weight's gradient not finite, on the CPU as on a GPU:
+    ``clip_grad_norm_(..., error_if_nonfinite=True)`` raises after this call (a GradScaler has looked before it, in
+    ``unscale_``). Over several processes every rank raises, and no gradient has changed.
 
     Nothing here waits for a GPU, but for the first call with new anchors, and the call can be captured in a CUDA graph,
     once the same step has run outside of the capture (that loads kernels and sets pinned memory aside). A replay reads
