@@ -33,6 +33,8 @@ def test_other_arguments_on_one_rank_are_refused_on_all(argument: str, wrapper: 
 
 def test_ranks_of_other_groups_learn_of_a_disagreement() -> None:
     found = run_ranks(4, anchor_differently_in_two_groups)
-    assert [second for _, second in found] == ["accepted"] * 4
-    assert all("rank: got " in first for first, _ in found[1:])
+    assert [second for _, second, _ in found] == ["accepted"] * 4
+    assert all("rank: got " in first for first, _, _ in found[1:])
+    assert all("no anchor was made: rank 3: 2.weight: weight: got NaN" in third for *_, third in found[:3])
+    assert found[3][2].startswith("2.weight: weight: got NaN")
     assert "another rank refused this call" in found[0][0]

@@ -197,3 +197,15 @@ def test_what_one_rank_refuses_to_anchor_is_told_to_all(layout: str) -> None:
     for options, refusal in (({"include": "absent.*"}, "include: pattern "), ({"rank": 0}, "rank: got 0")):
         first, second = run_ranks(2, anchors_ranks.anchor_where_one_rank_refuses, layout, options)
         assert second.startswith(refusal) and first == f"no anchor was made: rank 1: {second}"
+
+
+@pytest.mark.parametrize("layout", ["replicated", "rows"])
+def test_a_rank_that_fails_alone_is_told_to_all(layout: str, tmp_path: Path) -> None:
+    first, second = run_ranks(2, anchors_ranks.fail_alone, layout, str(tmp_path / "anchors"), timeout=20)
+    for case, (message, right) in first.items():
+        own, own_right = second[case]
+        assert message.startswith(("ValueError: ", "RuntimeError: ")) and own, (case, message, own)
+        assert not right and not own_right, (case, right, own_right)
+        # Shards of one weight have one checksum, which all ranks see to differ.
+        together = case == "verify, values" or (case.startswith("verify, values") and layout == "rows")
+        assert together or re.search(r"ranks? \[?1\b", message), (case, message)

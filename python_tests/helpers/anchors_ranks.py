@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import resource
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import rpsft_kernels as rk
+import rpsft_kernels.anchors.build as build_module
 import rpsft_kernels.anchors.file_format as file_format
 import rpsft_kernels.anchors.save as save_module
+import rpsft_kernels.anchors.verify as verify_module
 from fsdp2_ranks import wrapped as fully_sharded
 from llama import RANK, drift, expected, llama, whole_anchors
 from rpsft_kernels.distributed import find_parameters
@@ -250,3 +255,89 @@ def _choose(layout: str, path: str, rank: float, options: dict[str, Any]) -> dic
         "ranks": sorted({a.rank for a in anchors.values()}),
         "within": anchors.nbytes <= planned[0],
     }
+
+
+def _caught(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def fail_alone(layout: str, path: str) -> dict[str, list[str]]:
+    """Return this rank's errors, where rank 1 alone fails in each way, and those of the right call after it."""
+    odd = dist.get_rank() == 1
+    model: Any = _partly_local()
+    if layout == "replicated":
+        model = DistributedDataParallel(model)
+    else:
+        for layer in model.layers:
+            fully_shard(layer)
+    whole = rk.Anchors.from_model(_partly_local(), 6, progress=False)
+    parts = rk.Anchors.from_model(model, 6, progress=False)
+    blocks = rk.Anchors.from_model(model, 6, progress=False, keep_base=False)
+    foreign = rk.Anchors(
+        {n: dataclasses.replace(anchor, arithmetic=anchor.arithmetic and "another") for n, anchor in blocks.items()},
+        fingerprints=blocks.fingerprints,
+    )
+    name = "layers.2.weight"
+
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise MemoryError("no memory")
+
+    def anchor() -> None:
+        rk.Anchors.from_model(model, 6, progress=False)
+
+    def spoil(name: str) -> Callable[[], None]:
+        weight = find_parameters(model)[name].locate(name)
+
+        saved = weight.values().detach().clone()
+
+        def undo() -> None:
+            with torch.no_grad():
+                weight.values().copy_(saved)
+
+        with torch.no_grad():
+            weight.values().fill_(float("nan"))
+        return undo
+
+    def replace(owner: object, attribute: str) -> Callable[[], None]:
+        saved = getattr(owner, attribute)
+        setattr(owner, attribute, fail)
+        return lambda: setattr(owner, attribute, saved)
+
+    kept = [n for n in parts if n != name]
+    fewer = rk.Anchors({n: parts[n] for n in kept}, fingerprints={n: parts.fingerprints[n] for n in kept})
+    cases: dict[str, tuple[Callable[[], Callable[[], None]], Callable[[], object]]] = {
+        "verify, values": (lambda: spoil(name), lambda: parts.verify(model)),
+        "verify, values, whole anchors": (lambda: spoil(name), lambda: whole.verify(model)),
+        "verify, a local weight": (lambda: spoil("local.weight"), lambda: parts.verify(model)),
+        "verify, memory": (lambda: replace(verify_module, "content_sum"), lambda: parts.verify(model)),
+        "verify, other anchors": (lambda: lambda: None, lambda: (fewer if odd and not right else parts).verify(model)),
+        "rebuilt": (lambda: replace(rk.Anchor, "rebuilt_block"), lambda: foreign.rebuilt(model)),
+        "from_model, a local weight": (lambda: spoil("local.weight"), anchor),
+        "from_model, memory for shards": (lambda: replace(build_module, "anchor_fields"), anchor),
+        "from_model, memory to gather": (lambda: replace(build_module.Transfer, "send"), anchor),
+        "from_model, memory to receive": (lambda: replace(build_module._Round, "_empty_basis"), anchor),
+        "save": (lambda: lambda: None, lambda: parts.save(None if odd and not right else path)),  # type: ignore[arg-type]
+    }
+    found = {}
+    for case, (prepare, call) in cases.items():
+        right = False
+        undo = prepare() if odd else lambda: None
+        message = _caught(call)
+        undo()
+        right = True
+        found[case] = [message, _caught(call)]
+    return found
+
+
+def _partly_local() -> nn.Module:
+    """A model with a weight that neither DDP nor FSDP2 keeps on several ranks."""
+    torch.manual_seed(3)
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(40, 32, bias=False) for _ in range(3))
+    model.local = nn.Linear(40, 32, bias=False)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["local.weight"])
+    return model

@@ -27,13 +27,19 @@ def anchor_differently(wrapper: str, odd: dict[str, Any]) -> tuple[str, int]:
 
 
 def anchor_differently_in_two_groups() -> list[str]:
-    """Weights over the two dimensions of a mesh: rank 0 shares no group with rank 3, which calls with another rank."""
+    """Weights over the two dimensions of a mesh: rank 0 shares no group with rank 3, which calls with another rank; and
+    then, after a right call, has a weight of its own that is not finite.
+    """
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     model = layers()
     for layer, places in zip(model, ([Shard(0), Replicate()], [Replicate(), Shard(0)], [Replicate()] * 2), strict=True):
         layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, places))
     arguments = _RIGHT | ({"rank": 4} if dist.get_rank() == 3 else {})
-    return [refused(partial(rk.Anchors.from_model, model, **given)) for given in (arguments, _RIGHT)]
+    found = [refused(partial(rk.Anchors.from_model, model, **given)) for given in (arguments, _RIGHT)]
+    if dist.get_rank() == 3:
+        with torch.no_grad():
+            model[2].weight.to_local().fill_(float("nan"))  # type: ignore[operator]
+    return [*found, refused(partial(rk.Anchors.from_model, model, **_RIGHT))]
 
 
 def anchor_zeros(rank: int) -> list[Outcome]:

@@ -16,43 +16,62 @@ from ..distributed import LocalWeight, ReplicatedWeight, Shard, Transfer
 from .anchor import Anchor
 from .fingerprint import Fingerprint
 from .make import AnchorOptions, Basis, Solution, anchor_fields, solve
+from .together import Refusals
 
 
 def build_anchors(
-    weights: Mapping[str, LocalWeight], options: AnchorOptions
+    weights: Mapping[str, LocalWeight], options: AnchorOptions, process_groups: Mapping[str, dist.ProcessGroup]
 ) -> Iterator[tuple[str, Anchor, Fingerprint]]:
     """Build each weight's anchor, or its local shard's anchor; collective where weights lie on several ranks.
 
     A weight that lies on several ranks is gathered on one of them, one weight per rank at a time, and the ranks compute
     subspaces side by side; the rows of U and V that each rank needs are sent back.
 
+    What a rank cannot do it tells the others of its groups before it would next talk to them. An error comes at the
+    end, on every rank, whatever has been yielded before.
+
+    Args:
+        weights: by name, as they lie here.
+        options: the properties that all anchors share.
+        process_groups: those that learn of an error, by name: at least those of the weights.
+
     Raises:
         ValueError: a weight cannot be anchored, here or on another rank; the message names it.
-        RuntimeError: its subspaces cannot be computed; every rank raises it, with the weight's name.
+        RuntimeError: its subspaces cannot be computed; every rank of its group raises it, with the weight's name.
     """
     groups: dict[str, dict[str, LocalWeight]] = {}
     for name, weight in weights.items():
         if weight.group is not None:
             groups.setdefault(weight.group_name, {})[name] = weight
     shards = _agree(groups, options)
-    for name, weight in weights.items():
-        if weight.group is not None:
-            continue
-        try:
-            values = weight.values()
-            solution, basis = solve(values, options, name)
-            anchor = Anchor(**anchor_fields(values, weight.shard, solution, basis, options))
-        except Exception as error:
-            if type(error) not in (ValueError, RuntimeError):
-                raise
-            raise type(error)(f"{name}: {error}") from error
-        yield name, anchor, Fingerprint.of(name, values)
+    refusals = Refusals("no anchor was made")
+    with refusals.keep():
+        for name, weight in weights.items():
+            if weight.group is None:
+                yield _build_alone(name, weight, options)
     for group_name, members in groups.items():
         shards_by_rank = shards[group_name]
         group = next(iter(members.values())).group
         assert group is not None
         for solvers in _assign_solvers(members, shards_by_rank):
-            yield from _Round(solvers, members, shards_by_rank, options, group).run()
+            built = _Round(solvers, members, shards_by_rank, options, group).run(refusals)
+            if built is None:
+                break
+            yield from built
+    refusals.tell_all(process_groups)
+
+
+def _build_alone(name: str, weight: LocalWeight, options: AnchorOptions) -> tuple[str, Anchor, Fingerprint]:
+    """Build the anchor of a weight that lies on this rank alone."""
+    try:
+        values = weight.values()
+        solution, basis = solve(values, options, name)
+        anchor = Anchor(**anchor_fields(values, weight.shard, solution, basis, options))
+    except Exception as error:
+        if type(error) not in (ValueError, RuntimeError):
+            raise
+        raise type(error)(f"{name}: {error}") from error
+    return name, anchor, Fingerprint.of(name, values)
 
 
 @dataclass(frozen=True)
@@ -180,19 +199,41 @@ class _Round:
     options: AnchorOptions
     group: dist.ProcessGroup
 
-    def run(self) -> Iterator[tuple[str, Anchor, Fingerprint]]:
-        # The gathered weights are dropped before rows of U and V are received.
-        own, whole_basis_by_name = self._solve(self._gather())
-        outcomes = self._exchange(own)
-        basis_by_name = self._scatter(whole_basis_by_name, outcomes)
-        for name, outcome in outcomes.items():
-            assert outcome.solution is not None and outcome.fingerprint is not None
-            yield name, self._anchor(name, outcome.solution, basis_by_name.get(name)), outcome.fingerprint
+    def run(self, refusals: Refusals) -> list[tuple[str, Anchor, Fingerprint]] | None:
+        """Return the anchors of the round; None on every rank of the group where one of them has refused.
 
-    def _gather(self) -> dict[str, Tensor]:
-        """Bring together the whole weights (m, n) that this rank solves."""
-        this_rank, transfer = self.group.rank(), Transfer(self.group)
+        What this rank refuses at the end, when the others wait for nothing, it tells in the next round.
+        """
         gathered: dict[str, Tensor] = {}
+        transfer = Transfer(self.group)
+        with refusals.keep():
+            self._plan_gather(transfer, gathered)
+        if refusals.tell(self.group):
+            return None
+        transfer.run()
+        own, whole_basis_by_name = self._solve(gathered)
+        # The gathered weights are dropped before rows of U and V are received.
+        del gathered, transfer
+        outcomes = self._exchange(own)
+        basis_by_name: dict[str, Basis] = {}
+        transfer = Transfer(self.group)
+        with refusals.keep():
+            self._check(outcomes)
+            self._plan_scatter(transfer, whole_basis_by_name, outcomes, basis_by_name)
+        if refusals.tell(self.group):
+            return None
+        transfer.run()
+        built = []
+        with refusals.keep():
+            for name, outcome in outcomes.items():
+                assert outcome.solution is not None and outcome.fingerprint is not None
+                anchor = self._anchor(name, outcome.solution, basis_by_name.get(name))
+                built.append((name, anchor, outcome.fingerprint))
+        return built
+
+    def _plan_gather(self, transfer: Transfer, gathered: dict[str, Tensor]) -> None:
+        """Plan how the whole weights (m, n) that this rank solves come together in ``gathered``."""
+        this_rank = self.group.rank()
         for name, solver in self.solvers.items():
             weight = self.weights[name]
             if isinstance(weight, ReplicatedWeight):
@@ -211,8 +252,6 @@ class _Round:
                         transfer.receive(whole[slice(*rect.rows), slice(*rect.cols)], member)
             for rect, view in views:
                 whole[slice(*rect.rows), slice(*rect.cols)] = view
-        transfer.run()
-        return gathered
 
     def _solve(self, gathered: dict[str, Tensor]) -> tuple[dict[str, _Outcome], dict[str, Basis]]:
         """Solve this rank's weights; a weight whose anchor has the full form has no basis."""
@@ -232,24 +271,32 @@ class _Round:
         return outcomes, basis_by_name
 
     def _exchange(self, own: dict[str, _Outcome]) -> dict[str, _Outcome]:
-        """Tell every rank each weight's outcome, in the order of ``solvers``.
+        """Tell every rank each weight's outcome, in the order of ``solvers``."""
+        gathered: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(gathered, own, group=self.group)
+        return {name: gathered[solver][name] for name, solver in self.solvers.items()}
+
+    @staticmethod
+    def _check(outcomes: Mapping[str, _Outcome]) -> None:
+        """Check that every weight was solved.
 
         Raises:
             ValueError: a weight was refused.
             RuntimeError: a weight could not be solved.
         """
-        gathered: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(gathered, own, group=self.group)
-        outcomes: dict[str, _Outcome] = {name: gathered[solver][name] for name, solver in self.solvers.items()}
         for outcome in outcomes.values():
             if outcome.problem:
                 raise (ValueError if outcome.refused else RuntimeError)(outcome.problem)
-        return outcomes
 
-    def _scatter(self, whole_basis_by_name: Mapping[str, Basis], outcomes: Mapping[str, _Outcome]) -> dict[str, Basis]:
-        """Send every rank its rows of U and V, from the solver that has them in ``whole_basis_by_name``."""
-        this_rank, transfer = self.group.rank(), Transfer(self.group)
-        basis_by_name: dict[str, Basis] = {}
+    def _plan_scatter(
+        self,
+        transfer: Transfer,
+        whole_basis_by_name: Mapping[str, Basis],
+        outcomes: Mapping[str, _Outcome],
+        basis_by_name: dict[str, Basis],
+    ) -> None:
+        """Plan how every rank's rows of U and V come into ``basis_by_name``, from the solver that has them whole."""
+        this_rank = self.group.rank()
         for name, solver in self.solvers.items():
             weight, solution = self.weights[name], outcomes[name].solution
             assert solution is not None
@@ -267,8 +314,6 @@ class _Round:
                 rows = basis_by_name[name] = self._empty_basis(weight, solution.rank)
                 transfer.receive(rows.left, solver)
                 transfer.receive(rows.right, solver)
-        transfer.run()
-        return basis_by_name
 
     def _empty_basis(self, weight: LocalWeight, rank: int) -> Basis:
         left, right = (

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
@@ -30,8 +31,8 @@ from .save import save_sharded
 from .select import Patterns, select_weights
 from .summary import describe_control, table
 from .ties import check_ties, find_broken_ties
-from .together import find_groups, refuse_together
-from .verify import find_differences
+from .together import Refusals, find_groups, refuse_together
+from .verify import Comparison
 
 
 class Anchors(Mapping[str, Anchor]):
@@ -134,7 +135,8 @@ class Anchors(Mapping[str, Anchor]):
             ValueError: a glob matches no parameter; nothing is left to anchor; a weight is on the meta device or not
                 finite (the message names it), or sharded in a way that is not known; or an argument is invalid.
         """
-        with refuse_together(find_groups(model), "no anchor was made"):
+        groups = find_groups(model)
+        with refuse_together(groups, "no anchor was made"):
             options = AnchorOptions(rank, keep_base is not False, basis_dtype, subspace, seed)
             selection = select_weights(model, include, exclude)
             left_out = describe_left_out(selection)
@@ -144,7 +146,7 @@ class Anchors(Mapping[str, Anchor]):
             chosen = {name: chosen.get(name, weight) for name, weight in selection.chosen.items()}
             weights = assign_shards(chosen, options.planned_ranks(chosen))
         built: dict[str, tuple[Anchor, Fingerprint]] = {}
-        building = _build(weights, options, selection.adapted if keep_base is None else frozenset())
+        building = _build(weights, options, groups, selection.adapted if keep_base is None else frozenset())
         for name, anchor, fingerprint in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
             if starts.get(name):
                 anchor = dataclasses.replace(anchor, starts=starts[name])
@@ -253,17 +255,24 @@ class Anchors(Mapping[str, Anchor]):
         Raises:
             ValueError: lists every anchored weight that the model lacks or has in another shape or dtype or
                 with other values, or whose fingerprint was never taken (anchors that were built by hand); and
-                every parameter that was tied to an anchored one and is not now, or the other way round.
+                every parameter that was tied to an anchored one and is not now, or the other way round. What one
+                of several ranks finds, all of them raise.
         """
-        problems = find_differences(self._anchors, self._fingerprints, _locate_anchored(self._anchors, model))
-        problems += find_broken_ties(self._anchors, self._skipped, find_parameters(model))
-        if problems:
-            listed = "\n  ".join(problems)
-            raise ValueError(
-                f"model: {len(problems)} of {len(self)} weights are not those that were anchored, expected "
-                "the pretrained checkpoint of these anchors; load that one, or anchor this one "
-                f"(Anchors.from_model):\n  {listed}"
-            )
+        groups, refusals = find_groups(model), Refusals("the weights were not verified")
+        with refusals.keep():
+            comparison = Comparison(self._anchors, self._fingerprints, _locate_anchored(self._anchors, model))
+            ties = find_broken_ties(self._anchors, self._skipped, find_parameters(model))
+        refusals.tell_all(groups)
+        problems = comparison.find_differences(groups) + ties
+        with refusals.keep():
+            if problems:
+                listed = "\n  ".join(problems)
+                raise ValueError(
+                    f"model: {len(problems)} of {len(self)} weights are not those that were anchored, expected "
+                    "the pretrained checkpoint of these anchors; load that one, or anchor this one "
+                    f"(Anchors.from_model):\n  {listed}"
+                )
+        refusals.tell_all(groups)
 
     def rebuilt(self, model: nn.Module) -> Anchors:
         """Return these anchors with every block recomputed that another arithmetic than ``model``'s has made.
@@ -275,16 +284,17 @@ class Anchors(Mapping[str, Anchor]):
             ValueError: as :meth:`verify`.
         """
         self.verify(model)
-        weights = _locate_anchored(self._anchors, model)
         anchors = dict(self._anchors)
-        for name, anchor in self._anchors.items():
-            if anchor.form != "block" or not anchor.held.numel:
-                continue
-            weight = weights[name]
-            backend = ops.resolve_backend(weight.device, weight.dtype)
-            if anchor.arithmetic != ops.arithmetic_id(backend, weight.device, weight.dtype):
-                values = weight.values().detach()
-                anchors[name] = anchor.to(weight.device).rebuilt_block(values).to(anchor.device)
+        with refuse_together(find_groups(model), "no block was rebuilt"):
+            weights = _locate_anchored(self._anchors, model)
+            for name, anchor in self._anchors.items():
+                if anchor.form != "block" or not anchor.held.numel:
+                    continue
+                weight = weights[name]
+                backend = ops.resolve_backend(weight.device, weight.dtype)
+                if anchor.arithmetic != ops.arithmetic_id(backend, weight.device, weight.dtype):
+                    values = weight.values().detach()
+                    anchors[name] = anchor.to(weight.device).rebuilt_block(values).to(anchor.device)
         return self._with(anchors)
 
     def to(self, device: torch.device | str) -> Anchors:
@@ -364,10 +374,13 @@ def _locate_anchored(anchors: Mapping[str, Anchor], model: nn.Module) -> dict[st
 
 
 def _build(
-    weights: Mapping[str, LocalWeight], options: AnchorOptions, without_base: Collection[str]
+    weights: Mapping[str, LocalWeight],
+    options: AnchorOptions,
+    groups: Mapping[str, dist.ProcessGroup],
+    without_base: Collection[str],
 ) -> Iterator[tuple[str, Anchor, Fingerprint]]:
     """Build the anchors; those of weights ``without_base`` in block form, after the others."""
     for names, keep_base in ((weights.keys() - set(without_base), options.keep_base), (set(without_base), False)):
+        # Also where there are none here: other ranks may have some, and tell this one what they refuse.
         members = {name: weight for name, weight in weights.items() if name in names}
-        if members:
-            yield from build_anchors(members, dataclasses.replace(options, keep_base=keep_base))
+        yield from build_anchors(members, dataclasses.replace(options, keep_base=keep_base), groups)

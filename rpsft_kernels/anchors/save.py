@@ -14,6 +14,7 @@ from ..distributed import Shard
 from ..low_rank.start import name_pieces
 from .file_format import Contents, write_anchors
 from .load import INDEX
+from .together import refuse_together
 from .whole_file import remove_stale, write_whole
 
 
@@ -27,8 +28,10 @@ def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
     Raises:
         ValueError: ``path`` is a file, or lies in a folder that does not exist; or a rank could not write.
     """
-    folder = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     rank, size = dist.get_rank(), dist.get_world_size()
+    everyone: Any = dist.group.WORLD
+    with refuse_together({"": everyone}, "path: the anchors were not saved"):
+        folder = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     held: list[Any] = [None] * size
     dist.all_gather_object(held, {name: anchor.held for name, anchor in contents.anchors.items()})
     problem = ""

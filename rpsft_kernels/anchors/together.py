@@ -29,31 +29,74 @@ def find_groups(model: nn.Module) -> dict[str, dist.ProcessGroup]:
     return groups
 
 
+class Refusals:
+    """What ranks cannot do, kept until they have told each other.
+
+    Args:
+        what: begins the message of ranks that are told.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._own: Exception | None = None
+        self._told = ""
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Keep what is raised within the block, in which no rank talks to another."""
+        try:
+            yield
+        except Exception as error:
+            self._own = self._own or error
+
+    def tell(self, group: dist.ProcessGroup) -> bool:
+        """Tell every rank of ``group``, which all of them call; returns whether any has something to tell."""
+        told = self._told
+        if self._own is not None:
+            told = f"{self._what}: rank {dist.get_rank()}: {_describe(self._own)}"
+        answers: list[Any] = [None] * group.size()
+        dist.all_gather_object(answers, told, group=group)
+        self._told = told or next((answer for answer in answers if answer), "")
+        return bool(self._told)
+
+    def tell_all(self, groups: Mapping[str, dist.ProcessGroup]) -> None:
+        """Tell every rank of all groups and raise, on each.
+
+        A rank of several groups tells all of them, in the second round at the latest.
+
+        Raises:
+            Exception: what this rank itself has kept.
+            ValueError: another rank has kept something; the message names it.
+        """
+        # As many rounds on every rank: how many groups the others are in, a rank does not know.
+        for _ in range(2):
+            for group in groups.values():
+                self.tell(group)
+        own, told = self._own, self._told
+        # An exception that is being raised may keep this object alive, which would keep it alive.
+        self._own = None
+        if own is not None:
+            raise own
+        if told:
+            raise ValueError(told)
+
+
 @contextmanager
 def refuse_together(groups: Mapping[str, dist.ProcessGroup], what: str) -> Iterator[None]:
     """Let every rank of ``groups`` raise where one does within the block, in which no rank talks to another.
 
     Args:
-        groups: as :func:`find_groups` returns them. A rank of several tells all of them, in the second round at the
-            latest.
+        groups: as :func:`find_groups` returns them.
         what: begins the message of the other ranks.
 
     Raises:
         ValueError: another rank has raised; the message names it.
     """
-    own: Exception | None = None
-    try:
+    refusals = Refusals(what)
+    with refusals.keep():
         yield
-    except Exception as error:
-        own = error
-    problem = "" if own is None else f"{what}: rank {dist.get_rank() if groups else 0}: {own}"
-    # As many rounds on every rank: how many groups the others are in, a rank does not know.
-    for _ in range(2):
-        for group in groups.values():
-            problems: list[Any] = [None] * group.size()
-            dist.all_gather_object(problems, problem, group=group)
-            problem = problem or next((told for told in problems if told), "")
-    if own is not None:
-        raise own
-    if problem:
-        raise ValueError(problem)
+    refusals.tell_all(groups)
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, (OSError, RuntimeError, ValueError)) else f"{type(error).__name__}: {error}"
