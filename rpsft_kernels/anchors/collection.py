@@ -115,7 +115,6 @@ class Anchors(Mapping[str, Anchor]):
                 of an effect the choice of directions has. Files, ``summary()`` and ``repr`` say so.
             seed: Of random subspaces; with a weight's name and shape it determines them, wherever the weight lies. Not
                 used for singular ones.
-
             at: Of a model with adapters: ``"base"`` takes the weights below them for W0, so that what adapters hold
                 already counts as drift (a training that goes on). ``"now"`` takes the weights that the model computes
                 with now, and keeps the adapters' values for that: needed where PEFT has taken the adapters out of the
