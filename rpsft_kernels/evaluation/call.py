@@ -35,6 +35,7 @@ class Call:
         self._coeff = request.factor if isinstance(request, AccumulationRequest) else None
         self.group_calls: dict[str, GroupCall] = {}
         # The weights that adapters move, which are computed from the adapters' factors.
+        self._adapted_names = [] if adapted is None else [layer.name for layer in adapted.plan.layers]
         self._adapted = None if adapted is None or not adapted.plan.layers else AdaptedCall(adapted, self._coeff)
         # What the call writes, if it does: gradients, or the weights themselves.
         self._writes = not isinstance(request, PenaltyRequest)
@@ -164,8 +165,8 @@ class Call:
         adapted = [] if self._adapted is None else [self._adapted.add_gradients_()]
         return self._total(squares + summands + adapted)
 
-    def penalty_by_weight(self) -> Tensor:
-        """Return R of each weight of the call, in their order: (n,), on the first weight's device, detached."""
+    def penalty_by_weight(self) -> tuple[list[str], Tensor]:
+        """Return the names of the call's weights, and R of each: (n,), on the first one's device, detached."""
         shared, _ = self._project_shared()
         found: dict[int, Tensor] = {}
         for projected in [*shared, *map(self._project, self._local)]:
@@ -173,6 +174,9 @@ class Call:
                 found.update(zip(projected.bucket.members, [c.square().sum() for c in projected.drifts], strict=True))
             else:
                 found.update(zip(projected.bucket.busy, projected.squares.detach().unbind(), strict=True))
+        names = [anchored.name for anchored in self.weights]
+        if not names:
+            return self._adapted_names, self._adapted.penalties() if self._adapted else torch.zeros(0)
         device = self.weights[0].weight.device
         dtypes = [ops.accumulation_dtype(anchored.weight.dtype) for anchored in self.weights]
         zero = torch.zeros((), dtype=max(dtypes, key=lambda dtype: dtype.itemsize), device=device)
@@ -186,7 +190,9 @@ class Call:
                 sums = group_call.finish(group_call.start(own)).to(device)
                 for i, value in zip(places, sums.unbind(), strict=True):
                     squares[i] = value
-        return squares
+        if self._adapted is None:
+            return names, squares
+        return names + self._adapted_names, torch.cat([squares, self._adapted.penalties().to(squares)])
 
     def _project(self, bucket: Bucket) -> ProjectedBucket:
         program = None if bucket.program is None else self._plan.programs[bucket.program]

@@ -27,6 +27,12 @@ class CorrectionCall(Call):
         self._keeps_drifts = request.decide is not None
 
     def stage(self) -> None:
+        if self._adapted is not None:
+            raise ValueError(
+                f"model: got weights that adapters move ({', '.join(self._adapted_names[:3])}, ...), expected weights "
+                "that train themselves: a drift that is a product of factors cannot be taken out of them after the "
+                "step. Use mode 'gradient', with a coeff or a budget"
+            )
         if any(bucket.matrices and bucket.program is None for bucket in self._plan.buckets):
             raise ValueError(
                 "weights: got tensors that only stand for others (fake or negated ones, or a traced call), expected "

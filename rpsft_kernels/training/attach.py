@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..distributed import find_parameters
+from .corrections import correct_
 from .penalty import RotationPenalty
 
 
@@ -29,7 +30,7 @@ def attach(optimizer: Optimizer, penalty: RotationPenalty, model: nn.Module) -> 
 
     Raises:
         ValueError: the mode adds gradients; the optimizer is none of torch's, or lacks weights; or the penalty is
-            attached already.
+            attached already; or as :meth:`RotationPenalty.after_step_`.
     """
     inner: Any = optimizer
     while isinstance(getattr(inner, "optimizer", None), Optimizer):
@@ -50,7 +51,10 @@ def attach(optimizer: Optimizer, penalty: RotationPenalty, model: nn.Module) -> 
         raise ValueError(
             "penalty: got one that is attached to an optimizer, expected a free one: handle.remove() first"
         )
-    penalty.anchor(model)
+    anchors = penalty.anchor(model).anchors
+    assert anchors is not None
+    # A share of nothing: what cannot be corrected is refused now, and not after the first step.
+    correct_(model, anchors, 0.0)
     _check_weights(inner, penalty, model)
 
     def after_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:

@@ -62,12 +62,12 @@ def project_onto_(model: nn.Module, anchors: Mapping[str, Anchor], bound: float)
     return first, found[0], remaining
 
 
-def penalty_by_weight(model: nn.Module, anchors: Mapping[str, Anchor]) -> Tensor:
-    """Return R of each weight, in the order of the anchors, on the first weight's device."""
+def penalty_by_weight(model: nn.Module, anchors: Mapping[str, Anchor]) -> tuple[list[str], Tensor]:
+    """Return the weights' names, and R of each, on the first weight's device."""
     with torch.no_grad():
         call = open_call(model, anchors, PenaltyRequest(), Call)
         if call is None:
-            return torch.zeros(0)
+            return [], torch.zeros(0)
         try:
             return call.penalty_by_weight()
         finally:

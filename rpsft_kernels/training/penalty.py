@@ -28,6 +28,10 @@ from .subspace_energy import measure_energy
 from .task_gradient import square_gradients
 from .watched import WatchedWeights
 
+# The smallest coefficient of a budget, as a share of the first, by mode. A gradient at the start is 70 to 1500 times as
+# large as what a budget turned out to take; a displacement tells it within ten.
+_LEAST = {"gradient": 1e-3, "decoupled": 3e-2}
+
 
 class RotationPenalty:
     """The rotation penalty of a training run: its anchors, its strength at each step, and what it reports.
@@ -111,7 +115,7 @@ class RotationPenalty:
         self.step = 0
         self.attached: RemovableHandle | None = None
         self._schedule = Schedule(coeff, warmup)
-        self._ascent = DualAscent() if budget is not None and mode != "project" else None
+        self._ascent = DualAscent(_LEAST[mode]) if budget is not None and mode != "project" else None
         self._guards = Guards("add_gradients_" if mode == "gradient" else "after_step_")
         # Both are set once there are anchors; a state that came before waits for them.
         self._watched: WatchedWeights | None = None
@@ -120,6 +124,8 @@ class RotationPenalty:
         # What the next step takes into account: R, and a squared norm for a budget to begin with.
         self._penalty: Reading | None = None
         self._start: Reading | None = None
+        # A squared norm that was observed before this step's call.
+        self._observed: Reading | None = None
         self._record: Record | None = None
         self._unseen: Record | None = None
 
@@ -186,11 +192,14 @@ class RotationPenalty:
         anchors = self._ready(model)
         self._guards.before_call(model, self._witnesses(model))
         coeff = self._coeff()
-        gradient = self._measure_gradient(model, factor) if self._wants_gradient(self.step) else None
+        gradient = self._observed
+        if gradient is None and self._wants_gradient(self.step):
+            gradient = self._measure_gradient(model, factor)
         layers = self._measure_layers(model)
         penalty = accumulate_rotation_grad_(model, anchors, coeff * factor)
         reading = Reading(penalty)
-        self._count(Record(self.step, coeff, reading, reading, gradient, tuple(anchors), layers), gradient)
+        record = Record(self.step, coeff, reading, reading, self._comparable(gradient), *layers)
+        self._count(record, gradient)
         return penalty
 
     def loss_term(self, model: nn.Module) -> Tensor:
@@ -208,7 +217,8 @@ class RotationPenalty:
         layers = self._measure_layers(model)
         penalty = rotation_penalty(model, anchors)
         reading = Reading(penalty)
-        self._count(Record(self.step, coeff, reading, reading, None, tuple(anchors), layers), None)
+        record = Record(self.step, coeff, reading, reading, self._comparable(self._observed), *layers)
+        self._count(record, self._observed)
         return coeff * penalty
 
     def observe_gradients(self, model: nn.Module, scale: float = 1.0) -> None:
@@ -225,8 +235,11 @@ class RotationPenalty:
         gradient = self._measure_gradient(model, factor)
         if self._ascent is not None and self._ascent.coeff is None:
             self._start = gradient or self._start
-        if self._record is not None and self._record.gradient is None:
-            self._record.gradient = gradient
+        record = self._record
+        if record is not None and record.step == self.step - 1 and record.gradient is None:
+            record.gradient = self._comparable(gradient)
+        else:
+            self._observed = gradient
 
     def after_step_(self, model: nn.Module, lr: float | Mapping[int, float]) -> Tensor:
         """Correct the weights, once after each step that the optimizer makes; returns the R that is left, detached.
@@ -274,7 +287,7 @@ class RotationPenalty:
         if self._ascent is not None and max(rates.values()) > 0:
             # What the steps so far have moved, per unit of learning rate, stands for the norm of a gradient.
             start = Reading(penalty / max(rates.values()) ** 2)
-        self._count(Record(self.step, coeff, found, remains, None, tuple(anchors), layers), start)
+        self._count(Record(self.step, coeff, found, remains, None, *layers), start)
         return kept
 
     # -- what it reports ----------------------------------------------------------------------------------------
@@ -285,8 +298,8 @@ class RotationPenalty:
         ``rotation/R`` (after a correction, where there is one); ``rotation/relative``, ``sqrt(R / sum sigma^2)``;
         ``rotation/coeff`` and ``rotation/loss``, its product with R (not in mode ``"project"``);
         ``rotation/budget_used``, the relative rotation over the budget; ``rotation/grad_ratio``,
-        ``2 coeff sqrt(R) / ||g||``, the norm of R's gradient over that of the task's, where the latter is known (for
-        adapters only a rough measure); and ``rotation/layers/<name>``, R of each weight before a correction.
+        ``2 coeff sqrt(R) / ||g||``, the norm of R's gradient over that of the task's, where the latter is known (not
+        for adapters); and ``rotation/layers/<name>``, R of each weight before a correction.
         """
         return {} if self._record is None else self._record.metrics(self._energy, self.budget)
 
@@ -295,7 +308,7 @@ class RotationPenalty:
         state = make_state(
             mode=self.mode,
             step=self.step,
-            coeff=None if self._ascent is None else self._ascent.coeff,
+            ascent=None if self._ascent is None else self._ascent.state(),
             R=None if self._penalty is None else self._penalty.read()[0],
             start=None if self._start is None else self._start.read()[0],
             anchors=self._digest,
@@ -320,9 +333,9 @@ class RotationPenalty:
                 _refuse_other(given, self._digest, self._energy)
         self.step = given["step"]
         if self._ascent is not None:
-            self._ascent.coeff = given["coeff"]
+            self._ascent.restore(given["ascent"])
         self._penalty, self._start = read_number(given["R"]), read_number(given["start"])
-        self._record = self._unseen = None
+        self._record = self._unseen = self._observed = None
 
     # -- within ---------------------------------------------------------------------------------------------------
 
@@ -391,14 +404,20 @@ class RotationPenalty:
         squares = square_gradients(self._watched.find(model))
         return None if squares is None else Reading(squares / (scale * scale))
 
-    def _measure_layers(self, model: nn.Module) -> Reading | None:
+    def _comparable(self, gradient: Reading | None) -> Reading | None:
+        """Return a task gradient that R's gradient compares with: not that of adapters, which is one of factors."""
+        return gradient if self._watched is not None and self._watched.anchored else None
+
+    def _measure_layers(self, model: nn.Module) -> tuple[list[str], Reading | None]:
         if not self._settings.per_layer or not self._logs(self.step):
-            return None
+            return [], None
         assert self.anchors is not None
-        return Reading(penalty_by_weight(model, self.anchors))
+        names, penalties = penalty_by_weight(model, self.anchors)
+        return names, Reading(penalties)
 
     def _count(self, record: Record, start: Reading | None) -> None:
         """Take note of a step that was made."""
+        self._observed = None
         self._guards.after_call()
         if self._ascent is not None:
             self._penalty = record.kept

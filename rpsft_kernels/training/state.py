@@ -15,7 +15,7 @@ _VERSION = 1
 class State(TypedDict):
     """``RotationPenalty.state_dict()``.
 
-    ``coeff`` is a budget's, None before it has begun and without a budget; ``R`` and ``start`` are the numbers of the
+    ``ascent`` is a budget's, None before it has begun and without a budget; ``R`` and ``start`` are the numbers of the
     last step that the next one takes into account; ``anchors`` is a digest, "" before there are any, and ``energy``
     sum sigma^2.
     """
@@ -23,7 +23,7 @@ class State(TypedDict):
     version: int
     mode: str
     step: int
-    coeff: float | None
+    ascent: list[float] | None
     R: float | None
     start: float | None
     anchors: str
@@ -51,9 +51,12 @@ def read_state(state: object, mode: str) -> State:
         )
     if type(state["step"]) is not int or state["step"] < 0:
         raise ValueError(f"state: got step {state['step']!r}, expected an int of at least 0")
-    for key in ("coeff", "R", "start"):
+    for key in ("R", "start"):
         if state[key] is not None and type(state[key]) is not float:
             raise ValueError(f"state: got {key} {state[key]!r}, expected a float or None")
+    ascent = state["ascent"]
+    if ascent is not None and (len(ascent) != 3 or any(type(number) is not float for number in ascent)):
+        raise ValueError(f"state: got ascent {ascent!r}, expected three floats or None")
     return State(**{key: state[key] for key in State.__required_keys__})  # type: ignore[typeddict-item,no-any-return]
 
 
