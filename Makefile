@@ -21,7 +21,8 @@ test: $(VENV)/ready ctest
 
 # What `make test` skips without DeepSpeed, which is not among the requirements: it is for this alone.
 test-deepspeed: $(VENV)/ready $(VENV)/deepspeed
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 python_tests/distributed/test_deepspeed.py $(ARGS)
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 python_tests/distributed/test_deepspeed.py \
+		python_tests/integrations/test_deepspeed.py $(ARGS)
 
 # The corners: each in an environment of its own, with the tests of what can differ there.
 PYTHON_oldest := 3.10

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import rpsft_kernels as rk
 from llama import expected
@@ -34,7 +35,7 @@ class Recorder(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, lr: float = 1e-2, moved: float = 0.01) -> None:
         super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": lr})
-        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         self._moved = moved
         self.steps: list[Step] = []
         self.batches: list[dict[str, Any]] = []
@@ -42,7 +43,11 @@ class Recorder(torch.optim.Optimizer):
         self.after: list[Named] = []
 
     def _parameters(self) -> Named:
-        return {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if any(id(p) not in self._names for p in parameters):
+            # FSDP2 has put others into their places.
+            return dict(zip(self._names.values(), parameters, strict=True))
+        return {self._names[id(p)]: p for p in parameters}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -51,29 +56,41 @@ class Recorder(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
         parameters = self._parameters()
-        gradients = {name: p.grad.double() for name, p in parameters.items() if p.grad is not None}
-        weights = {name: p.detach().clone() for name, p in parameters.items()}
+        gradients = {name: _whole(p.grad).double() for name, p in parameters.items() if p.grad is not None}
+        weights = {name: _whole(p.detach()).clone() for name, p in parameters.items()}
         self.steps.append(Step(weights, gradients, self.batches))
         self.batches = []
         generator = torch.Generator().manual_seed(len(self.steps))
         for parameter in parameters.values():
-            parameter.add_(self._moved * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-        self.after.append({name: p.detach().clone() for name, p in parameters.items()})
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            if isinstance(parameter, DTensor):
+                noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+            parameter.add_(self._moved * noise)
+        self.after.append({name: _whole(p.detach()).clone() for name, p in parameters.items()})
         return result
 
-    @contextmanager
-    def listen(self, model: nn.Module) -> Iterator[None]:
+    def listen(self, model: nn.Module) -> AbstractContextManager[None]:
         """Record the arguments of the model's forward passes in training."""
+        return listen(model, lambda: self)
 
-        def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if module.training and torch.is_grad_enabled():
-                self.batches.append(copy.deepcopy({k: v for k, v in kwargs.items() if v is not None}))
 
-        handle = model.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+@contextmanager
+def listen(model: nn.Module, recorder: Callable[[], Recorder]) -> Iterator[None]:
+    """Let a recorder that may still have to be made record the arguments of a model's forward passes in training."""
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            recorder().batches.append(copy.deepcopy({k: v for k, v in kwargs.items() if v is not None}))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def repeat_in_float64(model: nn.Module, step: Step, divide: bool = False) -> Named:

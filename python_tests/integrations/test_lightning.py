@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import rpsft_kernels as rk
-from recorded import Recorder, Step, batches_of, closed_form, error, repeat_in_float64, worst
+from recorded import Recorder, Step, batches_of, closed_form, error, listen, repeat_in_float64, worst
 from small_models import tiny_llama
 
 pytest.importorskip("lightning")
@@ -107,26 +107,9 @@ def record(folder: Path, own: rk.RotationPenalty | None, **options: Any) -> Reco
     module = Module()
     made: list[Recorder] = []
     module._optimizer = lambda model: made.append(Recorder(model)) or made[-1]  # type: ignore[func-returns-value]
-    with listening(made, module.model):
+    with listen(module.model, lambda: made[-1]):
         fit(module, folder, own, **options)
     return made[0]
-
-
-class listening:
-    """Recorder.listen for one that is not made yet."""
-
-    def __init__(self, made: list[Recorder], model: nn.Module) -> None:
-        self._made, self._model = made, model
-
-    def __enter__(self) -> None:
-        def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if torch.is_grad_enabled():
-                self._made[-1].batches.append(dict(kwargs))
-
-        self._handle = self._model.register_forward_pre_hook(note, with_kwargs=True)
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
 
 
 def anchors_of(own: rk.RotationPenalty) -> rk.Anchors:

@@ -40,8 +40,9 @@ def attach(accelerator: Accelerator, penalty: RotationPenalty, model: nn.Module)
     """
     if getattr(accelerator, _MARK, None) is not None:
         raise ValueError("accelerator: got one that has a penalty attached, expected one without: R would count twice")
-    compiled_from = getattr(model, "_orig_mod", model)
-    if not accelerator._optimizers or not any(prepared in (model, compiled_from) for prepared in accelerator._models):
+    # It keeps models as they were before it wrapped and compiled them.
+    prepared = any(_bare(kept) is _bare(model) for kept in accelerator._models)
+    if not (prepared and accelerator._optimizers):
         raise ValueError(
             "model: got one that this accelerator has not prepared with an optimizer, expected what "
             "accelerator.prepare(model, optimizer) returned"
@@ -50,6 +51,11 @@ def attach(accelerator: Accelerator, penalty: RotationPenalty, model: nn.Module)
         raise ValueError(
             f"accelerator: got {accelerator.distributed_type.value}, expected one process, DDP, FSDP or DeepSpeed: the "
             "penalty does not know where gradients lie there"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "accelerator: got FSDP1, expected FSDP2: FullyShardedDataParallelPlugin(fsdp_version=2); or call "
+            "penalty.add_gradients_(model) before clipping, and do not attach"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         check_mode(penalty)

@@ -188,6 +188,8 @@ class RotationPenaltyMixin:
             )
         if trainer.is_deepspeed_enabled:
             check_mode(penalty)
+        if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+            raise ValueError("fsdp_config: got FSDP1, expected FSDP2, the default: fsdp_config={'version': 2}")
         # Before those that report.
         trainer.callback_handler.callbacks.insert(0, callback)
         callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
