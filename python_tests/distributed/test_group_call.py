@@ -10,6 +10,7 @@ from exchange_ranks import (
     REFUSALS,
     Outcome,
     disagree,
+    fail_inside,
     forced_parts,
     keeper_killed,
     killed_before,
@@ -130,6 +131,17 @@ def test_where_one_rank_refuses_all_do(wrapper: str) -> None:
         assert own.kind == kind and own.unchanged and message in own.message, own
         check_refused([outcomes[0][0], outcomes[2][0]], f"rank {ODD} refused this call for a reason that it raises")
         check_served([each[1] for each in outcomes])
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp2", "ddp"])
+def test_a_rank_that_fails_in_the_middle_is_told_to_all(wrapper: str) -> None:
+    for rank, found in enumerate(run_ranks(2, fail_inside, wrapper, timeout=TIMEOUT)):
+        for call, (failed, right) in found.items():
+            if rank == ODD:
+                assert (failed.kind, failed.message) == ("MemoryError", "no memory for C"), (call, failed)
+            else:
+                assert failed.kind == "ValueError" and "rank 1 failed" in failed.message, (call, failed)
+            assert failed.unchanged and right.kind == "", (call, failed, right)
 
 
 def test_where_one_rank_refuses_a_list_all_do() -> None:

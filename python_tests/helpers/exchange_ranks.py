@@ -137,6 +137,23 @@ def die(*_: Any) -> NoReturn:
     raise AssertionError
 
 
+def fail_inside(wrapper: str) -> dict[str, list[Outcome]]:
+    """Have the odd rank run out of memory in each call after the ranks have agreed; and a right call after it."""
+    model, anchors = ready(wrapper), whole_anchors()
+    found = {}
+    for name, call in CALLS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == ODD:
+                patch.setattr(buckets.Bucket, "project", _run_out_of_memory)
+            first = attempt(call, model, anchors)
+        found[name] = [first, attempt(call, model, anchors)]
+    return found
+
+
+def _run_out_of_memory(*_: Any) -> NoReturn:
+    raise MemoryError("no memory for C")
+
+
 def killed_before(wrapper: str, call: str) -> Outcome:
     model = ready(wrapper)
     if dist.get_rank() == ODD:

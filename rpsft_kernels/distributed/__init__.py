@@ -1,7 +1,7 @@
 """Finds the shard of a weight that lies here, and lets processes agree and sum. Knows no kernel and no anchor."""
 
 from .discover import ParameterRef, find_parameters, locate_tensor
-from .group_call import GroupCall, PendingSum
+from .group_call import FAILED, GroupCall, PendingSum
 from .names import named_owners
 from .partition import assign_shards, divide
 from .shard import Rect, Shard
@@ -10,6 +10,7 @@ from .transfer import Transfer
 from .weight import LocalWeight, ReplicatedWeight
 
 __all__ = [
+    "FAILED",
     "GroupCall",
     "LocalWeight",
     "ModuleSnapshot",

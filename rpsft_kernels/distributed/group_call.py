@@ -35,6 +35,8 @@ _calls: Counter[str] = Counter()
 # only late, or that hears of the failure later, for the one that is gone.
 _REPORT_SECONDS = 3.0
 _POLL_SECONDS = 0.02
+# A rank's number in :meth:`GroupCall.check_health` where it has failed; sums of squares are never negative.
+FAILED = float("-inf")
 
 
 @dataclass
@@ -123,8 +125,14 @@ class GroupCall:
         """Raise unless every rank's number is finite.
 
         Raises:
-            ValueError: names the ranks whose weights are not.
+            ValueError: names the ranks whose weights are not, or those that have ``FAILED``.
         """
+        failed = [i for i, value in enumerate(health) if value == FAILED]
+        if failed:
+            raise ValueError(
+                f"{self._name_ranks(failed)} failed in the middle of this call, for a reason that it raises itself; no "
+                "gradient was changed"
+            )
         non_finite = [i for i, value in enumerate(health) if not abs(value) < float("inf")]
         if non_finite:
             raise ValueError(

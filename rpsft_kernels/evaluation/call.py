@@ -20,7 +20,7 @@ from .foreign_blocks import warn_of_foreign_blocks
 from .forward_mode import check_tangents
 from .gradients import Gradients, PullBack
 from .plan import PlannedWeights, groups_of, prepare, prepare_beside, recall, recall_beside
-from .reduce import GroupReduction, refuse_second_derivatives, start_drifts
+from .reduce import GroupReduction, flatten_drifts, refuse_second_derivatives, stand_in, start_drifts
 from .requests import AccumulationRequest, PenaltyRequest, Request
 
 
@@ -201,10 +201,17 @@ class Call:
     def _project_shared(self) -> tuple[list[ProjectedBucket], list[Tensor]]:
         """Project the buckets whose weights lie over several processes; returns them, and their R in summands."""
         shared = []
+        failure: Exception | None = None
         if self._adapted is not None:
             self._adapted.start(self.group_calls)
         for bucket in self._shared:
-            projected = self._project(bucket)
+            try:
+                projected = self._project(bucket) if failure is None else stand_in(bucket, self.weights)
+                if bucket.summed and failure is None:
+                    flatten_drifts(projected)
+            except Exception as error:
+                # The other ranks wait for these sums.
+                failure, projected = error, stand_in(bucket, self.weights)
             if bucket.summed:
                 start_drifts(projected, self.group_calls[bucket.group_name])
             shared.append(projected)
@@ -218,6 +225,12 @@ class Call:
         for reduction in reductions:
             reduction.finish()
         # All groups have finished before one raises, so that no rank waits in another group for those that raise.
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                # Without this the exception would keep itself alive through this frame.
+                failure = None
         if self._adapted is not None:
             self._adapted.check_health()
         for reduction in reductions:

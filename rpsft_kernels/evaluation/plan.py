@@ -317,7 +317,7 @@ def groups_of(weights: object, parameters: Mapping[str, ParameterRef] | None) ->
         seen.add(kind)
         try:
             weight = locate(name)
-        except ValueError:
+        except (RuntimeError, ValueError):
             # Pairing raises the error again if the weight has an anchor.
             continue
         if weight.group is not None and weight.group_name not in groups:

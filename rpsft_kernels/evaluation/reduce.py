@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import GroupCall, PendingSum
-from .bucket import ProjectedBucket
+from .. import ops
+from ..distributed import FAILED, GroupCall, PendingSum
+from .bucket import Bucket, ProjectedBucket
 from .pairing import AnchoredWeight
 
 
@@ -63,12 +64,29 @@ def refuse_second_derivatives(total: Tensor) -> Tensor:
     return result
 
 
-def start_drifts(projected: ProjectedBucket, group_call: GroupCall) -> None:
-    """Start the sum of a bucket's C over the ranks of its group."""
+def flatten_drifts(projected: ProjectedBucket) -> None:
+    """Lay a bucket's C one after the other, to be summed over ranks in one go."""
     projected.flat = torch.cat([drift.reshape(-1) for drift in projected.drifts])
     # The sum may be formed in place, because no earlier node of the graph has saved these numbers.
     projected.drifts = []
+
+
+def start_drifts(projected: ProjectedBucket, group_call: GroupCall) -> None:
+    """Start the sum of a bucket's C, laid one after the other, over the ranks of its group."""
+    assert projected.flat is not None
     projected.pending = group_call.start(projected.flat.detach())
+
+
+def stand_in(bucket: Bucket, weights: Sequence[AnchoredWeight]) -> ProjectedBucket:
+    """Return what a rank that could not project a bucket sends in its place: the others wait for its sums, which tell
+    them of it.
+    """
+    first = weights[bucket.members[0]].weight
+    squares = torch.full((1,), FAILED, dtype=ops.accumulation_dtype(first.dtype), device=first.device)
+    flat = None
+    if bucket.summed:
+        flat = squares.new_zeros(sum(weights[i].anchor.rank ** 2 for i in bucket.members))
+    return ProjectedBucket(bucket, [], squares, flat)
 
 
 @dataclass
