@@ -9,7 +9,7 @@ from torch import nn
 from ..distributed import LocalWeight, ParameterRef, find_parameters
 from ..low_rank import AdaptedLayer, AdaptedLayers, find_adapted
 from ..low_rank.start import AdapterStart
-from ..low_rank.started import MOMENTS, At, StartedWeight, make_another_weight, take_starts
+from ..low_rank.started import MOMENTS, At, start_layer, take_starts
 from .anchor import Anchor
 
 STANDS_STILL = "frozen, and no adapter moves it"
@@ -33,7 +33,7 @@ def locate_pretrained(
     weights = {name: pretrained_of(name, parameters, found) for name in names if name in parameters}
     for name, anchor in (anchors or {}).items():
         if name in weights and found is not None and name in found.served:
-            weights[name] = _start(found.served[name], anchor.starts)
+            weights[name] = start_layer(found.served[name], anchor.starts)
     return weights
 
 
@@ -48,14 +48,7 @@ def start_adapters(
     if at not in MOMENTS:
         raise ValueError(f"at: got {at!r}, expected 'base' or 'now'")
     starts = {name: take_starts(model, layer, at) for name, layer in layers.items()}
-    return starts, {name: _start(layer, starts[name]) for name, layer in layers.items()}
-
-
-def _start(layer: AdaptedLayer, starts: Mapping[str, AdapterStart]) -> LocalWeight:
-    base = layer.base
-    if not make_another_weight(starts):
-        return base
-    return StartedWeight(base.parameter, base.shape, base.shard, layer=layer, starts=starts)
+    return starts, {name: start_layer(layer, starts[name]) for name, layer in layers.items()}
 
 
 def pretrained_of(name: str, parameters: Mapping[str, ParameterRef], found: AdaptedLayers | None) -> LocalWeight:

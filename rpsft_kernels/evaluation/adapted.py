@@ -34,10 +34,12 @@ from ..low_rank import (
     facts_of,
     find_adapted,
     project_factors,
+    whole_replica,
 )
 from ..low_rank.dora import image_of_base, square_rows
 from ..low_rank.start import AdapterStart
-from ..low_rank.started import make_another_weight
+from ..low_rank.started import make_another_weight, start_layer
+from .bases import StillWeight, check_bases, still_base
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -214,7 +216,10 @@ def find_adapted_weights(
     found = find_adapted(weights, parameters)
     if found is None:
         return None
-    pairs, dense = _split(found, anchors, parameters)
+    pairs, dense, resting = _split(found, anchors, parameters)
+    still = [still_base(layer.name, layer.base, start_layer(layer, anchor.starts), anchor) for layer, anchor in pairs]
+    still += [StillWeight(name, locate_still(parameters[name], name), anchors[name]) for name in resting]
+    check_bases(still, anchors.fingerprints if isinstance(anchors, Anchors) else {})
     factors = [factor for layer, _ in pairs for factor in layer.factors]
     kept = [Factor(factor.name, factor.weight.without_parameter()) for factor in factors]
     first, planned = 0, []
@@ -243,13 +248,13 @@ def _remember(model: nn.Module, anchors: Anchors, cached: _CachedPlan) -> None:
 
 def _split(
     found: AdaptedLayers, anchors: Mapping[str, Anchor], parameters: Mapping[str, ParameterRef]
-) -> tuple[list[tuple[AdaptedLayer, Anchor]], Mapping[str, Anchor]]:
-    """Return the adapted layers with their anchors, and the anchors of all weights that have to be looked at whole.
-
-    A frozen weight without an adapter stands still, and counts 0.
+) -> tuple[list[tuple[AdaptedLayer, Anchor]], Mapping[str, Anchor], list[str]]:
+    """Return the adapted layers with their anchors, the anchors of the weights that are computed whole, and the names
+    of those that stand still, frozen and without an adapter, and count 0.
     """
     pairs: list[tuple[AdaptedLayer, Anchor]] = []
     dense: dict[str, Anchor] = {}
+    resting: list[str] = []
     for name, anchor in anchors.items():
         if name in found.refused:
             raise ValueError(f"{name}: {found.refused[name]}")
@@ -257,6 +262,8 @@ def _split(
             pairs.append((found.served[name], anchor))
         elif name not in parameters or parameters[name].parameter.requires_grad or name in found.copies:
             dense[name] = anchor
+        else:
+            resting.append(name)
     skipped = anchors.skipped if isinstance(anchors, Anchors) else {}
     for name, reason in skipped.items():
         first = tied_to(reason)
@@ -276,9 +283,14 @@ def _split(
     for layer, anchor in pairs:
         _check(layer, anchor)
     if not dense or not isinstance(anchors, Anchors):
-        return pairs, dense
+        return pairs, dense, resting
     fingerprints = {name: anchors.fingerprints[name] for name in dense if name in anchors.fingerprints}
-    return pairs, Anchors(dense, fingerprints=fingerprints)
+    return pairs, Anchors(dense, fingerprints=fingerprints), resting
+
+
+def locate_still(reference: ParameterRef, name: str) -> LocalWeight:
+    """Find a weight that stands still; all of it where every process holds all of it."""
+    return whole_replica(reference.locate(name))
 
 
 def _check(layer: AdaptedLayer, anchor: Anchor) -> None:

@@ -137,3 +137,11 @@ class StartedWeight(LocalWeight):
             if start.scale is not None and _is_scaled(start):
                 rows.mul_(start.scale.to(dtype)[:, None])
         return weight.to(base.dtype)
+
+
+def start_layer(layer: AdaptedLayer, starts: Mapping[str, AdapterStart]) -> LocalWeight:
+    """Return the weight that a layer computes with where its adapters are at ``starts``; its base where that is it."""
+    base = layer.base
+    if not make_another_weight(starts):
+        return base
+    return StartedWeight(base.parameter, base.shape, base.shard, layer=layer, starts=starts)
