@@ -32,6 +32,7 @@ SOURCES = {
     "torch.utils._python_dispatch": "utils/_python_dispatch.py",
     "TorchDispatchMode": "_subclasses/fake_tensor.py",
     "torch.autograd.forward_ad": "autograd/forward_ad.py",
+    "torch._C._functorch": "_C/_functorch.pyi",
     "torch.distributed.distributed_c10d": "distributed/distributed_c10d.py",
     "DistributedDataParallel": "nn/parallel/distributed.py",
     "DeviceMesh": "distributed/device_mesh.py",

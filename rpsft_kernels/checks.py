@@ -17,6 +17,10 @@ def check_weight(weight: object, name: str, dimensions: int = 2, sharded: bool =
     """
     if not isinstance(weight, Tensor):
         raise ValueError(f"{name}: got {type(weight).__name__}, expected a torch.Tensor of shape (m, n)")
+    if weight.is_nested:
+        raise ValueError(
+            f"{name}: got a nested tensor, expected a dense matrix; pass its parts as a list: {name}.unbind()"
+        )
     if weight.layout != torch.strided:
         raise ValueError(f"{name}: got layout {weight.layout}, expected a dense tensor; call {name}.to_dense()")
     if weight.dtype not in DTYPES:

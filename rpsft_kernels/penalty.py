@@ -14,6 +14,7 @@ from .checks import check_weight
 from .evaluation.call import Call, open_call
 from .evaluation.forward_mode import check_tangent
 from .evaluation.requests import AccumulationRequest, PenaltyRequest
+from .evaluation.transforms import check_transform
 
 
 def rotation_penalty(
@@ -152,6 +153,7 @@ def project(weight: Tensor, left: Tensor, right: Tensor, base: Tensor | None = N
     """
     check_weight(weight, "weight")
     check_tangent(weight, "weight")
+    check_transform(weight, "weight")
     for name, piece in (("left", left), ("right", right), ("base", base)):
         if piece is None:
             continue

@@ -1,4 +1,7 @@
-"""Tangents of forward-mode differentiation are refused: the operations would lose them, and the derivative be zero."""
+"""Tangents of forward-mode differentiation are refused: the operations would lose them, and the derivative be zero.
+
+What other transforms of torch.func make of a tensor is refused with them (:mod:`.transforms`).
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ from torch.autograd import forward_ad
 
 from ..private_names import in_forward_mode
 from .pairing import AnchoredWeight
+from .transforms import check_transforms
 
 
 def check_tangents(weights: Sequence[AnchoredWeight]) -> None:
-    """Raise a ValueError if a weight has a tangent."""
+    """Raise a ValueError if a weight has a tangent, or belongs to another transform."""
     # Whether any tensor may have one is asked once, so that a step does not look at each weight.
-    if torch.compiler.is_compiling() or not in_forward_mode():
-        return
-    for anchored in weights:
-        check_tangent(anchored.weight.parameter, anchored.name)
+    if not torch.compiler.is_compiling() and in_forward_mode():
+        for anchored in weights:
+            check_tangent(anchored.weight.parameter, anchored.name)
+    check_transforms(weights)
 
 
 def check_tangent(tensor: Tensor, name: str) -> None:

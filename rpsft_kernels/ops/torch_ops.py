@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..private_names import is_batch
 from .dispatch import Backend, load
 from .operands import Operands
 from .reference import accumulation_dtype
@@ -188,11 +189,20 @@ def differentiate_projection(
 
     Returns:
         N gradients, None for those that are not needed or zero.
+
+    Raises:
+        ValueError: gradients come in batches (``is_grads_batched=True``).
     """
     grads: list[Tensor | None] = [None] * len(needed)
     wanted = [i for i, need in enumerate(needed) if need]
-    if not wanted or (grad_squares is None and all(g is None for g in grad_drifts)):
+    given = [grad for grad in (*grad_drifts, grad_squares) if grad is not None]
+    if not wanted or not given:
         return grads
+    if any(map(is_batch, given)):
+        raise ValueError(
+            "grad_outputs: got a batch of gradients for one backward pass, expected one: make a backward pass for each "
+            "(without is_grads_batched=True, vectorize=True or torch.func.vmap)"
+        )
     operands, drifts = restore()
     scales = drifts[0].new_zeros((len(drifts),)) if grad_squares is None else 2 * grad_squares
     if len(wanted) < len(drifts):

@@ -56,6 +56,15 @@ TABLE: tuple[Row, ...] = (
     *_rows("torch", "TorchDispatchMode", ("kind, of torch's own", "_mode_key")),
     # Whether tensors may have tangents, without a look at each. evaluation/requests.py
     *_rows("torch", "torch.autograd.forward_ad", ("current level", "_current_level")),
+    # Transforms of torch.func, and their tensors. evaluation/transforms.py, evaluation/projection.py
+    *_rows(
+        "torch",
+        "torch._C._functorch",
+        ("innermost transform, or None", "peek_interpreter_stack"),
+        ("whether a transform differentiates a tensor", "is_gradtrackingtensor"),
+        ("whether a tensor is a batch", "is_batchedtensor"),
+        ("whether a tensor is a batch of gradients", "is_legacy_batchedtensor"),
+    ),
     # The store through which ranks learn which of them are gone. distributed/group_call.py
     *_rows("torch", "torch.distributed.distributed_c10d", ("store of the job", "_get_default_store")),
     # DDP: the parameters that it averages, and when it leaves a gradient alone. distributed/discover.py

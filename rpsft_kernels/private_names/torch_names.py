@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from .table import TABLE, read, spellings
 
 _dispatch = importlib.import_module("torch.utils._python_dispatch")
+_functorch = importlib.import_module("torch._C._functorch")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 # Components that wrappers put into the paths of parameters.
 WRAPPED = frozenset(row.name for row in TABLE if row.meaning == "wrapped module")
@@ -42,6 +43,32 @@ _level_of_forward_mode: Callable[[Any], int] = _reader("torch.autograd.forward_a
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is on, so that tensors may have tangents."""
     return _level_of_forward_mode(forward_ad) >= 0
+
+
+def _function_of_functorch(meaning: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = read(_functorch, "torch._C._functorch", meaning)
+    return function
+
+
+_innermost_transform = _function_of_functorch("innermost transform, or None")
+_is_differentiated = _function_of_functorch("whether a transform differentiates a tensor")
+_is_batch = _function_of_functorch("whether a tensor is a batch")
+_is_batch_of_gradients = _function_of_functorch("whether a tensor is a batch of gradients")
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func runs, so that tensors may be its own."""
+    return _innermost_transform() is not None
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func differentiates the tensor."""
+    return bool(_is_differentiated(tensor))
+
+
+def is_batch(tensor: Tensor) -> bool:
+    """Whether the tensor is a batch of torch.func.vmap, or of a backward pass with ``is_grads_batched=True``."""
+    return bool(_is_batch(tensor) or _is_batch_of_gradients(tensor))
 
 
 def is_traced() -> bool:
