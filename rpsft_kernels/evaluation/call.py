@@ -168,31 +168,43 @@ class Call:
     def penalty_by_weight(self) -> tuple[list[str], Tensor]:
         """Return the names of the call's weights, and R of each: (n,), on the first one's device, detached."""
         shared, _ = self._project_shared()
-        found: dict[int, Tensor] = {}
-        for projected in [*shared, *map(self._project, self._local)]:
-            if projected.bucket.summed:
-                found.update(zip(projected.bucket.members, [c.square().sum() for c in projected.drifts], strict=True))
-            else:
-                found.update(zip(projected.bucket.busy, projected.squares.detach().unbind(), strict=True))
+        local = [(bucket, self._project(bucket).squares) for bucket in self._local]
         names = [anchored.name for anchored in self.weights]
-        if not names:
-            return self._adapted_names, self._adapted.penalties() if self._adapted else torch.zeros(0)
+        penalties = [self._split_by_weight(shared, local)] if names else []
+        if self._adapted is not None:
+            penalties.append(self._adapted.penalties())
+        return names + self._adapted_names, torch.cat([each.to(penalties[0]) for each in penalties])
+
+    def _split_by_weight(self, shared: Sequence[ProjectedBucket], local: Sequence[tuple[Bucket, Tensor]]) -> Tensor:
+        """Return R of each of the weights: (n,), on the first one's device.
+
+        Args:
+            shared: the buckets over several processes, projected and summed.
+            local: the other buckets, with their squares.
+        """
+        found: dict[int, Tensor] = {}
+        own = list(local)
+        for projected in shared:
+            if projected.bucket.summed:
+                squares = [drift.square().sum() for drift in projected.drifts]
+                found.update(zip(projected.bucket.members, squares, strict=True))
+            else:
+                own.append((projected.bucket, projected.squares))
+        for bucket, bucket_squares in own:
+            found.update(zip(bucket.busy, bucket_squares.detach().unbind(), strict=True))
         device = self.weights[0].weight.device
         dtypes = [ops.accumulation_dtype(anchored.weight.dtype) for anchored in self.weights]
         zero = torch.zeros((), dtype=max(dtypes, key=lambda dtype: dtype.itemsize), device=device)
-        squares = torch.stack([found.get(i, zero).to(zero) for i in range(len(self.weights))])
+        penalties = torch.stack([found.get(i, zero).to(zero) for i in range(len(self.weights))])
         for name, group_call in self.group_calls.items():
             # Each rank has its own summand, or that of the weights that it works on alone.
-            split = [b for b in self._shared if b.group_name == name and not b.summed]
-            places = [i for bucket in split for i in bucket.members]
+            places = [i for b in self._shared if b.group_name == name and not b.summed for i in b.members]
             if places:
-                own = torch.stack([squares[i] for i in places]).to(group_call.device)
-                sums = group_call.finish(group_call.start(own)).to(device)
+                summands = torch.stack([penalties[i] for i in places]).to(group_call.device)
+                sums = group_call.finish(group_call.start(summands)).to(device)
                 for i, value in zip(places, sums.unbind(), strict=True):
-                    squares[i] = value
-        if self._adapted is None:
-            return names, squares
-        return names + self._adapted_names, torch.cat([squares, self._adapted.penalties().to(squares)])
+                    penalties[i] = value
+        return penalties
 
     def _project(self, bucket: Bucket) -> ProjectedBucket:
         program = None if bucket.program is None else self._plan.programs[bucket.program]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .agreement import members_of
+from .bucket import Bucket, ProjectedBucket
 from .call import Call
 from .corrections import Corrections, read_shares
 from .exchange import exchange_shares
@@ -50,25 +53,51 @@ class CorrectionCall(Call):
         own = repr((self._request.key, facts)).encode()
         return hashlib.blake2b(super()._describe(group_name) + own, digest_size=8).digest()
 
-    def correct_(self) -> Tensor:
-        """Correct the weights, and return R of before."""
+    def correct_(self) -> tuple[Tensor, Tensor]:
+        """Correct the weights; returns R as it was, and as it is now (exact for orthonormal U and V)."""
         shared, summands = self._project_shared()
-        decide = self._request.decide
+        decide, shares = self._request.decide, self._shares
         if decide is None:
             self._pull_back_shared(shared)
-            squares = [self._project_and_pull_back(bucket) for bucket in self._local]
-            total = self._total(squares + summands)
+            local = [(bucket, self._project_and_pull_back(bucket)) for bucket in self._local]
+            found, by_weight = self._measure(shared, local, summands)
         else:
-            local = [self._project(bucket) for bucket in self._local]
-            total = self._total([projected.squares for projected in local] + summands)
-            share = decide(total)
+            projected = [self._project(bucket) for bucket in self._local]
+            found, by_weight = self._measure(shared, [(p.bucket, p.squares) for p in projected], summands)
+            share = decide(found, found if by_weight is None else self._sum_of_moving(by_weight))
             if share == 0.0:
-                return total
+                return found, found
+            shares = [share] * len(self.weights)
             for place, pulls in self._pulls.items():
                 self._pulls[place] = [pull._replace(scales=[-share] * len(pull.scales)) for pull in pulls]
-            self._pull_back_shared([*shared, *local])
+            self._pull_back_shared([*shared, *projected])
         for name, group_call in self.group_calls.items():
-            moving = {id(w) for w, share in zip(self.weights, self._shares, strict=True) if share != 0.0}
-            moved = [w for w in members_of(self.weights, name) if w.weight.requires_grad and id(w) in moving]
-            exchange_shares(moved, group_call)
-        return total
+            moving = {id(weight) for weight, moves in zip(self.weights, self._moves, strict=True) if moves}
+            exchange_shares([w for w in members_of(self.weights, name) if id(w) in moving], group_call)
+        if by_weight is None:
+            return found, found * (1.0 - shares[0]) ** 2
+        kept = [(1.0 - share) ** 2 if moves else 1.0 for share, moves in zip(shares, self._moves, strict=True)]
+        return found, (by_weight * torch.tensor(kept, dtype=by_weight.dtype).to(by_weight.device)).sum()
+
+    @property
+    def _moves(self) -> list[bool]:
+        """Which weights are corrected."""
+        return [
+            anchored.weight.requires_grad and share != 0.0
+            for anchored, share in zip(self.weights, self._shares, strict=True)
+        ]
+
+    def _measure(
+        self,
+        shared: Sequence[ProjectedBucket],
+        local: Sequence[tuple[Bucket, Tensor]],
+        summands: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return R, and R of each weight if they do not all lose the same share; else None."""
+        total = self._total([*(squares for _, squares in local), *summands])
+        alike = len(set(self._shares)) == 1 and all(anchored.weight.requires_grad for anchored in self.weights)
+        return total, None if alike else self._split_by_weight(shared, local)
+
+    def _sum_of_moving(self, by_weight: Tensor) -> Tensor:
+        places = [i for i, moves in enumerate(self._moves) if moves]
+        return torch.stack([by_weight[i] for i in places]).sum()

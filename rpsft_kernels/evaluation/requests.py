@@ -95,13 +95,13 @@ class CorrectionRequest:
 
     Attributes:
         shares: one for all weights, or one for each by the ``id`` of its parameter.
-        decide: returns the share of all weights for the R that was found, 0 to leave them as they are; None takes
-            ``shares``. It may wait for the device.
+        decide: returns the share of all weights that train for the R that was found and the part of it that is
+            theirs, 0 to leave them as they are; None takes ``shares``. It may wait for the device.
         key: everything else that ranks must agree on, as text.
     """
 
     shares: float | Mapping[int, float] = 0.0
-    decide: Callable[[Tensor], float] | None = None
+    decide: Callable[[Tensor, Tensor], float] | None = None
     key: str = ""
 
     def check(self, weights: Sequence[AnchoredWeight], factors: Sequence[Factor] = ()) -> None:

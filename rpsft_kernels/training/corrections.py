@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,40 +27,70 @@ def proximal_share(lr: float, coeff: float) -> float:
     return doubled / (1.0 + doubled) if math.isfinite(doubled) else 1.0
 
 
-def correct_(model: nn.Module, anchors: Mapping[str, Anchor], shares: float | Mapping[int, float]) -> Tensor:
-    """Take a share of the drift out of each weight that trains, and return R of before; nothing waits for a device."""
+class Projected(NamedTuple):
+    """R before a projection, on the device and as a number, and after it."""
+
+    found: Tensor
+    before: float
+    after: float
+
+
+def correct_(
+    model: nn.Module, anchors: Mapping[str, Anchor], shares: float | Mapping[int, float]
+) -> tuple[Tensor, Tensor]:
+    """Take a share of the drift out of each weight that trains; returns R of before and of now. Nothing waits."""
     return _correct(model, anchors, CorrectionRequest(shares, key="a proximal step"))
 
 
-def project_onto_(model: nn.Module, anchors: Mapping[str, Anchor], bound: float) -> tuple[Tensor, float, float]:
-    """Scale all drifts down by one factor so that R is ``bound``, if it is more. It waits for the device.
+def project_onto_(model: nn.Module, anchors: Mapping[str, Anchor], bound: float) -> Projected:
+    """Scale the drifts of the weights that train down by one factor, so that R is ``bound``, if it is more.
 
-    Returns:
-        R of before, on the device and as a number; and R of now.
+    It waits for the device.
     """
-    found: list[float] = []
-
-    def decide(penalty: Tensor) -> float:
-        found.append(float(penalty))
-        return _share(found[-1], bound)
-
-    first = _correct(model, anchors, CorrectionRequest(decide=decide, key=f"onto {bound!r}"))
-    if not found[0] > bound:
-        return first, found[0], found[0]
-    remaining, worst = bound, found[0]
-
-    def decide_again(penalty: Tensor) -> float:
-        found.append(float(penalty))
-        near = abs(found[-1] / bound - 1.0) <= _TOLERANCE / 2
-        return 0.0 if near or not found[-1] > 0.0 else _share(found[-1], bound, both=True)
-
-    while worst > _ONE_PASS * bound and len(found) < _MOST_PASSES:
-        _correct(model, anchors, CorrectionRequest(decide=decide_again, key=f"onto {bound!r} again"))
-        remaining = worst = found[-1]
-        if abs(remaining / bound - 1.0) <= _TOLERANCE / 2:
+    request = _Bound(bound)
+    found, _ = _correct(model, anchors, CorrectionRequest(decide=request.decide, key=f"onto {bound!r}"))
+    before = request.found
+    for _ in range(_MOST_PASSES):
+        if not request.found > _ONE_PASS * bound:
             break
-        remaining = bound
-    return first, found[0], remaining
+        again = CorrectionRequest(decide=request.decide_again, key=f"onto {bound!r} again")
+        _correct(model, anchors, again)
+        if request.near:
+            break
+    return Projected(found, before, request.left)
+
+
+class _Bound:
+    """Decides which share of their drift weights lose."""
+
+    def __init__(self, bound: float) -> None:
+        self._bound = bound
+        self.found = self.left = 0.0
+        self.near = False
+
+    def decide(self, penalty: Tensor, moving: Tensor) -> float:
+        """Return the share beyond the bound. Weights that do not train keep their part of R."""
+        self.found, own = self._read(penalty, moving)
+        return self._share(self.found, own) if self.found > self._bound else 0.0
+
+    def decide_again(self, penalty: Tensor, moving: Tensor) -> float:
+        """Return what is still missing, or was too much (a share below 0)."""
+        self.found, own = self._read(penalty, moving)
+        self.near = abs(self.found / self._bound - 1.0) <= _TOLERANCE / 2 or not own > 0.0
+        return 0.0 if self.near else self._share(self.found, own)
+
+    def _read(self, penalty: Tensor, moving: Tensor) -> tuple[float, float]:
+        found, own = float(penalty), float(moving)
+        if not math.isfinite(found):
+            raise ValueError(f"weights: got R = {found}, expected finite weights; none of them was changed")
+        self.left = found
+        return found, own
+
+    def _share(self, found: float, own: float) -> float:
+        still = max(found - own, 0.0)
+        kept = math.sqrt(max(self._bound - still, 0.0) / own) if own > 0.0 else 1.0
+        self.left = still + kept**2 * own
+        return 1.0 - kept
 
 
 def penalty_by_weight(model: nn.Module, anchors: Mapping[str, Anchor]) -> tuple[list[str], Tensor]:
@@ -74,20 +105,11 @@ def penalty_by_weight(model: nn.Module, anchors: Mapping[str, Anchor]) -> tuple[
             call.close()
 
 
-def _share(penalty: float, bound: float, both: bool = False) -> float:
-    """Return the share of the drift beyond the budget; with ``both`` a negative one where R is below it."""
-    if not math.isfinite(penalty):
-        raise ValueError(f"weights: got R = {penalty}, expected finite weights; none of them was changed")
-    if penalty <= bound and not both:
-        return 0.0
-    return 1.0 - math.sqrt(bound / penalty)
-
-
-def _correct(model: nn.Module, anchors: Mapping[str, Anchor], request: CorrectionRequest) -> Tensor:
+def _correct(model: nn.Module, anchors: Mapping[str, Anchor], request: CorrectionRequest) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         call = open_call(model, anchors, request, CorrectionCall)
         if call is None:
-            return torch.zeros(())
+            return torch.zeros(()), torch.zeros(())
         try:
             return call.correct_()
         finally:

@@ -244,11 +244,12 @@ class RotationPenalty:
     def after_step_(self, model: nn.Module, lr: float | Mapping[int, float]) -> Tensor:
         """Correct the weights, once after each step that the optimizer makes; returns the R that is left, detached.
 
-        Frozen weights stay as they are. With ``"decoupled"`` nothing waits for a device but a budget, for the R of the
-        step before; R is that of before times ``(1 - s)^2``, which is exact for orthonormal U and V (with several
-        learning rates: the largest that it can be). ``"project"`` waits for R once per step. It leaves R within 1e-3 of
-        the budget where it was more: if it was more than 1.1 times as much, R is computed again, because U and V in
-        bfloat16 are not quite orthonormal.
+        Frozen weights stay as they are, and keep their part of R. With ``"decoupled"`` nothing waits for a device but a
+        budget, for the R of the step before; the R that is left is computed as ``(1 - s)^2`` times that of before,
+        which is exact for orthonormal U and V. ``"project"`` waits for R once per step. It leaves R within 1e-3 of the
+        budget where it was more: if it was more than 1.1 times as much, R is computed again, because U and V in
+        bfloat16 are not quite orthonormal. A budget below what frozen weights have moved cannot be met: the others
+        lose all of their drift.
 
         Weights over several processes: shards (DTensor, FSDP1) are corrected where they lie. Of replicas
         (DistributedDataParallel) each rank corrects its share, and sends it to the others: all of them end with the
@@ -271,15 +272,14 @@ class RotationPenalty:
         layers = self._measure_layers(model)
         if self.mode == "project":
             bound = float(self.budget or 0.0) ** 2 * self._energy
-            penalty, before, left = project_onto_(model, anchors, bound)
-            kept = penalty.new_tensor(left)
-            found, remains, coeff = Reading(torch.tensor(before)), Reading(torch.tensor(left)), None
+            penalty, before, after = project_onto_(model, anchors, bound)
+            kept = penalty.new_tensor(after)
+            # They are numbers of the host already.
+            found, remains, coeff = Reading(torch.tensor(before)), Reading(torch.tensor(after)), None
         else:
             coeff = self._coeff()
             shares = {key: proximal_share(rate, coeff) for key, rate in rates.items()}
-            penalty = correct_(model, anchors, shares if isinstance(lr, Mapping) else shares[0])
-            # A weight without a correction would keep all of its R.
-            kept = penalty * (1.0 - min(shares.values())) ** 2
+            penalty, kept = correct_(model, anchors, shares if isinstance(lr, Mapping) else shares[0])
             found, remains = Reading(penalty), Reading(kept)
         if witnesses is not None:
             self._guards.look_at_dtypes(witnesses)
