@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepspeed_ranks import odd_partitions, partitioned, replicated, train
+from deepspeed_ranks import odd_partitions, partitioned, replicated, train, unpartitioned
 from llama import llama, whole_anchors
 from ranks import run_ranks
 
@@ -96,6 +96,16 @@ def check_replicated(results: list[dict[str, Any]], tolerance: float) -> None:
         for key in ("penalty", "gradient, penalty first", "gradient, penalty last", "gradient, penalty alone"):
             assert result[key] <= tolerance, (key, result)
         assert result["bits"] == results[0]["bits"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_of_zero0_are_added_to(accumulation: int) -> None:
+    results = run_ranks(2, unpartitioned, accumulation)
+    for result in results:
+        assert result["gradient"] <= 1e-5
+        assert "averaged over ranks already" in result["averaged"]
+        assert result["moved"] == result["anchored"]
+        assert result["bits"] == results[0]["bits"] > 0
 
 
 @pytest.mark.parametrize(

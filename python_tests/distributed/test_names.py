@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+import rpsft_kernels as rk
 from rpsft_kernels.distributed.names import canonical_name, named_weights
 
 
@@ -31,6 +34,8 @@ NAMES = ["module.weight", "module.bias", "head.weight"]
         ("_orig_mod.module.a.weight", {"_orig_mod"}, "a.weight"),
         ("module._orig_mod.module.weight", {""}, "module.weight"),
         ("not_orig_mod.weight", (), "not_orig_mod.weight"),
+        ("_forward_module.module.a.weight", {"_forward_module"}, "a.weight"),
+        ("_original_module.a.weight", (), "a.weight"),
     ],
 )
 def test_canonical_name(name: str, replicas: tuple[str, ...] | set[str], expected: str) -> None:
@@ -55,6 +60,21 @@ def test_wrapped_models_have_the_plain_names() -> None:
     checkpointed = _Model()
     checkpointed.add_module("head", checkpoint_wrapper(checkpointed.head))
     assert list(named_weights(checkpointed)) == NAMES
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
+def test_a_module_that_fabric_has_set_up() -> None:
+    """It shows each parameter twice."""
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    plain = _Model()
+    anchors = rk.Anchors.from_model(plain, 2, progress=False)
+    for model in (fabric.setup(plain), fabric.setup(torch.compile(_Model()))):
+        assert list(named_weights(model)) == NAMES
+        assert len(list(model.named_parameters(remove_duplicate=False))) == 2 * len(NAMES)
+        assert rk.rotation_penalty(model, anchors).item() >= 0
+    anchors.verify(fabric.setup(plain))
 
 
 def test_distributed_data_parallel() -> None:

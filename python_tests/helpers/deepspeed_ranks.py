@@ -273,6 +273,34 @@ def replicated(stage: int, anchor_options: dict[str, Any], bfloat16: bool = Fals
     return result
 
 
+def unpartitioned(accumulation: int) -> dict[str, Any]:
+    """Run ZeRO-0, whose optimizer reads .grad: add before the last backward pass, which averages, and after it."""
+    moved = llama()
+    drift(moved)
+    engine = initialize(moved, 0, accumulation=accumulation)
+    anchors = whole_anchors(llama())
+    _, wanted = expected(moved, anchors)
+    wanted = {name: COEFF * gradient for name, gradient in wanted.items()}
+    result: dict[str, Any] = {}
+    for i, tokens in enumerate(own_batch().chunk(accumulation)):
+        loss = 0 * task_loss(engine, tokens)
+        if i == accumulation - 1:
+            penalty = rk.accumulate_rotation_grad_(engine, anchors, COEFF)
+        engine.backward(loss)
+        if i == accumulation - 1:
+            gradients = {name: p.grad.clone() for name, p in weights(engine).items() if p.grad is not None}
+            result["gradient"] = errors(gradients, wanted)
+            result["averaged"] = refused(lambda: rk.accumulate_rotation_grad_(engine, anchors, COEFF))
+            before = {name: p.detach().clone() for name, p in weights(engine).items()}
+        engine.step()
+    result["bits"] = penalty.item()
+    result["moved"] = [
+        name for name, p in weights(engine).items() if name in anchors and not torch.equal(p, before[name])
+    ]
+    result["anchored"] = list(anchors)
+    return result
+
+
 def train(steps: int, stage: int, accumulation: int = 1, **options: Any) -> float:
     """Return the distance of a run under DeepSpeed from the unsharded one."""
     alone = train_alone(steps, stage == 3)

@@ -101,9 +101,13 @@ def _find_replicas(model: nn.Module) -> dict[int, _Locate]:
                 reason_lost=partial(_reason_lost, reference),
             )
         elif is_deepspeed(module) and module.zero_optimization_stage() < 3:  # type: ignore[operator]
-            locate = _replica_locator(averaging_group(module), gradient_error=_gradient_error(module))
             # Experts are averaged over other groups: each rank does all of their work.
-            replicated = [p for p in module.module.parameters() if getattr(p, "allreduce", True)]  # type: ignore[union-attr]
+            replicated = _averaged_by_deepspeed(module)
+            locate = _replica_locator(
+                averaging_group(module),
+                gradient_error=_gradient_error(module),
+                replicas=partial(_find_averaged_by_deepspeed, weakref.ref(module)),
+            )
         else:
             continue
         if locate is not None:
@@ -111,7 +115,24 @@ def _find_replicas(model: nn.Module) -> dict[int, _Locate]:
     return locate_by_id
 
 
+def _averaged_by_deepspeed(engine: Any) -> list[Tensor]:
+    return [p for p in engine.module.parameters() if getattr(p, "allreduce", True)]
+
+
+def _find_averaged_by_deepspeed(engine: weakref.ref[Any]) -> list[Tensor]:
+    wrapped = engine()
+    return [] if wrapped is None else _averaged_by_deepspeed(wrapped)
+
+
 def _gradient_error(engine: Any) -> str:
+    """Say why gradients of an engine cannot be added to; "" where its optimizer reads .grad, as ZeRO-0's does."""
+    if engine.zero_optimization_stage() == 0:
+        if not engine.fp16_enabled():
+            return ""
+        return (
+            "got a parameter of a DeepSpeed engine with fp16, whose gradient is multiplied by a loss scale until the "
+            "step, expected one that can be added to; put rotation_penalty into the loss of engine.backward"
+        )
     return (
         f"got a parameter whose gradient DeepSpeed ZeRO-{engine.zero_optimization_stage()} keeps to itself, expected "
         "one that can be added to; put rotation_penalty into the loss of engine.backward"

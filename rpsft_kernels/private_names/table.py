@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 # The oldest and the newest version whose sources were read.
-READ = {"torch": ("2.6", "2.13"), "deepspeed": ("0.19.5", "0.19.8")}
+READ = {"torch": ("2.6", "2.13"), "deepspeed": ("0.19.5", "0.19.8"), "lightning": ("2.6.6", "2.6.6")}
 _ABSENT = object()
 
 
@@ -47,6 +47,9 @@ TABLE: tuple[Row, ...] = (
     *_rows("torch", "torch.compile's OptimizedModule", ("wrapped module", "_orig_mod")),
     *_rows("torch", "FullyShardedDataParallel", ("wrapped module", "_fsdp_wrapped_module")),
     *_rows("torch", "checkpoint_wrapper's CheckpointWrapper", ("wrapped module", "_checkpoint_wrapped_module")),
+    # Fabric's wrapper shows what it wraps twice: as it is called, in other wrappers, and as it came.
+    Row("lightning", "_FabricModule", "wrapped module", "_forward_module", "2.6.6"),
+    Row("lightning", "_FabricModule as it came", "wrapped module", "_original_module", "2.6.6"),
     # Written, not read: Dynamo takes the result of a function with this attribute for a constant. ops/dispatch.py
     *_rows("torch", "function", ("constant under Dynamo", "_dynamo_marked_constant")),
     # The modules and parameters that a module has now. distributed/snapshot.py
