@@ -9,6 +9,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..private_names import WRAPPED, components_of_adapters
 
+# Of the components that PEFT inserts those behind which there is the module that its parameters are to be judged by.
+_HOLD_THE_WEIGHT = ("base_model", "model", "token_adapter")
+
 
 def canonical_name(name: str, replicas: Collection[str] = (), inserted: Collection[str] = ()) -> str:
     """Return ``name`` without the components that wrappers put into it.
@@ -65,7 +68,7 @@ def named_owners(model: nn.Module) -> dict[str, nn.Module]:
     # Wrappers come before what they wrap.
     for path, module in model.named_modules(remove_duplicate=False):
         name = canonical_name(path, replicas, inserted)
-        if name not in owners or path not in inserted or path.rpartition(".")[2] in ("base_model", "model"):
+        if name not in owners or path not in inserted or path.rpartition(".")[2] in _HOLD_THE_WEIGHT:
             owners[name] = module
     return owners
 

@@ -144,15 +144,22 @@ class _CachedPlan:
     """A plan, and the state of the model that it was made for."""
 
     def __init__(
-        self, model: nn.Module, plan: AdaptedPlan, layers: Sequence[AdaptedLayer], factors: list[Factor]
+        self,
+        model: nn.Module,
+        plan: AdaptedPlan,
+        layers: Sequence[AdaptedLayer],
+        factors: list[Factor],
+        resting: Sequence[LocalWeight],
     ) -> None:
         self.plan = plan
         parameters = [factor.weight.parameter for factor in factors]
-        parameters += [layer.base.parameter for layer in layers]
+        parameters += [layer.base.parameter for layer in layers] + [weight.parameter for weight in resting]
         self._ids, self._types = list(map(id, parameters)), list(map(type, parameters))
         self._snapshot = ModuleSnapshot(model, parameters)
         self._bases = [layer.base.without_parameter() for layer in layers]
         self._states = [weight.state() for weight in (*[f.weight for f in factors], *[layer.base for layer in layers])]
+        # What stands still was compared with W0, and is to be again where it has changed.
+        self._versions = [_version(parameter) for parameter in parameters[len(factors) :]]
         self._layers = [layer.module for layer in layers]
         self._facts = [facts_of(_living(module)) for module in self._layers]
         self.watches: list[weakref.ref[Any]] = []
@@ -164,17 +171,23 @@ class _CachedPlan:
             return None
         if [facts_of(_living(module)) for module in self._layers] != self._facts:
             return None
+        if [_version(parameter) for parameter in parameters[len(self.plan.factors) :]] != self._versions:
+            return None
         factors = [
             Factor(factor.name, factor.weight.with_parameter(parameter))
             for factor, parameter in zip(self.plan.factors, parameters, strict=False)
         ]
         bases = [
             base.with_parameter(parameter)
-            for base, parameter in zip(self._bases, parameters[len(factors) :], strict=True)
+            for base, parameter in zip(self._bases, parameters[len(factors) :], strict=False)
         ]
         if [weight.state() for weight in (*[factor.weight for factor in factors], *bases)] != self._states:
             return None
         return AdaptedWeights(self.plan, factors, bases)
+
+
+def _version(parameter: Tensor) -> int:
+    return -1 if parameter.is_inference() else parameter._version
 
 
 def _living(module: weakref.ref[nn.Module]) -> nn.Module:
@@ -218,7 +231,8 @@ def find_adapted_weights(
         return None
     pairs, dense, resting = _split(found, anchors, parameters)
     still = [still_base(layer.name, layer.base, start_layer(layer, anchor.starts), anchor) for layer, anchor in pairs]
-    still += [StillWeight(name, locate_still(parameters[name], name), anchors[name]) for name in resting]
+    standing = {name: whole_replica(parameters[name].locate(name)) for name in resting}
+    still += [StillWeight(name, weight, anchors[name]) for name, weight in standing.items()]
     check_bases(still, anchors.fingerprints if isinstance(anchors, Anchors) else {})
     factors = [factor for layer, _ in pairs for factor in layer.factors]
     kept = [Factor(factor.name, factor.weight.without_parameter()) for factor in factors]
@@ -229,7 +243,7 @@ def find_adapted_weights(
     plan = AdaptedPlan(planned, kept, dense, list(groups))
     layers = [layer for layer, _ in pairs]
     if isinstance(anchors, Anchors) and all(factor.weight.lasting for factor in factors):
-        _remember(weights, anchors, _CachedPlan(weights, plan, layers, factors))
+        _remember(weights, anchors, _CachedPlan(weights, plan, layers, factors, list(standing.values())))
     return AdaptedWeights(plan, factors, [layer.base for layer in layers])
 
 
@@ -286,11 +300,6 @@ def _split(
         return pairs, dense, resting
     fingerprints = {name: anchors.fingerprints[name] for name in dense if name in anchors.fingerprints}
     return pairs, Anchors(dense, fingerprints=fingerprints), resting
-
-
-def locate_still(reference: ParameterRef, name: str) -> LocalWeight:
-    """Find a weight that stands still; all of it where every process holds all of it."""
-    return whole_replica(reference.locate(name))
 
 
 def _check(layer: AdaptedLayer, anchor: Anchor) -> None:
@@ -364,8 +373,9 @@ def _plan_layer(layer: AdaptedLayer, anchor: Anchor, first: int) -> PlannedLayer
         elif start is not None and start.up is not None and start.down is not None:
             planned = dataclasses.replace(
                 planned,
-                start_up=_image(start.up.T, up_basis, dtype),
-                start_down=_image(start.down, down_basis, dtype),
+                # B0 and A0 are whole, whatever lies here of B and A.
+                start_up=_image(start.up.T, anchor.right if layer.transposed else anchor.left, dtype),
+                start_down=_image(start.down, anchor.left if layer.transposed else anchor.right, dtype),
             )
         adapters.append(planned)
     full = anchor.form == "full"

@@ -292,6 +292,9 @@ def _place(image: Tensor, shape: tuple[int, int], dim: int, span: tuple[int, int
     if tuple(image.shape) == shape:
         return image
     whole = image.new_zeros(shape)
+    if not image.numel():
+        # An empty shard may have another shape.
+        return whole
     whole.narrow(dim, span[0], span[1] - span[0]).copy_(image)
     return whole
 
@@ -338,6 +341,7 @@ def _add_gradients_(
         targets: by the factors' places, the gradient and whether it is added to.
     """
     products: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+    targets = {i: target for i, target in targets.items() if target[0].numel()}
     for members, batches in stacked:
         for batch in batches:
             places = [members[member] for member in batch.members]

@@ -130,12 +130,14 @@ class StartedWeight(LocalWeight):
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         weight = base.to(dtype, copy=True)
         # The view has the outputs in its rows.
-        rows = weight.T if self.layer.transposed else weight
+        rows, outputs, inputs = weight, slice(*self.shard.rows), slice(*self.shard.cols)
+        if self.layer.transposed:
+            rows, outputs, inputs = weight.T, inputs, outputs
         for start in self.starts.values():
             if start.up is not None and start.down is not None:
-                rows.addmm_(start.up.to(dtype), start.down.to(dtype), alpha=start.scaling)
+                rows.addmm_(start.up[outputs].to(dtype), start.down[:, inputs].to(dtype), alpha=start.scaling)
             if start.scale is not None and _is_scaled(start):
-                rows.mul_(start.scale.to(dtype)[:, None])
+                rows.mul_(start.scale[outputs].to(dtype)[:, None])
         return weight.to(base.dtype)
 
 

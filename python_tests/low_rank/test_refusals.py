@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, get_peft_model
+
+import rpsft_kernels as rk
+from adapted_models import LLAMA, adapt, anchors_of, gradients, llama, move
+from small_models import refused
+
+
+def _merged() -> Any:
+    model = adapt(llama())
+    model.merge_adapter()
+    return model
+
+
+def _disabled() -> Any:
+    model = adapt(llama())
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def _other_tuner() -> Any:
+    return get_peft_model(llama(), LoHaConfig(target_modules=LLAMA, r=2)).double()
+
+
+def _trainable_base() -> Any:
+    model = adapt(llama())
+    next(model.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer().parameters()).requires_grad_()
+    return model
+
+
+def _two_of_dora() -> Any:
+    model = adapt(llama(), use_dora=True)
+    model.add_adapter("second", LoraConfig(target_modules=LLAMA, r=2))
+    model.base_model.set_adapter(["default", "second"])
+    return model.double()
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "merged": (_merged, "model.unmerge_adapter"),
+    "disabled": (_disabled, "enable_adapter_layers"),
+    "another tuner": (_other_tuner, "got loha.Linear, expected LoRA's linear layers and embeddings"),
+    "two of DoRA": (_two_of_dora, "got DoRA's adapter 'default' beside others"),
+    "trained tokens": (
+        lambda: adapt(llama(), trainable_token_indices=[1, 2]),
+        "got trainable_tokens.TrainableTokensLayer, expected LoRA's",
+    ),
+    "adapters of parameters": (
+        lambda: adapt(llama(), ["q_proj"], target_parameters=["mlp.down_proj.weight"]),
+        "target_parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_adapters_that_are_not_served(name: str) -> None:
+    make, message = REFUSED[name]
+    model, plain = make(), rk.Anchors.from_model(llama().double(), 8, progress=False)
+    for call in (
+        lambda: anchors_of(model),
+        lambda: rk.rotation_penalty(model, plain),
+        lambda: rk.accumulate_rotation_grad_(model, plain, 1.0),
+    ):
+        found = refused(call)
+        assert message in found and "model." in found
+    assert gradients(model) == {}
+
+
+def test_what_is_not_served_may_be_left_out() -> None:
+    model = adapt(llama(), trainable_token_indices=[1, 2])
+    anchors = anchors_of(model, exclude="model.embed_tokens*")
+    move(model)
+    assert rk.rotation_penalty(model, anchors).item() > 0
+
+
+def test_a_base_that_trains_is_refused() -> None:
+    model = _trainable_base()
+    assert "got a base that requires grad" in refused(lambda: rk.rotation_penalty(model, anchors_of(model)))
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("changed", ["mlp.down_proj.base_layer", "mlp.up_proj"])
+def test_another_base_is_refused(changed: str, keep_base: bool) -> None:
+    plain = llama().double()
+    anchors = rk.Anchors.from_model(plain, 8, progress=False, basis_dtype=torch.float64, keep_base=keep_base)
+    model = adapt(llama())
+    assert rk.rotation_penalty(model, anchors).item() == 0.0
+    with torch.no_grad():
+        model.get_parameter(f"base_model.model.model.layers.1.{changed}.weight")[0, 0] += 1e-3
+    message = refused(lambda: rk.rotation_penalty(model, anchors))
+    assert message.startswith(f"model.layers.1.{changed.replace('.base_layer', '')}.weight: got a ")
+    assert "adapt the pretrained model that was anchored" in message
+
+
+def test_a_base_that_has_given_up_its_adapter_is_refused() -> None:
+    model = adapt(llama(), init_lora_weights="pissa")
+    plain = rk.Anchors.from_model(llama().double(), 8, progress=False)
+    assert "init_lora_weights='pissa'" in refused(lambda: anchors_of(model))
+    assert "at='now'" in refused(lambda: rk.rotation_penalty(model, plain))
+    anchors = anchors_of(model, "now")
+    model.add_adapter("second", LoraConfig(target_modules=LLAMA, r=2))
+    model.set_adapter("second")
+    assert "expected 'default' among them" in refused(lambda: rk.rotation_penalty(model.double(), anchors))
+
+
+def test_dtypes_and_gradients() -> None:
+    model = adapt(llama())
+    anchors = anchors_of(model)
+    assert "got adapters in float32" in refused(lambda: rk.rotation_penalty(model.float(), anchors))
+    model.double()
+    factor = next(p for n, p in model.named_parameters() if "lora_B" in n)
+    factor.grad = torch.zeros_like(factor).to_sparse()
+    message = refused(lambda: rk.accumulate_rotation_grad_(model, anchors, 1.0))
+    assert "lora_B.default.weight.grad: got layout torch.sparse_coo" in message
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
+        next(n for n, _ in model.named_parameters() if "lora_B" in n)
+    ]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False).grad = None
+    assert "every anchored parameter is frozen" in refused(lambda: rk.accumulate_rotation_grad_(model, anchors, 1.0))
+    assert rk.rotation_penalty(model, anchors).item() == 0.0
+
+
+def test_after_the_step_modes_are_refused() -> None:
+    model = adapt(llama())
+    penalty = rk.RotationPenalty(8, mode="project", budget=0.1)
+    penalty.anchor(model)
+    move(model)
+    assert "use mode 'gradient'" in refused(lambda: penalty.after_step_(model, 0.1))
