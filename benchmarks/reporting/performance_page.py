@@ -54,19 +54,19 @@ def write_tables(files: Sequence[ResultFile]) -> str:
     return "\n\n".join(_table(file) for file in newest_of_each_device(files))
 
 
-def replace_tables(page: str, text: str) -> str:
-    """Return ``page`` with ``text`` between its markers.
+def replace_tables(page: str, text: str, begin_mark: str = BEGIN, end_mark: str = END) -> str:
+    """Return ``page`` with ``text`` between its two marker lines.
 
     Raises:
         ValueError: ``page`` has not each marker once, in this order.
     """
-    begin, end = page.find(BEGIN), page.find(END)
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or end < begin:
+    begin, end = page.find(begin_mark), page.find(end_mark)
+    if page.count(begin_mark) != 1 or page.count(end_mark) != 1 or end < begin:
         raise ValueError(
-            f"page: got {page.count(BEGIN)} lines {BEGIN!r} and {page.count(END)} lines {END!r}, expected one of "
-            "each, in this order"
+            f"page: got {page.count(begin_mark)} lines {begin_mark!r} and {page.count(end_mark)} lines {end_mark!r}, "
+            "expected one of each, in this order"
         )
-    return f"{page[: begin + len(BEGIN)]}\n{text}\n{page[end:]}"
+    return f"{page[: begin + len(begin_mark)]}\n{text}\n{page[end:]}"
 
 
 def _published(case: CaseResults, precision: str, compiled: bool = False) -> Result | None:

@@ -42,6 +42,20 @@ def test_bases_are_orthonormal_and_the_energy_is_what_they_hold(shape: tuple[int
     assert energy == pytest.approx(expected.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("rank", [1, 30, 31, 40])
+def test_both_factorisations_are_the_one_with_a_positive_diagonal(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, _, _ = random_subspaces(_weight(40, 40), rank, 0, "a")
+    drawn: list[Tensor] = []
+    monkeypatch.setattr(
+        torch, "from_numpy", lambda array, make=torch.from_numpy: drawn.append(make(array)) or drawn[-1]
+    )
+    random_subspaces(_weight(40, 40), rank, 0, "a")
+    triangle = left.T @ drawn[0]
+    assert (triangle.diagonal() > 0).all()
+    torch.testing.assert_close(triangle.tril(-1), torch.zeros_like(triangle), atol=1e-12, rtol=0)
+    torch.testing.assert_close(left @ triangle, drawn[0], atol=1e-12, rtol=0)
+
+
 def test_directions_are_uniform() -> None:
     # Of a uniform basis (m, k) every entry has the variance 1 / m; without a fixed sign of R the first row would not be
     # centred.

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 import rpsft_kernels as rk
 from rpsft_kernels.demo import experiment
 from rpsft_kernels.demo.batch import Example
-from rpsft_kernels.demo.experiment import Comparison, choose_measured_steps, compare
+from rpsft_kernels.demo.experiment import Arm, Comparison, choose_measured_steps, compare
 from rpsft_kernels.demo.knowledge import Fact, Knowledge, encode_knowledge
 from rpsft_kernels.demo.train import Settings, copy_parameters
 
@@ -23,30 +23,40 @@ def knowledge(tokenizer: Any) -> Knowledge:
     return encode_knowledge(tokenizer, [Fact("ab", tuple("cdef")), Fact("xyz", tuple("uvwx"))], ["A dog.", "Cats!"])
 
 
-def compared(model: PreTrainedModel, anchors: rk.Anchors, knowledge: Knowledge, coeff: float) -> Comparison:
-    return compare(model, anchors, TRAINING, HELD_OUT, knowledge, SETTINGS, coeff)
+def compared(
+    model: PreTrainedModel, anchors: rk.Anchors, knowledge: Knowledge, coeff: float, control: rk.Anchors | None = None
+) -> Comparison:
+    arms = [Arm("SFT", anchors, None), Arm("RPSFT", anchors, coeff)]
+    if control is not None:
+        arms.append(Arm("random", control, coeff))
+    return compare(model, arms, TRAINING, HELD_OUT, knowledge, SETTINGS)
 
 
-def test_both_runs_start_from_the_same_weights(
-    tiny: PreTrainedModel, anchors: rk.Anchors, knowledge: Knowledge
-) -> None:
-    result = compared(tiny, anchors, knowledge, 30.0)
+def test_all_runs_start_from_the_same_weights(tiny: PreTrainedModel, anchors: rk.Anchors, knowledge: Knowledge) -> None:
+    control = rk.Anchors.from_model(tiny, 8, subspace="random", progress=False)
+    result = compared(tiny, anchors, knowledge, 30.0, control)
     assert (result.before.step, result.before.penalty, result.before.drift) == (0, 0, 0)
-    assert result.sft.run.losses[0] == result.rpsft.run.losses[0]
-    assert result.sft.run.losses[-1] != result.rpsft.run.losses[-1]
-    for course in (result.sft, result.rpsft):
+    assert result.before.knowledge.divergence == 0
+    courses = result.courses
+    assert list(courses) == ["SFT", "RPSFT", "random"]
+    assert len({course.run.losses[0] for course in courses.values()}) == 1
+    assert len({course.run.losses[-1] for course in courses.values()}) == 3
+    for course in courses.values():
         assert course.states[0] is result.before
-        assert [state.step for state in course.states] == [0, 2, 4, 6, 8]
+        assert [state.step for state in course.states] == [0, 4, 8]
         assert course.end.task.loss < result.before.task.loss
-        assert course.end.drift > 0
-    assert result.rpsft.end.penalty < result.sft.end.penalty
+        assert course.end.drift > 0 and course.end.knowledge.divergence > 0
+    assert courses["RPSFT"].end.penalty < courses["SFT"].end.penalty
+    # The control's R is that of its own subspaces, which its penalty holds too.
+    assert courses["random"].end.penalty < courses["SFT"].end.penalty
+    assert courses["SFT"].run.penalties == [] and courses["random"].run.penalties[0] == 0
 
 
 def test_without_a_coefficient_both_runs_are_one(
     tiny: PreTrainedModel, anchors: rk.Anchors, knowledge: Knowledge
 ) -> None:
     result = compared(tiny, anchors, knowledge, 0.0)
-    assert result.sft.states == result.rpsft.states
+    assert result.courses["SFT"].states == result.courses["RPSFT"].states
 
 
 def test_the_model_ends_as_it_began(tiny: PreTrainedModel, anchors: rk.Anchors, knowledge: Knowledge) -> None:
@@ -74,8 +84,6 @@ def test_the_model_is_restored_after_a_failure(
     assert all(torch.equal(p, before[name]) for name, p in tiny.named_parameters())
 
 
-@pytest.mark.parametrize(
-    ("steps", "expected"), [(1, {1}), (2, {1, 2}), (4, {1, 2, 3, 4}), (48, {12, 24, 36, 48}), (50, {12, 25, 38, 50})]
-)
+@pytest.mark.parametrize(("steps", "expected"), [(1, {1}), (2, {1, 2}), (3, {2, 3}), (32, {16, 32})])
 def test_measurements_are_spread_and_reach_the_end(steps: int, expected: set[int]) -> None:
     assert choose_measured_steps(steps) == expected

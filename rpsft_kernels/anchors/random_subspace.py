@@ -42,7 +42,12 @@ def _random_basis(rows: int, rank: int, key: str) -> Tensor:
     # The generators of torch give other numbers on other processors.
     generator = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
     drawn = torch.from_numpy(generator.standard_normal((rows, rank)))
+    # With a positive diagonal the QR factorisation is unique, whichever way it is computed.
     basis: Tensor
+    if 4 * rank <= 3 * rows:
+        # Such a random matrix has a condition number of at most about 14, which squares to nothing in float64.
+        triangle = torch.linalg.cholesky(drawn.T @ drawn, upper=True)
+        basis = torch.linalg.solve_triangular(triangle, drawn, upper=True, left=False)
+        return basis
     basis, triangle = torch.linalg.qr(drawn)
-    # With a positive diagonal the factorisation is unique, whichever library computes it.
     return basis.mul_(torch.where(triangle.diagonal() < 0, -1.0, 1.0))

@@ -1,21 +1,25 @@
-"""Knowledge that the model has before and that the task does not train: general facts, and plain English."""
+"""Knowledge that the model has before and that the task does not train: plain English, and facts asked in a chat."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, nll_loss
 
 from .batch import Example, answer_logits, collate
+from .task import chat_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Log-probabilities of the whole vocabulary are compared for a few paragraphs at a time: 20 MB each.
+_PARAGRAPHS = 3
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,17 @@ class KnowledgeScore:
     """The scores of a model's knowledge.
 
     Attributes:
-        facts: Share of facts whose true end is more likely than each of the other three.
-        fact_loss: Mean negative log-likelihood of the true ends, in nats per end.
+        divergence: Mean over the prose's tokens of KL(pretrained || this model), in nats: how far the predictions for
+            plain English have moved. 0 for the pretrained model.
         perplexity: exp of the mean cross-entropy, in nats, of the prose's tokens.
+        fact_loss: Mean negative log-likelihood of the facts' true ends, in nats per end.
+        facts: Share of facts whose true end is more likely than each of the other three.
     """
 
-    facts: float
-    fact_loss: float
+    divergence: float
     perplexity: float
+    fact_loss: float
+    facts: float
 
 
 def read_facts() -> list[Fact]:
@@ -77,27 +84,60 @@ def _read(name: str) -> str:
 
 
 def encode_knowledge(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], prose: Sequence[str]) -> Knowledge:
-    """Encode facts and paragraphs as token ids; all tokens of a paragraph but the first are scored."""
+    """Encode facts and paragraphs as token ids.
+
+    A fact is asked in the chat format of the task, so that it shows whether the model still answers what it is asked
+    there. All tokens of a paragraph but the first are scored.
+    """
 
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    encoded = tuple(EncodedFact(ids(f.prompt), tuple(ids(f" {c}") for c in f.choices)) for f in facts)
+    encoded = tuple(
+        # The assistant's turn begins with the sentence: otherwise the first token would decide, which is any beginning
+        # of an answer.
+        EncodedFact(
+            ids(chat_prompt(f"Complete the sentence: {f.prompt}") + f.prompt), tuple(ids(f" {c}") for c in f.choices)
+        )
+        for f in facts
+    )
     paragraphs = tuple(Example(tokens[:1], tokens[1:]) for tokens in map(ids, prose))
     return Knowledge(encoded, paragraphs)
 
 
 @torch.no_grad()
-def score_knowledge(model: PreTrainedModel, knowledge: Knowledge, chunk: int = 50) -> KnowledgeScore:
-    """Score ``model`` on facts and prose, ``chunk`` facts at a time."""
+def predict_prose(model: PreTrainedModel, prose: Sequence[Example]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Compute log-probabilities (scored, vocabulary) and right tokens (scored,), some paragraphs at a time."""
     device = next(model.parameters()).device
+    for start in range(0, len(prose), _PARAGRAPHS):
+        batch = collate(prose[start : start + _PARAGRAPHS], device)
+        yield answer_logits(model, batch).log_softmax(-1), batch.target
+
+
+@torch.no_grad()
+def score_knowledge(
+    model: PreTrainedModel, knowledge: Knowledge, pretrained: Sequence[Tensor], chunk: int = 25
+) -> KnowledgeScore:
+    """Score ``model`` on facts and prose.
+
+    Args:
+        model: The model after some steps.
+        knowledge: The facts and the prose.
+        pretrained: The log-probabilities that :func:`predict_prose` gave for the pretrained model.
+        chunk: Facts that are scored at a time.
+    """
     # Facts of about the same length side by side leave little padding.
     facts = sorted(knowledge.facts, key=len)
     scores = torch.cat([score_choices(model, facts[i : i + chunk]) for i in range(0, len(facts), chunk)])
-    batch = collate(knowledge.prose, device)
-    loss = cross_entropy(answer_logits(model, batch), batch.target).item()
     known = scores[:, 0] > scores[:, 1:].amax(1)
-    return KnowledgeScore(known.float().mean().item(), -scores[:, 0].mean().item(), math.exp(loss))
+    divergence, loss, tokens = 0.0, 0.0, 0
+    for (predicted, target), before in zip(predict_prose(model, knowledge.prose), pretrained, strict=True):
+        divergence += (before.exp() * (before - predicted)).sum(-1).double().sum().item()
+        loss += nll_loss(predicted, target, reduction="sum").item()
+        tokens += target.numel()
+    return KnowledgeScore(
+        divergence / tokens, math.exp(loss / tokens), -scores[:, 0].mean().item(), known.float().mean().item()
+    )
 
 
 def score_choices(model: PreTrainedModel, facts: Sequence[EncodedFact]) -> Tensor:

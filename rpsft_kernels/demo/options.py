@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +13,22 @@ import torch
 
 from .. import ops
 
+# What an arm is called at the prompt, and in tables and curves.
+ARMS = {"sft": "SFT", "rpsft": "RPSFT", "random": "random"}
+
 # These suit a few minutes on two CPU cores, not a real fine-tuning: the paper's takes thousands of steps at 1e-6, with
-# rank 768 and coefficient 1.
+# rank 768 and coefficient 1. A lower rank leaves most of the drift free: at 128 the penalty has no effect to be seen.
 _DEFAULTS = {
     "steps": 32,
-    "rank": 128,
-    "coeff": 0.1,
-    "lr": 3e-4,
+    "rank": 432,
+    "coeff": 1.0,
+    "lr": 1.5e-4,
     "batch": 32,
+    "arms": list(ARMS),
+    "seeds": [0],
+    "autocast": None,
     "device": "auto",
     "backend": None,
-    "seed": 0,
     "output": Path("output/demo.png"),
 }
 
@@ -37,10 +43,13 @@ class Options:
         coeff: The paper's lambda.
         lr: Peak learning rate of AdamW.
         batch: Sums per optimizer step.
+        arms: Ways to fine-tune, keys of ``ARMS``, in the order of training.
+        seeds: Of the training data, their order, the held-out sums and the random subspaces; all arms are trained once
+            for each.
+        autocast: Whether forward passes of training compute in bfloat16.
         device: ``cpu`` or a CUDA device.
         backend: Backend of the package's operations; None leaves the choice to the package.
-        seed: Seed of the training data and their order.
-        output: The PNG of the curves.
+        output: The PNG of the curves; the measurements go to a JSON file beside it.
     """
 
     steps: int
@@ -48,9 +57,11 @@ class Options:
     coeff: float
     lr: float
     batch: int
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    autocast: bool
     device: torch.device
     backend: str | None
-    seed: int
     output: Path
 
 
@@ -58,19 +69,29 @@ def parse_options(arguments: list[str] | None = None) -> Options:
     """Read the command line; an option that cannot work ends the process with status 2 and says why."""
     parser = argparse.ArgumentParser(
         prog="python -m rpsft_kernels.demo",
-        description="Fine-tune SmolLM2-135M-Instruct on sums twice, without and with the rotation penalty of "
-        "RPSFT, and measure what each run learned and what it forgot.",
+        description="Fine-tune SmolLM2-135M-Instruct on sums without the rotation penalty, with it (RPSFT), and with "
+        "the same penalty in random subspaces, and measure what each run learned and what it forgot.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=int, help="optimizer steps of each run")
-    parser.add_argument("--rank", type=int, help="singular directions kept of each weight")
+    parser.add_argument("--rank", type=int, help="directions kept of each weight")
     parser.add_argument("--coeff", type=float, help="coefficient of the penalty, the paper's lambda")
     parser.add_argument("--lr", type=float, help="peak learning rate of AdamW")
     parser.add_argument("--batch", type=int, help="sums per optimizer step")
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), help="without the penalty, with it, and with random subspaces"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="of data, their order and random subspaces; every arm is trained for each"
+    )
+    parser.add_argument(
+        "--autocast",
+        action=argparse.BooleanOptionalAction,
+        help="train in bfloat16 autocast; None does on a processor that multiplies bfloat16 pairs, and on a GPU",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; auto is cuda where there is one, else cpu")
     parser.add_argument("--backend", help="torch, triton or native; None leaves the choice to the package")
-    parser.add_argument("--seed", type=int, help="seed of the training data and their order")
-    parser.add_argument("--output", type=Path, help="PNG of the curves")
+    parser.add_argument("--output", type=Path, help="PNG of the curves; the numbers go to a JSON file beside it")
     parser.set_defaults(**_DEFAULTS)
     given = parser.parse_args(arguments)
     try:
@@ -86,9 +107,11 @@ def check_options(
     coeff: float,
     lr: float,
     batch: int,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    autocast: bool | None,
     device: str,
     backend: str | None,
-    seed: int,
     output: Path,
 ) -> Options:
     """Check the options; creates the folder of ``output``.
@@ -104,6 +127,11 @@ def check_options(
         raise ValueError(f"--lr: got {lr}, expected a positive number such as 3e-4")
     if not (math.isfinite(coeff) and coeff >= 0):
         raise ValueError(f"--coeff: got {coeff}, expected a number of at least 0; 0 only measures the penalty")
+    for name, values in (("arms", arms), ("seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name}: got {' '.join(map(str, values))}, expected each once")
+    if min(seeds) < 0:
+        raise ValueError(f"--seeds: got {min(seeds)}, expected whole numbers of at least 0")
     resolved_device = find_device(device)
     _check_backend(backend, resolved_device)
     _check_output(output)
@@ -113,11 +141,21 @@ def check_options(
         coeff=coeff,
         lr=lr,
         batch=batch,
+        arms=tuple(arms),
+        seeds=tuple(seeds),
+        autocast=choose_autocast(resolved_device) if autocast is None else autocast,
         device=resolved_device,
         backend=backend,
-        seed=seed,
         output=output,
     )
+
+
+def choose_autocast(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32's there: on a GPU, or a processor with instructions for them.
+
+    Without the CPU engine the processor's instructions are not known, and the answer is False.
+    """
+    return device.type != "cpu" or any("bf16" in name for name in ops.native.instruction_sets())
 
 
 def find_device(name: str) -> torch.device:

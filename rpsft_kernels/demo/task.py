@@ -61,12 +61,17 @@ def make_sums(train: int, held_out: int, seed: int) -> tuple[list[Sum], list[Sum
     return drawn[:train], tests
 
 
+def chat_prompt(question: str) -> str:
+    """Write a user's turn and the beginning of the assistant's."""
+    # The chat template would add a default system prompt, which doubles the length.
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
 def encode_sums(tokenizer: PreTrainedTokenizerBase, sums: Sequence[Sum]) -> list[Example]:
     """Encode each sum as a user's turn, and its result as the assistant's turn with the end of the turn."""
-    # The chat template would add a default system prompt, which doubles the length.
     return [
         Example(
-            tuple(_ids(tokenizer, f"<|im_start|>user\n{s.question}<|im_end|>\n<|im_start|>assistant\n")),
+            tuple(_ids(tokenizer, chat_prompt(s.question))),
             tuple(_ids(tokenizer, f"{s.answer}<|im_end|>")),
         )
         for s in sums

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ..anchors.anchor import Anchor
-from ..penalty import accumulate_rotation_grad_, rotation_penalty
+from ..penalty import accumulate_rotation_grad_
 from .batch import Example, answer_logits, collate
 
 if TYPE_CHECKING:
@@ -26,11 +26,15 @@ _BETAS = (0.9, 0.98)
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of both runs: ``steps`` optimizer steps of ``batch`` examples, AdamW with peak rate ``lr``."""
+    """The settings of all runs: ``steps`` optimizer steps of ``batch`` examples, AdamW with peak rate ``lr``.
+
+    ``autocast`` computes the model's forward pass in bfloat16 where torch.autocast does; weights stay in float32.
+    """
 
     steps: int
     batch: int
     lr: float
+    autocast: bool = False
 
 
 @dataclass
@@ -39,9 +43,8 @@ class TrainingRun:
 
     Attributes:
         losses: Task loss (mean cross-entropy, nats per answer token) on each step's batch.
-        penalties: R before each step's update.
-        seconds: Duration of each step: forward, backward, optimizer and, if it is trained on, the penalty. A penalty
-            that is only measured does not count.
+        penalties: R before each step's update; empty where it is not trained on.
+        seconds: Duration of each step: forward, backward, optimizer and, if it is trained on, the penalty.
         penalty_seconds: The penalty's share of each duration; empty where it is not trained on.
     """
 
@@ -82,10 +85,10 @@ def fine_tune(
 
     Args:
         model: Float parameters that are trained, all of them; its anchors belong to its state before training.
-        anchors: The anchors that R is measured with.
+        anchors: The anchors of the penalty; not used without it.
         examples: ``steps * batch`` of them.
         settings: The settings, equal for all runs that are compared.
-        coeff: The paper's lambda; None trains without the penalty and only measures it.
+        coeff: The paper's lambda; None trains without the penalty.
         label: For the progress bar.
         after_step: Called with the number of steps done, after each; its time is not counted.
     """
@@ -96,12 +99,11 @@ def fine_tune(
     bar = tqdm(range(settings.steps), label, unit="step")
     for step in bar:
         batch = collate(examples[step * settings.batch : (step + 1) * settings.batch], device)
-        if coeff is None:
-            with torch.no_grad():
-                penalty = rotation_penalty(model, anchors).item()
         start = time.perf_counter()
         optimizer.zero_grad()
-        loss = cross_entropy(answer_logits(model, batch), batch.target)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
+            logits = answer_logits(model, batch)
+        loss = cross_entropy(logits, batch.target)
         torch.autograd.backward(loss)
         if coeff is not None:
             begin = _now(device)
@@ -111,11 +113,12 @@ def fine_tune(
         # Reading a number back waits for all work that was queued on a GPU before it, so the clock is right.
         run.losses.append(loss.item())
         run.seconds.append(time.perf_counter() - start)
+        shown = {"loss": f"{run.losses[-1]:.3f}"}
         if coeff is not None:
-            penalty = measured.item()
-        run.penalties.append(penalty)
+            run.penalties.append(measured.item())
+            shown["R"] = f"{run.penalties[-1]:.3g}"
         schedule.step()
-        bar.set_postfix(loss=f"{run.losses[-1]:.3f}", R=f"{penalty:.3g}")
+        bar.set_postfix(shown)
         after_step(step + 1)
     return run
 
