@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rpsft_kernels as rk
 from ranks import FSDP2_RUNS
-from rpsft_kernels.distributed import GroupCall
+from rpsft_kernels.distributed import GroupCall, group_call, transfer
 from rpsft_kernels.evaluation import bucket as buckets
 from rpsft_kernels.evaluation import plan
 from rpsft_kernels.ops import BucketLimits
@@ -404,3 +404,41 @@ def forced_parts(wrapper: str, sizes: tuple[int, ...], rank: int, taken_from: tu
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, dict(anchors))
     return attempt(accumulate, model, rk.Anchors(everyones[taken_from[dist.get_rank()]]))
+
+
+def send_through_another_device() -> tuple[list[Any], list[Any], int]:
+    """Return anchors, penalties and gradients made where sums and parts travel through another device and where they
+    do not, and the number of sums that did.
+
+    The first device of the CPU stands for one that the group serves: it is not the device that weights say.
+    """
+    wire, sums = torch.device("cpu", 0), []
+
+    def run() -> list[Any]:
+        anchors = rk.Anchors.from_model(wrapped("fsdp2", layers()), RANK, progress=False)
+        model = wrapped("fsdp2", layers())
+        found: list[Any] = [rk.accumulate_rotation_grad_(model, anchors, COEFF).item()]
+        found += [piece.tolist() for anchor in anchors.values() for piece in anchor.pieces().values()]
+        return found + [gradient.tolist() for gradient in _gradients(model) if gradient is not None]
+
+    plain = run()
+    reduce = dist.all_reduce
+
+    def record(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        sums.append(tensor)
+        return reduce(tensor, *arguments, **options)
+
+    copy = Tensor.copy_
+    copied: list[Tensor] = []
+
+    def count(target: Tensor, source: Tensor, *arguments: Any) -> Tensor:
+        copied.extend(sent for sent in sums if sent is source)
+        return copy(target, source, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (group_call, transfer):
+            patch.setattr(module, "find_wire", lambda group, device: wire)
+        patch.setattr(dist, "all_reduce", record)
+        patch.setattr(Tensor, "copy_", count)
+        moved = run()
+    return moved, plain, len(copied)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..costs import is_full
-from ..distributed import LocalWeight, ReplicatedWeight, Shard, Transfer
+from ..distributed import LocalWeight, ReplicatedWeight, Shard, Transfer, gather_objects
 from .anchor import Anchor
 from .fingerprint import Fingerprint
 from .make import AnchorOptions, Basis, Solution, anchor_fields, solve
@@ -114,8 +113,7 @@ def _agree(
                 shards={name: weight.shard for name, weight in weights.items()},
                 failed=bool(problem),
             )
-            gathered: list[Any] = [None] * group.size()
-            dist.all_gather_object(gathered, own, group=group)
+            gathered = gather_objects(own, group)
             problem = problem or _find_disagreement(gathered, group)
             if not problem:
                 shards[group_name] = {name: [statement.shards[name] for statement in gathered] for name in weights}
@@ -272,8 +270,7 @@ class _Round:
 
     def _exchange(self, own: dict[str, _Outcome]) -> dict[str, _Outcome]:
         """Tell every rank each weight's outcome, in the order of ``solvers``."""
-        gathered: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(gathered, own, group=self.group)
+        gathered = gather_objects(own, self.group)
         return {name: gathered[solver][name] for name, solver in self.solvers.items()}
 
     @staticmethod

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from ..checks import DTYPES
-from ..distributed import find_parameters
+from ..distributed import find_parameters, gather_objects, remember_device
 
 
 def find_groups(model: nn.Module) -> dict[str, dist.ProcessGroup]:
@@ -26,6 +25,7 @@ def find_groups(model: nn.Module) -> dict[str, dist.ProcessGroup]:
             continue
         if weight.group is not None:
             groups.setdefault(weight.group_name, weight.group)
+            remember_device(weight.group, weight.device)
     return groups
 
 
@@ -54,8 +54,7 @@ class Refusals:
         told = self._told
         if self._own is not None:
             told = f"{self._what}: rank {dist.get_rank()}: {_describe(self._own)}"
-        answers: list[Any] = [None] * group.size()
-        dist.all_gather_object(answers, told, group=group)
+        answers = gather_objects(told, group)
         self._told = told or next((answer for answer in answers if answer), "")
         return bool(self._told)
 

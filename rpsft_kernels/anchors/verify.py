@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch.distributed as dist
 
 from ..checks import dtype_name
-from ..distributed import LocalWeight, ReplicatedWeight
+from ..distributed import LocalWeight, ReplicatedWeight, gather_objects
 from .anchor import Anchor
 from .fingerprint import Fingerprint, content_sum
 
@@ -65,8 +64,7 @@ class Comparison:
         """
         problems = dict(self._problems)
         for group_name, group in groups.items():
-            tables: list[Any] = [None] * group.size()
-            dist.all_gather_object(tables, (self._problems, self._summands.get(group_name, {})), group=group)
+            tables = gather_objects((self._problems, self._summands.get(group_name, {})), group)
             for member, (told, _) in enumerate(tables):
                 for name, problem in told.items():
                     problems.setdefault(name, f"{problem} (on rank {dist.get_global_rank(group, member)})")

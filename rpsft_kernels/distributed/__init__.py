@@ -8,6 +8,7 @@ from .shard import Rect, Shard
 from .snapshot import ModuleSnapshot
 from .transfer import Transfer
 from .weight import LocalWeight, ReplicatedWeight
+from .wire import gather_objects, remember_device
 
 __all__ = [
     "FAILED",
@@ -23,6 +24,8 @@ __all__ = [
     "assign_shards",
     "divide",
     "find_parameters",
+    "gather_objects",
     "locate_tensor",
     "named_owners",
+    "remember_device",
 ]

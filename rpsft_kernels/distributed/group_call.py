@@ -27,6 +27,7 @@ from torch import Tensor
 from ..private_names import default_store
 from .coverage import MODULUS, measure
 from .shard import Shard
+from .wire import find_wire
 
 # Number of calls of this process, by group. Every rank of a group makes the same calls in the same order; a rank that
 # missed some adopts the others' count at its next consistency check.
@@ -41,22 +42,36 @@ FAILED = float("-inf")
 
 @dataclass
 class PendingSum:
-    """A sum that has been started; ``tensor`` holds it after :meth:`GroupCall.finish`."""
+    """A sum that has been started; ``tensor`` holds it after :meth:`GroupCall.finish`.
+
+    Attributes:
+        tensor: the summands at first, and in the end the sum.
+        sent: ``tensor``, or its copy on a device that the group serves.
+        work: what to wait for.
+    """
 
     tensor: Tensor
+    sent: Tensor
     work: Any
 
 
 class GroupCall:
     """One call's traffic within one process group.
 
+    Args:
+        group: the processes.
+        device: that of the weights. Where the group has no backend for it, sums travel through another device.
+
     Raises (every method):
+        ValueError: the group serves no device that is there (when the call begins).
         RuntimeError: the group failed; the message names the ranks that did not reach this call, or that reached it
             and fell silent.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.device = group, device
+        wire = find_wire(group, device)
+        self._wire = None if wire == device else wire
         self.size, self.rank = group.size(), group.rank()
         _calls[group.group_name] += 1
         self._call = _calls[group.group_name]
@@ -108,8 +123,9 @@ class GroupCall:
 
     def start(self, tensor: Tensor) -> PendingSum:
         """Begin to sum ``tensor`` over the ranks, in place."""
+        sent = tensor if self._wire is None else tensor.to(self._wire)
         try:
-            return PendingSum(tensor, dist.all_reduce(tensor, group=self.group, async_op=True))
+            return PendingSum(tensor, sent, dist.all_reduce(sent, group=self.group, async_op=True))
         except RuntimeError as error:
             raise self._diagnose_failure(error) from error
 
@@ -119,6 +135,8 @@ class GroupCall:
             pending.work.wait()
         except RuntimeError as error:
             raise self._diagnose_failure(error) from error
+        if pending.sent is not pending.tensor:
+            pending.tensor.copy_(pending.sent)
         return pending.tensor
 
     def check_health(self, health: Sequence[float]) -> None:

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .wire import find_wire
+
 
 class Transfer:
     """A batch of messages within a group. All ranks must list their messages in one common order."""
@@ -16,11 +18,14 @@ class Transfer:
         self._copies: list[tuple[Tensor, Tensor]] = []
 
     def send(self, tensor: Tensor, member: int) -> None:
-        self._add(dist.isend, _view_bytes(tensor.detach().contiguous()), member)
+        self._add(dist.isend, _view_bytes(tensor.detach().contiguous()).to(self._wire(tensor)), member)
 
     def receive(self, tensor: Tensor, member: int) -> None:
         """Fill ``tensor``, of any strides, once :meth:`run` has returned."""
-        buffer = tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        wire = self._wire(tensor)
+        buffer = tensor
+        if not tensor.is_contiguous() or wire != tensor.device:
+            buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format, device=wire)
         if buffer is not tensor:
             self._copies.append((tensor, buffer))
         self._add(dist.irecv, _view_bytes(buffer), member)
@@ -31,6 +36,9 @@ class Transfer:
                 work.wait()
         for tensor, buffer in self._copies:
             tensor.copy_(buffer)
+
+    def _wire(self, tensor: Tensor) -> torch.device:
+        return find_wire(self._group, tensor.device)
 
     def _add(self, operation: object, tensor: Tensor, member: int) -> None:
         if tensor.numel():
