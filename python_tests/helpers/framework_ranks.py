@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -263,11 +264,19 @@ def trainers_of_lightning() -> dict[str, Any]:
     return found
 
 
+def example_of_accelerate() -> dict[str, Any]:
+    path = Path(__file__).parents[2] / "examples" / "train_accelerate_fsdp2.py"
+    gpus_in_name()
+    metrics = runpy.run_path(str(path))["main"](["--steps", "20"])
+    forget()
+    return {"example": metrics["rotation/R"]}
+
+
 def all_frameworks() -> dict[str, Any]:
-    """One launch for all: each framework takes seconds to import."""
+    """One launch for all: each framework takes seconds to import. The example is the last, which ends the group."""
     join()
     found = trainers_of_transformers()
     forget()
-    for others in (fsdp2_in_trainer, loops_of_accelerate, trainers_of_lightning):
+    for others in (fsdp2_in_trainer, loops_of_accelerate, trainers_of_lightning, example_of_accelerate):
         found |= others()
     return found

@@ -27,6 +27,8 @@ def test_what_two_ranks_receive() -> None:
     first, second = run_ranks(2, all_frameworks)
     assert {name: first[name] for name in ERRORS if not first[name] < 3e-6} == {}
     check_layout(first)
+    # examples/train_accelerate_fsdp2.py: R is one number.
+    assert 0 < first["example"] == second["example"]
     # Replicas stay replicas.
     assert first["DDP, penalised, bits"] == second["DDP, penalised, bits"]
 
