@@ -22,6 +22,7 @@ from support import relative_error
 # Of (96, 512), (512, 96) and (96, 20): two that two ranks cut, and one of whose rank the anchor is full.
 SIZES = (96, 512, 96, 20)
 RANK = 24
+KINDS = ("ddp", "fsdp2", "fsdp1")
 
 
 def _layers() -> nn.Sequential:
@@ -69,13 +70,25 @@ def _whole(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def correct(kinds: list[str]) -> dict[str, Any]:
-    """Correct weights over the ranks in every wrapper, mode and form, and compare with one process in float64."""
-    return {
+def correct_and_train(kinds: list[str], folder: str) -> dict[str, Any]:
+    """Correct weights in every wrapper, mode and form, and compare with one process in float64; then train."""
+    corrections = {
         f"{kind}, {mode}, {'base' if keep_base else 'block'}": _correct(kind, mode, keep_base)
         for kind in kinds
         for mode in ("decoupled", "project")
         for keep_base in (True, False)
+    }
+    trained = {
+        f"{kind}, {mode}": _train(kind, mode, Path(folder) / f"{kind}-{mode}")
+        for kind in kinds
+        if kind != "fsdp1"
+        for mode in ("gradient", "decoupled")
+    }
+    return {
+        "corrections": corrections,
+        "trained": trained,
+        "a file that one rank sees": _lonely_file(Path(folder)),
+        "deviating lr": _deviating(),
     }
 
 
@@ -105,7 +118,11 @@ def _correct(kind: str, mode: Any, keep_base: bool) -> dict[str, Any]:
     start = _whole(model)
     left = float(penalty.after_step_(model, lr=0.1))
     ended = _whole(model)
-    share = 2 * 0.1 * 3.0 / (1 + 2 * 0.1 * 3.0) if mode == "decoupled" else 1 - 0.3**0.5
+    still = float(drifts[frozen].square().sum()) / before if frozen is not None else 0.0
+    if mode == "decoupled":
+        share = 2 * 0.1 * 3.0 / (1 + 2 * 0.1 * 3.0)
+    else:
+        share = 1 - ((0.3 - still) / (1 - still)) ** 0.5
     expected = corrected(alone, whole, share)
     errors = {
         name: relative_error(ended[name] - start[name], expected[name] - start[name].double())
@@ -118,22 +135,11 @@ def _correct(kind: str, mode: Any, keep_base: bool) -> dict[str, Any]:
         "frozen stays": frozen is None or torch.equal(ended[frozen], start[frozen]),
         "others stay": all(torch.equal(ended[name], start[name]) for name in ended if name not in whole),
         "left": left / before,
+        "expected": still + (1 - still) * (1 - share) ** 2,
         "layers": {name: value / float(drifts[name].square().sum()) for name, value in layers.items()},
         "energy": energy / rk.RotationPenalty(anchors=whole).anchor(_layers()).state_dict()["energy"],
         "bits": {name: tensor.view(torch.int32).sum().item() for name, tensor in ended.items()},
     }
-
-
-def train(folder: str) -> dict[str, Any]:
-    """Train with budgets in both wrappers, in the modes that find a coefficient; and share a file of anchors."""
-    found: dict[str, Any] = {}
-    for kind in ("ddp", "fsdp2"):
-        for mode in ("gradient", "decoupled"):
-            path = Path(folder) / f"{kind}-{mode}"
-            found[f"{kind}, {mode}"] = _train(kind, mode, path)
-    found["a file that one rank sees"] = _lonely_file(Path(folder))
-    found["deviating lr"] = _deviating()
-    return found
 
 
 def _train(kind: str, mode: Any, path: Path, steps: int = 12) -> dict[str, Any]:

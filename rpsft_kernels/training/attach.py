@@ -33,9 +33,10 @@ def attach(optimizer: Optimizer, penalty: RotationPenalty, model: nn.Module) -> 
             attached already; or as :meth:`RotationPenalty.after_step_`.
     """
     inner: Any = optimizer
-    while isinstance(getattr(inner, "optimizer", None), Optimizer):
+    # Accelerate's wrapper is an Optimizer by name, without hooks of its own.
+    while not _has_hooks(inner) and getattr(inner, "optimizer", None) is not None:
         inner = inner.optimizer
-    if not isinstance(inner, Optimizer):
+    if not _has_hooks(inner):
         raise ValueError(
             f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer, which has hooks after its "
             "step; otherwise call penalty.after_step_(model, lr) after each step"
@@ -64,6 +65,10 @@ def attach(optimizer: Optimizer, penalty: RotationPenalty, model: nn.Module) -> 
 
     penalty.attached = inner.register_step_post_hook(after_step)
     return penalty.attached
+
+
+def _has_hooks(optimizer: object) -> bool:
+    return isinstance(optimizer, Optimizer) and "_optimizer_step_post_hooks" in vars(optimizer)
 
 
 def _is_attached(handle: RemovableHandle | None) -> bool:
