@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepspeed_ranks import odd_partitions, partitioned, replicated, train, unpartitioned
+from deepspeed_ranks import masters, odd_partitions, partitioned, replicated, train, unpartitioned
 from llama import llama, whole_anchors
 from ranks import run_ranks
 
@@ -96,6 +96,16 @@ def check_replicated(results: list[dict[str, Any]], tolerance: float) -> None:
         for key in ("penalty", "gradient, penalty first", "gradient, penalty last", "gradient, penalty alone"):
             assert result[key] <= tolerance, (key, result)
         assert result["bits"] == results[0]["bits"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_masters_are_reached_through_deepspeeds_functions(stage: int) -> None:
+    for result in run_ranks(2, masters, stage):
+        assert result["copies"] == 0, "no weight in bfloat16 has moved"
+        # Gradients of stage 1 are bfloat16.
+        assert result["penalty"] <= 1e-4 and result["gradient"] <= (0.01 if stage == 1 else 1e-5)
+        (message,) = result["warnings"]
+        assert "are copies of masters which DeepSpeed's optimizer keeps" in message
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -298,6 +299,50 @@ def unpartitioned(accumulation: int) -> dict[str, Any]:
         name for name, p in weights(engine).items() if name in anchors and not torch.equal(p, before[name])
     ]
     result["anchored"] = list(anchors)
+    return result
+
+
+def add_gradients_of_masters(engine: Any, anchors: rk.Anchors, coeff: float) -> float:
+    """Add the gradient of the masters' R between engine.backward and engine.step, as docs/accuracy.md shows."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_grad
+
+    penalty = 0.0
+    for name, parameter in engine.module.named_parameters():
+        if name in anchors:
+            master = safe_get_full_fp32_param(parameter).clone().requires_grad_()
+            penalty += rk.accumulate_rotation_grad_(master, anchors[name], coeff).item()
+            safe_set_full_grad(parameter, safe_get_full_grad(parameter) + master.grad)
+    return penalty
+
+
+def masters(stage: int) -> dict[str, Any]:
+    """Move the float32 masters of a bfloat16 model by less than a rounding step, and compare with float64."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    model = llama(torch.bfloat16)
+    anchors = whole_anchors(model, basis_dtype=torch.float32)
+    # With float32 gradients stage 1 has another optimizer, whose gradients DeepSpeed's functions do not reach.
+    engine = initialize(model, stage, bfloat16=True, gradient_dtype=None if stage == 1 else "fp32")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.no_grad():
+            rk.rotation_penalty(engine, anchors)
+    result: dict[str, Any] = {"warnings": [str(warning.message) for warning in caught]}
+    moved = llama(torch.bfloat16).float()
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in engine.module.named_parameters():
+        whole = safe_get_full_fp32_param(parameter)
+        value = whole + 1e-4 * whole.abs().mean() * torch.randn(whole.shape, generator=generator)
+        moved.get_parameter(name).data.copy_(value)
+        safe_set_full_fp32_param(parameter, value)
+    penalty, wanted = expected(moved, anchors)
+    with torch.no_grad():
+        result["copies"] = rk.rotation_penalty(engine, anchors).item()
+    engine.backward(0 * task_loss(engine, own_batch()))
+    found = add_gradients_of_masters(engine, anchors, COEFF)
+    result["penalty"] = abs(found / penalty - 1)
+    result["gradient"] = errors(full_gradients(engine), {name: COEFF * g for name, g in wanted.items()})
+    engine.step()
     return result
 
 

@@ -63,6 +63,11 @@ class LocalWeight:
         return self.parameter.device
 
     @property
+    def is_copy(self) -> bool:
+        """Whether the parameter is a copy in 16 bits of a master that DeepSpeed's optimizer keeps and trains."""
+        return self.dtype.itemsize == 2 and is_linked_by_deepspeed(self.parameter)
+
+    @property
     def requires_grad(self) -> bool:
         return self.parameter.requires_grad
 

@@ -25,6 +25,10 @@ class ZeroWeight(FlatShardWeight):
         return self._zero3.partition.device
 
     @property
+    def is_copy(self) -> bool:
+        return self.dtype.itemsize == 2 and self._zero3.has_optimizer
+
+    @property
     def copies_gradient(self) -> bool:
         return True
 
