@@ -13,7 +13,7 @@ from ..checks import dtype_name
 
 
 def digest_anchors(anchors: Anchors) -> str:
-    """Return a digest of the anchors' names, shapes, ranks, forms and pretrained weights, in hexadecimal digits.
+    """Return a digest of the anchors' names, shapes, ranks, forms, seeds and pretrained weights, in hexadecimal digits.
 
     It is the same for anchors that were made anew of the same model, on any number of ranks: of U and V, whose last
     bits depend on a solver, it knows nothing.
@@ -24,6 +24,9 @@ def digest_anchors(anchors: Anchors) -> str:
         content = _content_of(anchor) if fingerprint is None else fingerprint.checksum
         facts = (name, anchor.shape, anchor.rank, anchor.form, dtype_name(anchor.weight_dtype), content)
         hasher.update(repr(facts).encode())
+        # Random subspaces of two seeds hold nearly the same energy, which tells other subspaces apart.
+        if anchor.random_seed is not None:
+            hasher.update(f"random {anchor.random_seed}".encode())
     return hasher.hexdigest()
 
 
