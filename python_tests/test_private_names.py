@@ -35,6 +35,8 @@ SOURCES = {
     "torch._C._functorch": "_C/_functorch.pyi",
     "torch.distributed.distributed_c10d": "distributed/distributed_c10d.py",
     "DistributedDataParallel": "nn/parallel/distributed.py",
+    "Tensor": "overrides.py",
+    "optimizer in backward": "distributed/optim/apply_optimizer_in_backward.py",
     "DeviceMesh": "distributed/device_mesh.py",
     "_StridedShard": "distributed/tensor/placement_types.py",
     "FSDPModule": "distributed/fsdp/_fully_shard/_fully_shard.py",

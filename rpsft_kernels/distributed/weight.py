@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..private_names import is_linked_by_deepspeed
+from .gradient_hooks import reason_consumed
 from .shard import Shard
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def _reason_unread(parameter: Tensor) -> str | None:
             "one whose optimizer reads .grad: put rotation_penalty of the engine into the loss of engine.backward; if "
             "that engine is gone, delete what it has left on the parameter (_hp_mapping)"
         )
-    return None
+    # Hooks that a compiled call met are in its graph.
+    return None if torch.compiler.is_compiling() or not parameter.requires_grad else reason_consumed(parameter)
 
 
 @dataclass(frozen=True)

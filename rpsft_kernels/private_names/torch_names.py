@@ -37,6 +37,7 @@ def _reader(holder: str, meaning: str) -> Callable[[Any], Any]:
 
 modules_of: Callable[[nn.Module], dict[str, nn.Module | None]] = _reader("Module", "modules by name")
 parameters_of: Callable[[nn.Module], dict[str, nn.Parameter | None]] = _reader("Module", "parameters by name")
+_hooks: Callable[[Tensor], Any] = _reader("Tensor", "hooks after its gradient is complete")
 _level_of_forward_mode: Callable[[Any], int] = _reader("torch.autograd.forward_ad", "current level")
 
 
@@ -90,6 +91,17 @@ def default_store() -> Any:
         return get()
     except (RuntimeError, ValueError):
         return None
+
+
+def hooks_after_gradient(parameter: Tensor) -> list[Any]:
+    """Return the hooks that run within the backward pass once the parameter's gradient is complete."""
+    return list((_hooks(parameter) or {}).values())
+
+
+def optimizers_in_backward(parameter: Tensor) -> list[Any]:
+    """Return the optimizers that torch lets step the parameter within the backward pass."""
+    (row,) = spellings["optimizer in backward", "optimizers of a parameter"]
+    return list(getattr(parameter, row.name, ()))
 
 
 def replicated_by_ddp(module: nn.Module) -> list[Tensor]:
