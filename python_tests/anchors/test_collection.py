@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rpsft_kernels import ops
+from rpsft_kernels import ops, rotation_penalty
 from rpsft_kernels.anchors.anchor import Anchor
 from rpsft_kernels.anchors.checksums import checksum_bytes
 from rpsft_kernels.anchors.collection import Anchors
@@ -261,6 +261,29 @@ def test_verify_lists_every_difference() -> None:
     assert "query.weight: got dtype float32, anchored in bfloat16" in str(caught.value)
     assert "key.weight: the parameter is on the meta device" in str(caught.value)
     assert "embed.weight:" not in str(caught.value)
+
+
+def test_resume_is_told_how_to_load(tmp_path: Path) -> None:
+    """Not to anchor what has been trained, which would restart R at 0."""
+    model = _Model()
+    _anchors(model).save(tmp_path / "anchors.safetensors")
+    with torch.no_grad():
+        model.query.weight.mul_(1.5)
+    expected = rotation_penalty(model, Anchors.load(tmp_path / "anchors.safetensors")).item()
+    with pytest.raises(
+        ValueError, match=r"as on resume, load them without it \(Anchors.load\(path\)\), or with verify=False"
+    ):
+        Anchors.load(tmp_path / "anchors.safetensors", model)
+    resumed = Anchors.load(tmp_path / "anchors.safetensors", model, verify=False)
+    assert rotation_penalty(model, resumed).item() == expected > 0
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    save_file({"query.weight": model.query.weight.detach().clone()}, checkpoint / "model.safetensors")
+    for path in (checkpoint, checkpoint / "model.safetensors"):
+        with pytest.raises(
+            ValueError, match=r"a model's checkpoint holds no anchors: on resume load those .* restart R at 0"
+        ):
+            Anchors.load(path, model)
 
 
 def test_verify_refuses_another_checkpoint() -> None:

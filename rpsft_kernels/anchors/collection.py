@@ -268,7 +268,9 @@ class Anchors(Mapping[str, Anchor]):
                 listed = "\n  ".join(problems)
                 raise ValueError(
                     f"model: {len(problems)} of {len(self)} weights are not those that were anchored, expected "
-                    "the pretrained checkpoint of these anchors; load that one, or anchor this one "
+                    "the pretrained checkpoint of these anchors. Has this one been trained since, as on resume, load "
+                    "them without it (Anchors.load(path)), or with verify=False where it lies over several ranks; to "
+                    "anchor it anew would restart R at 0. Only another pretrained model needs anchors of its own "
                     f"(Anchors.from_model):\n  {listed}"
                 )
         refusals.tell_all(groups)

@@ -35,6 +35,10 @@ VERSION_OF_CONTROLS = 2
 PIECES = {"base": ("left", "right", "base"), "block": ("left", "right", "block"), "full": ("base",)}
 DTYPE_OF = {dtype_name(dtype): dtype for dtype in DTYPES}
 _SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+CHECKPOINT_ADVICE = (
+    "a model's checkpoint holds no anchors: on resume load those that were saved when the pretrained model was "
+    "anchored (Anchors.load(their path)), as anchors of the checkpoint would restart R at 0"
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class AnchorFile:
             self._file: Any = self._open.__enter__()  # type: ignore[no-untyped-call, unused-ignore]
         except SafetensorError as error:
             raise ValueError(
-                f"{self.path}: got no readable safetensors file ({error}), expected one from Anchors.save"
+                f"{self.path}: got no readable safetensors file ({error}), expected one from Anchors.save; "
+                + CHECKPOINT_ADVICE
             ) from error
         metadata = self._file.metadata() or {}
         self._description = _description(self.path, metadata)
@@ -269,7 +274,8 @@ def _description(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     text = metadata.get(FORMAT)
     if text is None:
         raise ValueError(
-            f"{source}: got a safetensors file without {FORMAT!r} in its metadata, expected one from Anchors.save"
+            f"{source}: got a safetensors file without {FORMAT!r} in its metadata, expected one from Anchors.save; "
+            + CHECKPOINT_ADVICE
         )
     checksum = checksum_bytes(text.encode())
     if metadata.get(CHECKSUM, checksum) != checksum:

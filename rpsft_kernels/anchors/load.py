@@ -18,7 +18,7 @@ from ..distributed.shard import Span
 from ..low_rank.start import AdapterStart
 from .anchor import Anchor
 from .checksums import StoredPiece
-from .file_format import DTYPE_OF, PIECES, AnchorFile, Contents, describe_error
+from .file_format import CHECKPOINT_ADVICE, DTYPE_OF, PIECES, AnchorFile, Contents, describe_error
 from .make import plan_rank
 
 INDEX = "anchors.json"
@@ -90,7 +90,10 @@ def _files(path: Path) -> list[Path]:
         return [path]
     index = path / INDEX
     if not index.is_file():
-        raise ValueError(f"path: got the folder {str(path)!r} without {INDEX}, expected one that Anchors.save wrote")
+        raise ValueError(
+            f"path: got the folder {str(path)!r} without {INDEX}, expected one that Anchors.save wrote; "
+            + CHECKPOINT_ADVICE
+        )
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["files"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -134,7 +134,8 @@ def _pair_by_name(anchors: object, parameters: Mapping[str, ParameterRef]) -> li
         shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise ValueError(
             f"model: {len(missing)} of {len(anchors)} anchored parameters are gone: {shown}; expected a parameter of "
-            "each anchor's name: anchor this model (Anchors.from_model), or leave them out of the anchors"
+            "each anchor's name: pass the model that was anchored, with the names that it had, or leave these out of "
+            "the anchors (anchors of a model that has been trained would restart R at 0)"
         )
     paired = []
     for name, anchor in named.items():
