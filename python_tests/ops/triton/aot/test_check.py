@@ -130,7 +130,7 @@ def take_a_specialised_one_that_breaks_them(folder: Path, entries: list[dict[str
 
 def take_a_plain_one(folder: Path, entries: list[dict[str, Any]]) -> None:
     """It breaks no rule, but it is not divided into producer and consumers."""
-    write(folder, of_arch(entries, "sm_90a", "hopper_gradient"), cubin("3.9.0", "gradient"))
+    write(folder, of_arch(entries, "sm_90a", "hopper_pull"), cubin("3.8.0", "pull"))
 
 
 def claim(name: str, value: Any, kernel: str = "hopper_gradient") -> Change:
@@ -169,7 +169,7 @@ def claim(name: str, value: Any, kernel: str = "hopper_gradient") -> Change:
         ),
         (
             take_a_plain_one,
-            r"\(hopper_gradient, sm_90a\): may be slow: no USETMAXREG\.DEALLOC with 40 registers",
+            r"\(hopper_pull, sm_90a\): may be slow: no USETMAXREG\.DEALLOC with 40 registers",
         ),
         (claim("registers", 300), r"\(hopper_gradient, sm_90a\): 300 registers a thread, of 255"),
         (claim("registers", 8), r"registers: \w+\.cubin has 168, the manifest says 8"),
