@@ -34,8 +34,8 @@ class Guards:
         self._method = method
         self._witnesses = Witnesses()
         self._said: set[str] = set()
-        # Whether gradients outlive a step; None before that is known. Lingering ones tell nothing then.
-        self._kept: bool | None = None
+        # Whether gradients are new tensors in each step. Where they are zeroed in place, one that lingers tells nothing.
+        self._drops = False
         self._lingering = False
         self._suspicious_steps = 0
         self._has_moved = False
@@ -49,20 +49,23 @@ class Guards:
         """Look whether the optimizer has stepped since the last call; ``weights`` are needed for a new model."""
         if weights is not None:
             self._witnesses.choose(model, weights)
-        lingers, moved = self._witnesses.look()
-        self._moved |= moved
-        if moved:
-            self._after_step()
-        elif lingers:
-            self._lingering = True
-            if self._kept is False:
+        seen = self._witnesses.look()
+        self._moved |= seen.moved
+        self._drops |= seen.drops
+        self._lingering |= seen.lingers
+        if self._lingering and self._drops:
+            self._warn_of_second_call()
+        if seen.moved:
+            self._suspicious_steps = self._suspicious_steps + 1 if self._lingering else 0
+            self._lingering = False
+            if self._suspicious_steps >= _SUSPICIOUS_STEPS:
                 self._warn_of_second_call()
 
     def before_correction(self, model: nn.Module, weights: Sequence[LocalWeight] | None) -> None:
         """Look whether weights were written since the last correction."""
         if weights is not None:
             self._witnesses.choose(model, weights)
-        _, moved = self._witnesses.look()
+        moved = self._witnesses.look().moved
         self._moved |= moved
         if self._has_moved and not moved:
             self._say(
@@ -79,18 +82,6 @@ class Guards:
     def is_of(self, model: nn.Module) -> bool:
         """Whether its witnesses are of this model."""
         return self._witnesses._model is not None and self._witnesses._model() is model
-
-    def _after_step(self) -> None:
-        """The optimizer has stepped: what lingered before is clear now, or clearer."""
-        lingering, self._lingering = self._lingering, False
-        if self._kept is None:
-            self._kept = self._witnesses.keeps_gradients()
-            if lingering and not self._kept:
-                self._warn_of_second_call()
-        if self._kept:
-            self._suspicious_steps = self._suspicious_steps + 1 if lingering else 0
-            if self._suspicious_steps >= _SUSPICIOUS_STEPS:
-                self._warn_of_second_call()
 
     def _warn_of_second_call(self) -> None:
         self._say(

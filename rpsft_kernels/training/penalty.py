@@ -21,7 +21,7 @@ from .guards import Guards
 from .reading import Reading
 from .record import Record
 from .settings import Coefficient, Mode, Settings
-from .source import provide_anchors
+from .source import follow, provide_anchors
 from .state import State, make_state, read_number, read_state
 from .strength import Schedule
 from .subspace_energy import measure_energy
@@ -117,10 +117,12 @@ class RotationPenalty:
         self._schedule = Schedule(coeff, warmup)
         self._ascent = DualAscent(_LEAST[mode]) if budget is not None and mode != "project" else None
         self._guards = Guards("add_gradients_" if mode == "gradient" else "after_step_")
-        # Both are set once there are anchors; a state that came before waits for them.
+        # These are set once there are anchors; a state that came before waits for them.
         self._watched: WatchedWeights | None = None
         self._energy, self._digest = 0.0, ""
         self._expected: State | None = None
+        # Whether the anchors lie where the weights were at the first step.
+        self._followed = False
         # What the next step takes into account: R, and a squared norm for a budget to begin with.
         self._penalty: Reading | None = None
         self._start: Reading | None = None
@@ -354,6 +356,11 @@ class RotationPenalty:
         """Return the anchors; what the last step left is settled."""
         self.anchor(model)
         assert self.anchors is not None
+        if not self._followed:
+            # Trainers move a model once it has been anchored.
+            anchors, self._followed = follow(self.anchors, model), True
+            if anchors is not self.anchors:
+                self.anchors, self._watched = anchors, WatchedWeights(anchors)
         self._settle()
         return self.anchors
 

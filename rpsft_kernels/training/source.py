@@ -70,10 +70,14 @@ def provide_anchors(settings: Settings, model: nn.Module, resuming: bool) -> Anc
 def follow(anchors: Anchors, model: nn.Module) -> Anchors:
     """Return the anchors on the devices of their weights; the same ones if they are there."""
     parameters = find_parameters(model)
+    devices = {parameter.device for parameter in model.parameters()}
     moved = {}
     for name, anchor in anchors.items():
-        reference = parameters.get(name)
-        moved[name] = anchor if reference is None else anchor.to(reference.locate(name).device)
+        if name in parameters:
+            moved[name] = anchor.to(parameters[name].locate(name).device)
+        else:
+            # The base of an adapter has another name; it lies with the rest.
+            moved[name] = anchor.to(devices.copy().pop()) if len(devices) == 1 else anchor
     if all(moved[name] is anchors[name] for name in moved):
         return anchors
     return Anchors(moved, fingerprints=anchors.fingerprints, skipped=anchors.skipped)

@@ -21,6 +21,20 @@ class _Sight(NamedTuple):
     gradient: Tensor | None
 
 
+class Seen(NamedTuple):
+    """What has happened to the witnesses since the last call.
+
+    Attributes:
+        lingers: one that an optimizer trains was not written, and has the same gradient as then.
+        moved: one was written.
+        drops: one has another gradient, or none: gradients are not zeroed in place.
+    """
+
+    lingers: bool
+    moved: bool
+    drops: bool
+
+
 class Witnesses:
     """The smallest of the weights in each quarter of the model, so that one optimizer of several is not missed.
 
@@ -31,6 +45,8 @@ class Witnesses:
         self._model: weakref.ref[nn.Module] | None = None
         self._places: list[tuple[weakref.ref[nn.Module], str]] = []
         self._seen: list[_Sight | None] = []
+        # Those that have been written at least once. Nobody may clear the gradients of others.
+        self._trained: set[int] = set()
 
     def choose(self, model: nn.Module, weights: Sequence[LocalWeight]) -> None:
         """Take new witnesses among the weights, unless those at hand are of this very model."""
@@ -47,27 +63,22 @@ class Witnesses:
             if id(parameter) in chosen
         ]
         self._seen = [None] * len(self._places)
+        self._trained = set()
 
-    def look(self) -> tuple[bool, bool]:
-        """Return whether some weight has the gradient of the last :meth:`note` and was not written since; and whether
-        some weight was written.
-        """
-        lingers = moved = False
-        for before, now in zip(self._seen, self._look(), strict=True):
+    def look(self) -> Seen:
+        """Compare the weights and their gradients with the last :meth:`note`."""
+        lingers = moved = drops = False
+        for i, (before, now) in enumerate(zip(self._seen, self._look(), strict=True)):
             if before is None or now is None or before.identity != now.identity:
                 continue
+            same = now.gradient is before.gradient
+            drops |= before.gradient is not None and not same
             if before.version != now.version:
                 moved = True
-            elif now.gradient is not None and now.gradient is before.gradient:
+                self._trained.add(i)
+            elif same and now.gradient is not None and i in self._trained:
                 lingers = True
-        return lingers, moved
-
-    def keeps_gradients(self) -> bool:
-        """Whether the gradients are the tensors of the last :meth:`note`: zeroed in place, or not at all."""
-        return any(
-            before is not None and now is not None and now.gradient is not None and now.gradient is before.gradient
-            for before, now in zip(self._seen, self._look(), strict=True)
-        )
+        return Seen(lingers, moved, drops)
 
     def note(self) -> None:
         """Remember the weights as they are now."""

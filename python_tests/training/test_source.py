@@ -1,0 +1,131 @@
+"""Where anchors come from: given, from a file, or made; and that a checkpoint is never anchored without a word."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import rpsft_kernels as rk
+from small_models import linear_layers, mean_square, vectors
+
+SIZES = (24, 40, 20)
+
+
+def _layers() -> nn.Sequential:
+    return linear_layers(SIZES)
+
+
+def _train(model: nn.Module, penalty: rk.RotationPenalty, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(steps):
+        mean_square(model, vectors(SIZES[0])).backward()
+        penalty.add_gradients_(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_file_is_written_once_and_read_from_then_on(tmp_path: Path) -> None:
+    path, model = tmp_path / "anchors.safetensors", _layers()
+    first = rk.RotationPenalty(8, path=path).anchor(model)
+    written = path.stat().st_mtime_ns
+    assert first.anchors is not None
+    # A rank is not needed where there is a file.
+    second = rk.RotationPenalty(path=path).anchor(_layers())
+    assert second.anchors is not None
+    assert path.stat().st_mtime_ns == written
+    for name, anchor in first.anchors.items():
+        for piece, tensor in anchor.pieces().items():
+            assert torch.equal(tensor, second.anchors[name].pieces()[piece]), (name, piece)
+    assert first.state_dict() == second.state_dict()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["anchors.safetensors"]
+
+
+def test_anchoring_is_lazy_and_done_once() -> None:
+    model, penalty = _layers(), rk.RotationPenalty(8)
+    assert penalty.anchors is None and penalty.state_dict()["anchors"] == ""
+    _train(model, penalty, 1)
+    anchors = penalty.anchors
+    assert anchors is not None
+    assert penalty.anchor(model) is penalty
+    assert penalty.anchors is anchors
+    anchors.verify(_layers())
+
+
+def test_a_trained_model_beside_the_file_is_refused_unless_its_state_comes_first(tmp_path: Path) -> None:
+    path, model = tmp_path / "anchors.safetensors", _layers()
+    penalty = rk.RotationPenalty(8, path=path)
+    _train(model, penalty)
+    fresh = rk.RotationPenalty(8, path=path)
+    with pytest.raises(ValueError, match=r"load the penalty's state first \(load_state_dict\)") as refusal:
+        fresh.anchor(model)
+    assert "are not those that were anchored" in str(refusal.value)
+    assert fresh.anchors is None
+    resumed = rk.RotationPenalty(8, path=path)
+    resumed.load_state_dict(penalty.state_dict())
+    resumed.anchor(model)
+    assert penalty.anchors is not None and resumed.anchors is not None
+    with torch.no_grad():
+        before, after = (float(rk.rotation_penalty(model, a)) for a in (penalty.anchors, resumed.anchors))
+    assert before == after > 0
+
+
+def test_a_resumed_run_never_anchors_the_model_anew(tmp_path: Path) -> None:
+    model, penalty = _layers(), rk.RotationPenalty(8)
+    _train(model, penalty)
+    for resumed in (rk.RotationPenalty(8), rk.RotationPenalty(8, path=tmp_path / "not there")):
+        resumed.load_state_dict(penalty.state_dict())
+        with pytest.raises(ValueError, match="path: got no saved anchors for a run that is resumed"):
+            resumed.anchor(model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_neither_a_rank_nor_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rank: got None, and there is no file"):
+        rk.RotationPenalty(path=tmp_path / "not there").anchor(_layers())
+
+
+@pytest.mark.parametrize("trace", ["trainer_state.json", "optimizer.pt", "adapter_model.safetensors"])
+def test_weights_of_a_checkpoint_are_not_anchored_without_a_word(trace: str, tmp_path: Path) -> None:
+    model = _layers()
+    model.config = SimpleNamespace(_name_or_path=str(tmp_path))  # type: ignore[assignment]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rk.RotationPenalty(8).anchor(model)
+    (tmp_path / trace).write_text(json.dumps({}))
+    with pytest.warns(UserWarning, match=rf"model: got weights from .*, which a trainer wrote \({trace}\)") as caught:
+        rk.RotationPenalty(8).anchor(model)
+    assert caught[0].filename == __file__
+
+
+def test_anchors_that_are_given_are_not_made_again() -> None:
+    model = _layers()
+    anchors = rk.Anchors.from_model(model, 8, progress=False)
+    penalty = rk.RotationPenalty(anchors=anchors)
+    assert penalty.anchors is anchors
+    assert penalty.anchor(model).anchors is anchors
+
+
+def test_options_reach_the_anchors() -> None:
+    penalty = rk.RotationPenalty(0.5, include="0.*", keep_base=False, basis_dtype=torch.float32).anchor(_layers())
+    assert penalty.anchors is not None
+    assert list(penalty.anchors) == ["0.weight"]
+    anchor = penalty.anchors["0.weight"]
+    assert anchor.form == "block" and anchor.left is not None and anchor.left.dtype == torch.float32
+    assert 1 <= anchor.rank < 24 and anchor.energy >= 0.5
+
+
+def test_weights_without_energy_are_refused() -> None:
+    model = _layers()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    penalty = rk.RotationPenalty(8)
+    with pytest.raises(ValueError, match="anchors: got pretrained weights that are 0 in all their subspaces"):
+        penalty.anchor(model)
+    assert penalty.anchors is None
