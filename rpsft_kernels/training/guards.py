@@ -34,7 +34,8 @@ class Guards:
         self._method = method
         self._witnesses = Witnesses()
         self._said: set[str] = set()
-        # Whether gradients are new tensors in each step. Where they are zeroed in place, one that lingers tells nothing.
+        # Whether gradients were new tensors after the last step. Where they are zeroed in place, one that lingers tells
+        # nothing.
         self._drops = False
         self._lingering = False
         self._suspicious_steps = 0
@@ -51,11 +52,11 @@ class Guards:
             self._witnesses.choose(model, weights)
         seen = self._witnesses.look()
         self._moved |= seen.moved
-        self._drops |= seen.drops
         self._lingering |= seen.lingers
-        if self._lingering and self._drops:
+        if self._lingering and (self._drops or seen.drops):
             self._warn_of_second_call()
         if seen.moved:
+            self._drops = seen.drops
             self._suspicious_steps = self._suspicious_steps + 1 if self._lingering else 0
             self._lingering = False
             if self._suspicious_steps >= _SUSPICIOUS_STEPS:
