@@ -32,7 +32,7 @@ def plot_comparison(comparison: Comparison, title: str, path: Path) -> None:
     for name, course in comparison.courses.items():
         _curve(task, name, course.run.losses)
         _points(task, f"{name}, held-out sums", name, course, lambda s: s.task.loss)
-        _points(penalty, name, name, course, lambda s: s.penalty)
+        _points(penalty, name, name, course, lambda s: s.penalty, joined=not course.run.penalties)
         _curve(penalty, name, course.run.penalties)
         _points(prose, name, name, course, lambda s: s.knowledge.divergence)
         _points(facts, name, name, course, lambda s: s.knowledge.fact_loss)
@@ -62,8 +62,10 @@ def _curve(axes: Axes, name: str, values: Sequence[float]) -> None:
     axes.plot(range(len(values)), values, color=_STYLES[name][0], alpha=0.45, linewidth=1)
 
 
-def _points(axes: Axes, legend: str, name: str, course: Course, value: Callable[[State], float]) -> None:
+def _points(
+    axes: Axes, legend: str, name: str, course: Course, value: Callable[[State], float], joined: bool = True
+) -> None:
     colour, mark = _STYLES[name]
-    axes.plot(
-        [s.step for s in course.states], [value(s) for s in course.states], color=colour, marker=mark, label=legend
-    )
+    line = "-" if joined else "none"
+    steps = [state.step for state in course.states]
+    axes.plot(steps, [value(s) for s in course.states], linestyle=line, color=colour, marker=mark, label=legend)
