@@ -93,6 +93,7 @@ def check(results: list[dict[str, Any]], tolerance: float, options: dict[str, An
             assert "after the backward pass" in result["gathered"]
         if options.get("strategy") == "SHARD_GRAD_OP" and options.get("use_orig_params", True):
             assert "after the backward pass" in result["before backward"]
+        assert "steps within the backward pass" in result["stepped within"]
         for key in ("new", "twice", "added", "penalty"):
             assert result[key] <= tolerance, (key, result)
         assert not result["others changed"]

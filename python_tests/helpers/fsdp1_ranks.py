@@ -156,6 +156,11 @@ def compare(sharded_anchors: bool, anchor_options: dict[str, Any], tied: bool = 
     ]
     with FullyShardedDataParallel.summon_full_params(model):
         result["gathered"] = refused(lambda: rk.accumulate_rotation_grad_(model, anchors, COEFF))
+    trained = next(p for p in model.parameters() if p.requires_grad)
+    # The mark of torch's _apply_optimizer_in_backward.
+    trained._in_backward_optimizers = [torch.optim.SGD([trained])]
+    result["stepped within"] = refused(lambda: rk.accumulate_rotation_grad_(model, anchors, COEFF))
+    del trained._in_backward_optimizers
     result["penalty"] = max(abs(p.item() / penalty - 1) for p in penalties)
     result["bits"] = [p.item() for p in penalties]
     return result

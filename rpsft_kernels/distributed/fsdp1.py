@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..private_names import Fsdp1Handle, Fsdp1Weight
 from .flat_shard import FlatShardWeight
+from .gradient_hooks import reason_consumed
 from .shard import Shard
 
 
@@ -62,6 +63,9 @@ class FlatParameterWeight(FlatShardWeight):
                 f"{name}: got an FSDP1 parameter between its forward and its backward pass, expected it sharded: make "
                 "this call after the backward pass"
             )
+        reason = reason_consumed(self._holder) if self.requires_grad else None
+        if reason is not None:
+            raise ValueError(f"{name}: {reason}")
         grad = self._holder.grad
         expected = self._holder.numel()
         if grad is not None and grad.numel() != expected:
