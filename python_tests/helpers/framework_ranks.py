@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import rpsft_kernels as rk
 from recorded import Recorder, Step, batches_of, listen, repeat_in_float64, worst
-from small_models import tiny_llama
+from small_models import refused, tiny_llama
 
 VOCABULARY, COEFF, CLIP, SIZE = 64, 3.0, 1.0, 16
 
@@ -45,12 +45,14 @@ def join() -> None:
     )
 
 
-def trainer(way: str, own: rk.RotationPenalty, folder: str, **options: Any) -> Any:
+def trainer(way: str, own: rk.RotationPenalty, folder: str, unlike: float = 0.0, **options: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     from rpsft_kernels.integrations.transformers import RotationPenaltyCallback, penalised
 
     model = llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.add_(unlike)
     args = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=1,
@@ -127,7 +129,7 @@ def train_and_listen(made: Any) -> Recorder:
 
 
 def trainers_of_transformers() -> dict[str, Any]:
-    """DDP, by the subclass and by the callback; then FSDP2."""
+    """DDP, by the subclass and by the callback."""
     found: dict[str, Any] = {}
     for way in ("penalised", "callback"):
         own = penalty()
@@ -136,6 +138,20 @@ def trainers_of_transformers() -> dict[str, Any]:
             recorder = train_and_listen(made)
         found[f"DDP, {way}"] = worst_of(recorder, own, divide=False)
         found[f"DDP, {way}, bits"] = bits(made.model)
+    return found
+
+
+def trainers_with_other_heads() -> dict[str, Any]:
+    """Models of which the ranks have other weights until DDP makes them equal."""
+    found: dict[str, Any] = {}
+    for way in ("penalised", "callback"):
+        own = penalty()
+        with tempfile.TemporaryDirectory() as folder:
+            made = trainer(way, own, folder, unlike=0.1 * dist.get_rank())
+            found[f"unlike, {way}"] = refused(made.train)
+        if found[f"unlike, {way}"] == "accepted":
+            found["unlike, digests"] = own.state_dict()["anchors"]
+            found["unlike, bits"] = bits(made.model)
     return found
 
 
@@ -276,6 +292,7 @@ def all_frameworks() -> dict[str, Any]:
     """One launch for all: each framework takes seconds to import. The example is the last, which ends the group."""
     join()
     found = trainers_of_transformers()
+    found |= trainers_with_other_heads()
     forget()
     for others in (fsdp2_in_trainer, loops_of_accelerate, trainers_of_lightning, example_of_accelerate):
         found |= others()

@@ -29,6 +29,12 @@ def test_what_two_ranks_receive() -> None:
     check_layout(first)
     # examples/train_accelerate_fsdp2.py: R is one number.
     assert 0 < first["example"] == second["example"]
+    # Ranks that begin with other weights are anchored once DDP has made them equal, or refused.
+    assert first["unlike, penalised"] == second["unlike, penalised"] == "accepted"
+    assert first["unlike, digests"] == second["unlike, digests"]
+    assert first["unlike, bits"] == second["unlike, bits"]
+    assert "got those of other weights on ranks [1] than on rank 0" in first["unlike, callback"]
+    assert first["unlike, callback"] == second["unlike, callback"]
     # Replicas stay replicas.
     assert first["DDP, penalised, bits"] == second["DDP, penalised, bits"]
 

@@ -153,3 +153,34 @@ def test_trainers_of_adapters(kind: str, tmp_path: Path) -> None:
     # Neither is lost in the other.
     assert 0.1 < seen < 10
     assert [log["rotation/R"] > 0 for log in made.state.log_history[:3]] == [False, True, True]
+
+
+def test_adapters_that_are_resumed_have_the_same_bits(tmp_path: Path) -> None:
+    def run(own: rk.RotationPenalty, resume: str | None = None) -> Any:
+        made = penalised(SFTTrainer)(
+            model=llama(),
+            args=SFTConfig(
+                output_dir=str(tmp_path),
+                max_steps=5,
+                per_device_train_batch_size=2,
+                learning_rate=1e-2,
+                save_steps=2,
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+                seed=3,
+            ),
+            train_dataset=examples("SFT"),
+            processing_class=tokenizer(),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=True),
+            rotation=own,
+        )
+        made.train(resume_from_checkpoint=resume)
+        return {name: p for name, p in made.model.named_parameters() if p.requires_grad}
+
+    whole, again = (rk.RotationPenalty(8, COEFF, warmup=3) for _ in range(2))
+    wanted = run(whole)
+    found = run(again, str(tmp_path / "checkpoint-2"))
+    assert whole.step == again.step == 5
+    for name, parameter in found.items():
+        assert torch.equal(parameter, wanted[name]), name

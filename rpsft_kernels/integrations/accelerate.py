@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..training import attach as attach_to_optimizer
 from .deepspeed import check_mode, penalise_backward
+from .replicas import check_replicas
 
 try:
     from accelerate import Accelerator
@@ -60,6 +61,7 @@ def attach(accelerator: Accelerator, penalty: RotationPenalty, model: nn.Module)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         check_mode(penalty)
         penalty.anchor(model)
+        check_replicas(penalty)
         _attach_to_deepspeed(accelerator, penalty, model)
     else:
         if penalty.mode != "gradient" and len(accelerator._optimizers) > 1:
@@ -70,6 +72,7 @@ def attach(accelerator: Accelerator, penalty: RotationPenalty, model: nn.Module)
         # DDP has averaged the gradients when they are clipped: every rank adds the whole penalty, to the bare model.
         bare = _bare(model)
         penalty.anchor(bare)
+        check_replicas(penalty)
         if penalty.mode == "gradient":
             _Loop(accelerator, penalty, bare)
         else:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from .rates import read_rates
+from .replicas import check_replicas
 
 try:
     from lightning.fabric import Fabric
@@ -72,6 +73,7 @@ class RotationPenaltyCallback(Callback):
                 "expected anchors: R would start again at 0. Keep them in a file: RotationPenalty(path=...)"
             )
         self.penalty.anchor(pl_module)
+        check_replicas(self.penalty)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step, self._rates = self.penalty.step, None

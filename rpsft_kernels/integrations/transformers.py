@@ -24,6 +24,7 @@ from .arguments import RotationArguments as RotationArguments
 from .arguments import from_arguments as from_arguments
 from .deepspeed import check_mode, penalise_backward, replace
 from .rates import read_rates
+from .replicas import check_replicas
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -93,6 +94,7 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         if state.global_step:
             self._resume(state)
         self._own.anchor(model)
+        check_replicas(self._own)
         _move_to_front(self, inspect.currentframe())
 
     def _resume(self, state: TrainerState) -> None:
@@ -190,9 +192,13 @@ class RotationPenaltyMixin:
             check_mode(penalty)
         if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
             raise ValueError("fsdp_config: got FSDP1, expected FSDP2, the default: fsdp_config={'version': 2}")
+        _check_arguments(trainer.args, penalty)
         # Before those that report.
         trainer.callback_handler.callbacks.insert(0, callback)
-        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        # Wrapping shards weights, or makes those of all ranks equal: anchors are made after it. DeepSpeed loads
+        # checkpoints behind the trainer's back, so that they come first there.
+        if trainer.is_deepspeed_enabled or (trainer.args.world_size == 1 and not trainer.is_fsdp_enabled):
+            penalty.anchor(trainer.model)
 
     def training_step(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
         trainer: Any = self
