@@ -135,6 +135,20 @@ def test_the_checksum_is_that_of_the_smallest_gradient_of_a_replica() -> None:
     assert gradient_checksum(replicas) != both
 
 
+def test_the_gradient_that_a_frozen_parameter_was_left_with_does_not_tell() -> None:
+    """Where zero_grad(set_to_none=False) has cleared gradients, which an optimizer does for its own parameters alone."""
+    anchored, other = _call()[0], torch.nn.Parameter(torch.ones(3, 3))
+    other.grad = torch.ones(3, 3)
+    parameter = anchored.weight.parameter
+    parameter.grad = torch.zeros(12, 12)
+    shard = Shard.whole((12, 12))
+    replica = _Replica(parameter, (12, 12), shard, GROUP, replicas=lambda: [parameter, other])
+    weights = [AnchoredWeight(anchored.name, replica, anchored.anchor)]
+    assert gradient_checksum(weights) != 0, "a backward pass may have given it, and zeros to the weight"
+    other.requires_grad_(False)
+    assert gradient_checksum(weights) == 0
+
+
 @pytest.mark.parametrize("rank", [8, 24])
 def test_ranks_that_anchored_zeros_are_refused(rank: int) -> None:
     """Weights of the full form have no subspaces to tell them apart by; the others have."""

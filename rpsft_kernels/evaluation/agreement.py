@@ -96,6 +96,7 @@ def gradient_checksum(members: Iterable[AnchoredWeight]) -> int:
     behind a gate that is zero at first has one on every rank, averaged or not. In its place the smallest gradient that
     is not zero is taken, of all parameters of the wrapped model where those of the anchored weights are zero. This
     reads all gradients once; 0 is returned if all of them are zero, as ``zero_grad(set_to_none=False)`` leaves them.
+    What is left of earlier steps at parameters that are frozen now is passed over.
     """
     weights = [anchored.weight for anchored in members if isinstance(anchored.weight, ReplicatedWeight)]
     gradients = [weight.parameter.grad for weight in weights if weight.parameter.grad is not None]
@@ -104,7 +105,7 @@ def gradient_checksum(members: Iterable[AnchoredWeight]) -> int:
     checksum = content_sum(min(gradients, key=Tensor.numel)) & MASK
     if checksum:
         return checksum
-    others = {id(tensor): tensor for weight in weights for tensor in weight.replicas()}.values()
+    others = {id(tensor): tensor for weight in weights for tensor in weight.replicas() if tensor.requires_grad}.values()
     for candidates in (gradients, [tensor.grad for tensor in others if tensor.grad is not None]):
         smallest = _smallest_nonzero(candidates)
         if smallest is not None:

@@ -138,7 +138,8 @@ class Call:
                 f"{members[0].name}.grad: got gradients that are averaged over ranks already, expected those before "
                 "the backward pass that averages them: call accumulate_rotation_grad_ before the last "
                 "micro-batch's backward (each rank adds its own weights' share), or put rotation_penalty into the "
-                "loss. Every rank has seen the very same batch? Then they look alike"
+                "loss. Every rank has seen the very same batch, or gradients of other parameters are left from an "
+                "earlier step? Then they look alike: clear those that are left, of the whole model (model.zero_grad())"
             )
 
     def _describe(self, group_name: str) -> bytes:
