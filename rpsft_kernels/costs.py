@@ -64,6 +64,24 @@ def step_flops(shape: Shape, rank: int) -> int:
     return full_flops(shape[0] * shape[1]) if is_full(shape, rank) else projected_flops(shape, rank)
 
 
+def adapted_flops(shape: Shape, rank: int, adapter_rank: int) -> int:
+    """FLOPs of penalty and gradients of a weight (m, n) that an adapter of rank r moves: ``W + s B A``.
+
+    Images of B and A, and gradients from coefficients, take 4 k r (m + n); in the full form, whose bases are left out,
+    the factors stand for their images. The products of small matrices take 4 r^2 times the columns of both images.
+    """
+    rows, columns = shape
+    if is_full(shape, rank):
+        return 4 * adapter_rank**2 * (rows + columns)
+    return 4 * rank * adapter_rank * (rows + columns) + 4 * adapter_rank**2 * 2 * rank
+
+
+def adapted_bytes(shape: Shape, rank: int, adapter_rank: int, basis_bytes: int = _BFLOAT16_BYTES) -> int:
+    """Bytes that a step moves for such a weight: U and V twice, float32 factors once and their gradients twice."""
+    factors = 3 * 4 * adapter_rank * sum(shape)
+    return factors if is_full(shape, rank) else factors + 2 * sum(shape) * padded_columns(rank) * basis_bytes
+
+
 def shard_flops(shard: Extent, rank: int) -> int:
     """FLOPs of penalty and gradient of a shard, rectangle by rectangle."""
     if is_full(shard.shape, rank):

@@ -39,6 +39,7 @@ from ..low_rank import (
 from ..low_rank.dora import image_of_base, square_rows
 from ..low_rank.start import AdapterStart
 from ..low_rank.started import make_another_weight, start_layer
+from ..private_names.bitsandbytes_names import is_quantised
 from .bases import StillWeight, check_bases, still_base
 
 
@@ -231,6 +232,8 @@ def find_adapted_weights(
         return None
     pairs, dense, resting = _split(found, anchors, parameters)
     still = [still_base(layer.name, layer.base, start_layer(layer, anchor.starts), anchor) for layer, anchor in pairs]
+    # Of those that are quantised nothing is compared.
+    resting = [name for name in resting if not is_quantised(parameters[name].parameter)]
     standing = {name: whole_replica(parameters[name].locate(name)) for name in resting}
     still += [StillWeight(name, weight, anchors[name]) for name, weight in standing.items()]
     check_bases(still, anchors.fingerprints if isinstance(anchors, Anchors) else {})

@@ -182,6 +182,8 @@ class PlannedWeights(NamedTuple):
         return () if self.adapted is None else self.adapted.factors
 
 
+# Of a call all of whose weights adapters move.
+_EMPTY = Plan([], None)
 # Plans by the objects that they were made for, the newest first. As soon as an anchor or the module of any plan is
 # gone, all plans of that key are dropped.
 _cache: OrderedDict[Hashable, list[CachedPlan]] = OrderedDict()
@@ -283,7 +285,7 @@ def _remember(key: Hashable, cached: CachedPlan, weights: object, paired: Sequen
 def recall_beside(weights: object, adapted: AdaptedWeights) -> tuple[PlannedWeights, list[Group]] | None:
     """Do as :func:`recall` for a model of which ``adapted`` are some weights, and have not changed."""
     if not adapted.plan.dense:
-        return PlannedWeights([], Plan([], None), adapted), adapted.plan.groups
+        return PlannedWeights([], _EMPTY, adapted), adapted.plan.groups
     recalled = recall(weights, adapted.plan.dense)
     return None if recalled is None else (recalled[0]._replace(adapted=adapted), recalled[1])
 
@@ -296,7 +298,7 @@ def prepare_beside(
 ) -> PlannedWeights:
     """Do as :func:`prepare` for a model of which ``adapted`` are some weights."""
     if not adapted.plan.dense:
-        return PlannedWeights([], Plan([], None), adapted)
+        return PlannedWeights([], _EMPTY, adapted)
     return prepare(weights, adapted.plan.dense, parameters, groups)._replace(adapted=adapted)
 
 

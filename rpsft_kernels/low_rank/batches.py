@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -126,12 +127,13 @@ class Batch:
                 rights.append(torch.stack([_present(layer.start_downs[j]) for layer in images]).to(wide))
         return cls(spec, members, scalings, torch.cat(lefts, 1), torch.cat(rights, 1))
 
+    @cached_property
     def _grams(self) -> tuple[Tensor, Tensor]:
         return self.lefts @ self.lefts.mT, self.rights @ self.rights.mT
 
     def penalties(self) -> Tensor:
         """Return R of each layer: ``||X^T Y||^2 = <X X^T, Y Y^T>``."""
-        left, right = self._grams()
+        left, right = self._grams
         # Rounding may leave a sum that should be 0 below it.
         return (left * right).sum((1, 2)).clamp(min=0)
 
@@ -142,7 +144,7 @@ class Batch:
         Args:
             factor: what R is multiplied by.
         """
-        left, right = self._grams()
+        left, right = self._grams
         result, first = [], 0
         for j, (rank, started) in enumerate(zip(self.spec.ranks, self.spec.started, strict=True)):
             own = slice(first, first + rank)

@@ -15,8 +15,9 @@ from torch import Tensor
 from .products import project_factors
 from .start import AdapterStart
 
-# Elements of W that are widened at a time.
-_ELEMENTS = 1 << 20
+# Elements of W that are widened at a time: as in products.py.
+_CPU_ELEMENTS = 1 << 18
+_GPU_ELEMENTS = 1 << 24
 
 
 class ScaledWeight(NamedTuple):
@@ -160,7 +161,8 @@ def _expand(basis: Tensor, drift: Tensor) -> Tensor:
 
 
 def _widen(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    step = max(1, _ELEMENTS // matrix.shape[1])
+    limit = _CPU_ELEMENTS if matrix.device.type == "cpu" else _GPU_ELEMENTS
+    step = max(1, limit // matrix.shape[1])
     for first in range(0, matrix.shape[0], step):
         rows = slice(first, first + step)
         yield rows, matrix[rows].to(dtype)

@@ -187,7 +187,7 @@ def _locate_base(name: str, module: nn.Module, parameters: Mapping[str, Paramete
     if len(reference.shape) != 2 or not reference.dtype.is_floating_point:
         raise ValueError(
             f"got a base of shape {tuple(reference.shape)} in {reference.dtype}, expected a matrix of floating point "
-            "numbers, or one that bitsandbytes holds in 4 or 8 bits"
+            "numbers, or one that bitsandbytes holds in 4 or 8 bits; leave the weight out (exclude=...)"
         )
     return whole_replica(reference.locate(name))
 
