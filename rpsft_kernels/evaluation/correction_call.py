@@ -71,13 +71,15 @@ class CorrectionCall(Call):
             for place, pulls in self._pulls.items():
                 self._pulls[place] = [pull._replace(scales=[-share] * len(pull.scales)) for pull in pulls]
             self._pull_back_shared([*shared, *projected])
+        moved = [anchored for anchored, moves in zip(self.weights, self._moves, strict=True) if moves]
         for name, group_call in self.group_calls.items():
-            moving = {id(weight) for weight, moves in zip(self.weights, self._moves, strict=True) if moves}
-            exchange_shares([w for w in members_of(self.weights, name) if id(w) in moving], group_call)
+            exchange_shares(members_of(moved, name), group_call)
+        # The kernels wrote to what lies here of a DTensor, and a replica has shares of other ranks.
+        torch.autograd.graph.increment_version([anchored.weight.parameter for anchored in moved])
         if by_weight is None:
             return found, found * (1.0 - shares[0]) ** 2
         kept = [(1.0 - share) ** 2 if moves else 1.0 for share, moves in zip(shares, self._moves, strict=True)]
-        return found, (by_weight * torch.tensor(kept, dtype=by_weight.dtype).to(by_weight.device)).sum()
+        return found, (by_weight * torch.tensor(kept, dtype=by_weight.dtype, device="cpu").to(by_weight.device)).sum()
 
     @property
     def _moves(self) -> list[bool]:

@@ -35,7 +35,9 @@ def exchange_shares(members: Sequence[AnchoredWeight], group_call: GroupCall) ->
                 view = shard.of(parameter)
                 carried = view.contiguous()
                 source = dist.get_global_rank(group_call.group, rank)
-                work = dist.broadcast(carried, src=source, group=group_call.group, async_op=True)
+                # Backends differ in the dtypes that they send, but all of them send bytes.
+                content = carried.view(-1).view(torch.uint8)
+                work = dist.broadcast(content, src=source, group=group_call.group, async_op=True)
                 sent.append((work, None if rank == group_call.rank or carried is view else carried, view))
             # The copies of one weight are freed before those of the next are made.
             for work, received, target in sent:
@@ -43,7 +45,6 @@ def exchange_shares(members: Sequence[AnchoredWeight], group_call: GroupCall) ->
                 if received is not None:
                     target.copy_(received)
             sent.clear()
-            torch.autograd.graph.increment_version(anchored.weight.parameter)
     except RuntimeError as error:
         raise RuntimeError(
             f"rotation penalty: replicas of the corrected weights could not be exchanged between {group_call.size} "
@@ -53,10 +54,10 @@ def exchange_shares(members: Sequence[AnchoredWeight], group_call: GroupCall) ->
 
 def _gather_shards(members: Sequence[AnchoredWeight], group_call: GroupCall) -> list[list[Shard]]:
     """Return the shard of each weight on every rank."""
-    table = torch.zeros(len(members), group_call.size, 4, dtype=torch.int64)
+    table = torch.zeros(len(members), group_call.size, 4, dtype=torch.int64, device="cpu")
     for i, anchored in enumerate(members):
         shard = anchored.weight.shard
-        table[i, group_call.rank] = torch.tensor([*shard.rows, *shard.cols])
+        table[i, group_call.rank] = torch.tensor([*shard.rows, *shard.cols], device="cpu")
     rows = group_call.finish(group_call.start(table.to(group_call.device))).tolist()
     return [
         [Shard.rectangle(anchored.weight.shard.shape, (r[0], r[1]), (r[2], r[3])) for r in of_weight]

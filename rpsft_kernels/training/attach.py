@@ -52,8 +52,7 @@ def attach(optimizer: Optimizer, penalty: RotationPenalty, model: nn.Module) -> 
         raise ValueError(
             "penalty: got one that is attached to an optimizer, expected a free one: handle.remove() first"
         )
-    anchors = penalty.anchor(model).anchors
-    assert anchors is not None
+    anchors = penalty.ready(model)
     # A share of nothing: what cannot be corrected is refused now, and not after the first step.
     correct_(model, anchors, 0.0)
     _check_weights(inner, penalty, model)

@@ -191,7 +191,7 @@ class RotationPenalty:
         """
         self._require("add_gradients_", "gradient")
         factor = _read_scale(scale)
-        anchors = self._ready(model)
+        anchors = self.ready(model)
         self._guards.before_call(model, self._witnesses(model))
         coeff = self._coeff()
         gradient = self._observed
@@ -214,7 +214,7 @@ class RotationPenalty:
             ValueError: the mode acts after the step; or as :func:`rpsft_kernels.rotation_penalty`.
         """
         self._require("loss_term", "gradient")
-        anchors = self._ready(model)
+        anchors = self.ready(model)
         coeff = self._coeff()
         layers = self._measure_layers(model)
         penalty = rotation_penalty(model, anchors)
@@ -268,7 +268,7 @@ class RotationPenalty:
         """
         self._require("after_step_", "decoupled", "project")
         rates = _read_rates(lr)
-        anchors = self._ready(model)
+        anchors = self.ready(model)
         witnesses = self._witnesses(model)
         self._guards.before_correction(model, witnesses)
         layers = self._measure_layers(model)
@@ -277,7 +277,7 @@ class RotationPenalty:
             penalty, before, after = project_onto_(model, anchors, bound)
             kept = penalty.new_tensor(after)
             # They are numbers of the host already.
-            found, remains, coeff = Reading(torch.tensor(before)), Reading(torch.tensor(after)), None
+            found, remains, coeff = read_number(before), read_number(after), None
         else:
             coeff = self._coeff()
             shares = {key: proximal_share(rate, coeff) for key, rate in rates.items()}
@@ -336,7 +336,8 @@ class RotationPenalty:
         self.step = given["step"]
         if self._ascent is not None:
             self._ascent.restore(given["ascent"])
-        self._penalty, self._start = read_number(given["R"]), read_number(given["start"])
+        self._penalty = None if given["R"] is None else read_number(given["R"])
+        self._start = None if given["start"] is None else read_number(given["start"])
         self._record = self._unseen = self._observed = None
 
     # -- within ---------------------------------------------------------------------------------------------------
@@ -352,8 +353,8 @@ class RotationPenalty:
                 "rpsft_kernels.accumulate_rotation_grad_ with a coefficient that stays"
             )
 
-    def _ready(self, model: nn.Module) -> Anchors:
-        """Return the anchors; what the last step left is settled."""
+    def ready(self, model: nn.Module) -> Anchors:
+        """Return the anchors, where the weights are; what the last step left is settled."""
         self.anchor(model)
         assert self.anchors is not None
         if not self._followed:

@@ -60,6 +60,6 @@ def read_state(state: object, mode: str) -> State:
     return State(**{key: state[key] for key in State.__required_keys__})  # type: ignore[typeddict-item,no-any-return]
 
 
-def read_number(value: float | None) -> Reading | None:
-    """Return a stored number as one that has arrived."""
-    return None if value is None else Reading(torch.tensor(value, dtype=torch.float64))
+def read_number(value: float) -> Reading:
+    """Return a number of the host as one that has arrived."""
+    return Reading(torch.tensor(value, dtype=torch.float64, device="cpu"))

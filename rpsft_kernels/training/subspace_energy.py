@@ -64,11 +64,11 @@ def _sum_over_group(anchors: Mapping[str, Anchor], first: LocalWeight) -> dict[s
     group = first.group
     assert group is not None
     leads = group.rank() == 0
-    sums = torch.zeros(len(anchors), dtype=torch.float64)
+    sums = torch.zeros(len(anchors), dtype=torch.float64, device="cpu")
     for i, anchor in enumerate(anchors.values()):
         if anchor.form == "block" and anchor.part is not None:
             # B of a part is a summand of the whole's: squares come after the sum.
-            block = torch.zeros(anchor.rank, anchor.rank, dtype=torch.float64)
+            block = torch.zeros(anchor.rank, anchor.rank, dtype=torch.float64, device="cpu")
             if anchor.block is not None and anchor.block.numel():
                 block += anchor.block.to("cpu", torch.float64)
             square = _all_reduce(block, first).square().sum()
