@@ -136,7 +136,7 @@ def test_the_checksum_is_that_of_the_smallest_gradient_of_a_replica() -> None:
 
 
 def test_the_gradient_that_a_frozen_parameter_was_left_with_does_not_tell() -> None:
-    """Where zero_grad(set_to_none=False) has cleared gradients, which an optimizer does for its own parameters alone."""
+    """Where zero_grad(set_to_none=False) has cleared gradients: an optimizer does that for its own parameters alone."""
     anchored, other = _call()[0], torch.nn.Parameter(torch.ones(3, 3))
     other.grad = torch.ones(3, 3)
     parameter = anchored.weight.parameter

@@ -40,7 +40,7 @@ def _served_kinds(group: dist.ProcessGroup) -> list[str]:
     """Return the types of devices that a group has backends for, such as ``["cuda"]``; none if that is not known."""
     try:
         config = dist.get_backend_config(group)
-    except (AssertionError, KeyError, RuntimeError, ValueError):
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
         return []
     return [pair.partition(":")[0] for pair in config.split(",") if ":" in pair]
 

@@ -38,6 +38,11 @@ def _reader(holder: str, meaning: str) -> Callable[[Any], Any]:
 modules_of: Callable[[nn.Module], dict[str, nn.Module | None]] = _reader("Module", "modules by name")
 parameters_of: Callable[[nn.Module], dict[str, nn.Parameter | None]] = _reader("Module", "parameters by name")
 _hooks: Callable[[Tensor], Any] = _reader("Tensor", "hooks after its gradient is complete")
+_IN_BACKWARD = spellings["optimizer in backward", "optimizers of a parameter"][0].name
+_SKIPPING: dict[str, Callable[[nn.Module], bool]] = {
+    spellings["DistributedDataParallel", meaning][0].name: _reader("DistributedDataParallel", meaning)
+    for meaning in ("whether it looks for unused parameters", "whether its graph is static")
+}
 _level_of_forward_mode: Callable[[Any], int] = _reader("torch.autograd.forward_ad", "current level")
 
 
@@ -100,8 +105,7 @@ def hooks_after_gradient(parameter: Tensor) -> list[Any]:
 
 def optimizers_in_backward(parameter: Tensor) -> list[Any]:
     """Return the optimizers that torch lets step the parameter within the backward pass."""
-    (row,) = spellings["optimizer in backward", "optimizers of a parameter"]
-    return list(getattr(parameter, row.name, ()))
+    return list(getattr(parameter, _IN_BACKWARD, ()))
 
 
 def replicated_by_ddp(module: nn.Module) -> list[Tensor]:
@@ -119,11 +123,7 @@ def skips_unused(module: nn.Module) -> str:
     """Name the option by which a DistributedDataParallel leaves gradients alone that no backward pass gave; "" if it
     averages all.
     """
-    for meaning in ("whether it looks for unused parameters", "whether its graph is static"):
-        if read(module, "DistributedDataParallel", meaning):
-            (row,) = spellings["DistributedDataParallel", meaning]
-            return row.name
-    return ""
+    return next((option for option, is_on in _SKIPPING.items() if is_on(module)), "")
 
 
 def flat_mesh(mesh: Any) -> Any:
