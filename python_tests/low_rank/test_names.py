@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 import rpsft_kernels as rk
@@ -136,3 +137,37 @@ def test_adapters_that_are_switched_between_steps() -> None:
         if hasattr(module, "set_scale"):
             module.set_scale("default", 2.0)
     assert rk.rotation_penalty(model, anchors).item() == pytest.approx(4 * first, rel=1e-12)
+
+
+def test_adapters_that_are_on_other_layers() -> None:
+    model = adapt(llama(), ["q_proj"])
+    model.add_adapter("second", LoraConfig(target_modules=["down_proj"], r=2))
+    model.double()
+    # Of all layers that have adapters, whichever are active.
+    anchors = anchors_of(model)
+    assert len(anchors) == 4
+    model.base_model.set_adapter(["default", "second"])
+    move(model)
+    total = rk.rotation_penalty(model, anchors).item()
+    model.set_adapter("default")
+    first = rk.rotation_penalty(model, anchors).item()
+    model.set_adapter("second")
+    second = rk.rotation_penalty(model, anchors).item()
+    assert 0 < first < total and first + second == pytest.approx(total, rel=1e-12)
+
+
+def test_trained_copies_that_are_switched() -> None:
+    model = adapt(llama(), ["q_proj"], modules_to_save=["o_proj"])
+    model.add_adapter("second", model.peft_config["default"])
+    model.double()
+    anchors = anchors_of(model)
+    copies = {name: a for name, a in anchors.items() if "o_proj" in name}
+    move(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    moved = rk.rotation_penalty(model, anchors).item()
+    model.set_adapter("second", inference_mode=True)
+    assert rk.rotation_penalty(model, anchors).item() == 0.0 < moved
+    model.set_adapter("default", inference_mode=True)
+    assert rk.rotation_penalty(model, anchors).item() == moved
+    assert rk.rotation_penalty(model, copies).item() < moved

@@ -151,6 +151,7 @@ class _CachedPlan:
         layers: Sequence[AdaptedLayer],
         factors: list[Factor],
         resting: Sequence[LocalWeight],
+        modules: Sequence[nn.Module],
     ) -> None:
         self.plan = plan
         parameters = [factor.weight.parameter for factor in factors]
@@ -161,7 +162,8 @@ class _CachedPlan:
         self._states = [weight.state() for weight in (*[f.weight for f in factors], *[layer.base for layer in layers])]
         # What stands still was compared with W0, and is to be again where it has changed.
         self._versions = [_version(parameter) for parameter in parameters[len(factors) :]]
-        self._layers = [layer.module for layer in layers]
+        # Also of those that no active adapter is on now.
+        self._layers = [weakref.ref(module) for module in modules]
         self._facts = [facts_of(_living(module)) for module in self._layers]
         self.watches: list[weakref.ref[Any]] = []
 
@@ -246,7 +248,8 @@ def find_adapted_weights(
     plan = AdaptedPlan(planned, kept, dense, list(groups))
     layers = [layer for layer, _ in pairs]
     if isinstance(anchors, Anchors) and all(factor.weight.lasting for factor in factors):
-        _remember(weights, anchors, _CachedPlan(weights, plan, layers, factors, list(standing.values())))
+        cached = _CachedPlan(weights, plan, layers, factors, list(standing.values()), found.modules)
+        _remember(weights, anchors, cached)
     return AdaptedWeights(plan, factors, [layer.base for layer in layers])
 
 

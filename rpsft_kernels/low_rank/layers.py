@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -58,14 +57,12 @@ class AdaptedLayer:
         base: the weight (m, n) below the adapters.
         transposed: whether the base is the transpose of (out, in), as a Conv1D's and an embedding's is.
         adapters: the active ones, in their order.
-        module: PEFT's layer.
     """
 
     name: str
     base: LocalWeight
     transposed: bool
     adapters: tuple[Adapter, ...]
-    module: weakref.ref[nn.Module]
 
     @property
     def out_features(self) -> int:
@@ -88,11 +85,13 @@ class AdaptedLayers:
         served: those whose weight is known to be W + s B A.
         refused: why each other one is not served.
         copies: names of the parameters that PEFT trains as copies (``modules_to_save``), and of their originals.
+        modules: all of PEFT's modules, whose :func:`facts_of` decide the others.
     """
 
     served: dict[str, AdaptedLayer] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
+    modules: list[nn.Module] = field(default_factory=list)
 
 
 def find_adapted(model: nn.Module, parameters: Mapping[str, ParameterRef]) -> AdaptedLayers | None:
@@ -106,6 +105,8 @@ def find_adapted(model: nn.Module, parameters: Mapping[str, ParameterRef]) -> Ad
         return None
     found = AdaptedLayers()
     for path, module in named_owners(model).items():
+        if peft.is_adapter_layer(module) or peft.is_trained_copy(module):
+            found.modules.append(module)
         if peft.is_adapter_layer(module):
             name = _join(path, "weight")
             try:
@@ -118,7 +119,11 @@ def find_adapted(model: nn.Module, parameters: Mapping[str, ParameterRef]) -> Ad
 
 
 def facts_of(module: nn.Module) -> tuple[object, ...]:
-    """Return everything about a layer's adapters that may change while its modules and parameters stay the same."""
+    """Return everything about one of PEFT's modules that may change while its modules and parameters stay the same."""
+    if peft.is_trained_copy(module):
+        return (peft.active_copy(module),)
+    if peft.reason_no_lora(module) is not None:
+        return ()
     adapters = peft.active_adapters(module)
     scalings = tuple(peft.scaling_of(module, adapter) for adapter in adapters)
     return adapters, scalings, peft.is_merged(module), peft.is_disabled(module)
@@ -160,7 +165,6 @@ def _describe(path: str, module: nn.Module, parameters: Mapping[str, ParameterRe
         base=base,
         transposed=True in transposed,
         adapters=tuple(_adapter(path, module, adapter, parameters) for adapter in names),
-        module=weakref.ref(module),
     )
     for adapter in layer.adapters:
         _check_shapes(layer, adapter)
