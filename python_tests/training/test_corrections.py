@@ -150,6 +150,18 @@ def test_weights_of_16_bits_round_the_correction_to_their_dtype(dtype: torch.dty
         assert bool(((weight.double() - exact).abs() <= spacing + 1e-4).all()), name
 
 
+def test_what_rounding_leaves_of_a_projection_is_measured() -> None:
+    model, anchors = _moved("base", torch.bfloat16, torch.bfloat16)
+    energy = rk.RotationPenalty(anchors=anchors).anchor(model).state_dict()["energy"]
+    # So near the bound that hardly a bfloat16 number changes.
+    budget = math.sqrt(exact_penalty_of(model, anchors) / 1.002 / energy)
+    rotation = rk.RotationPenalty(anchors=anchors, budget=budget, mode="project")
+    with pytest.warns(UserWarning, match="got weights in bfloat16"):
+        left = float(rotation.after_step_(model, lr=0.1))
+    assert left == pytest.approx(exact_penalty_of(model, anchors), rel=1e-4)
+    assert left > 1.0005 * budget**2 * energy
+
+
 def test_each_weight_has_the_learning_rate_of_its_own() -> None:
     model, anchors = _moved("base", torch.float32)
     drifts, before = exact_drifts(model, anchors), _snapshot(model)
@@ -157,7 +169,9 @@ def test_each_weight_has_the_learning_rate_of_its_own() -> None:
     shares = {name: proximal_share(rate, 3.0) for name, rate in rates.items()}
     expected = corrected(model, anchors, shares)
     rotation = rk.RotationPenalty(anchors=anchors, coeff=3.0, mode="decoupled")
-    left = rotation.after_step_(model, {id(model.get_parameter(name)): rate for name, rate in rates.items()})
+    # Capturable optimizers keep theirs in tensors.
+    by_id = {id(model.get_parameter(name)): torch.tensor(rate, dtype=torch.float64) for name, rate in rates.items()}
+    left = rotation.after_step_(model, by_id)  # type: ignore[arg-type]
     assert torch.equal(model.small, before["small"])
     del expected["small"]
     for name, error in _errors(model, before, expected).items():

@@ -50,6 +50,11 @@ def project_onto_(model: nn.Module, anchors: Mapping[str, Anchor], bound: float)
     request = _Bound(bound)
     found, _ = _correct(model, anchors, CorrectionRequest(decide=request.decide, key=f"onto {bound!r}"))
     before = request.found
+    if before > bound and _has_coarse_weights(model):
+        # What rounding has left of the correction is measured, and not computed.
+        measured = CorrectionRequest(decide=request.measure, key="R after a projection")
+        _correct(model, anchors, measured)
+        return Projected(found, before, request.left)
     for _ in range(_MOST_PASSES):
         if not request.found > _ONE_PASS * bound:
             break
@@ -58,6 +63,10 @@ def project_onto_(model: nn.Module, anchors: Mapping[str, Anchor], bound: float)
         if request.near:
             break
     return Projected(found, before, request.left)
+
+
+def _has_coarse_weights(model: nn.Module) -> bool:
+    return any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
 
 
 class _Bound:
@@ -78,6 +87,11 @@ class _Bound:
         self.found, own = self._read(penalty, moving)
         self.near = abs(self.found / self._bound - 1.0) <= _TOLERANCE / 2 or not own > 0.0
         return 0.0 if self.near else self._share(self.found, own)
+
+    def measure(self, penalty: Tensor, moving: Tensor) -> float:
+        """Take note of R, and change nothing."""
+        self._read(penalty, moving)
+        return 0.0
 
     def _read(self, penalty: Tensor, moving: Tensor) -> tuple[float, float]:
         found, own = float(penalty), float(moving)

@@ -250,7 +250,8 @@ class RotationPenalty:
         budget, for the R of the step before; the R that is left is computed as ``(1 - s)^2`` times that of before,
         which is exact for orthonormal U and V. ``"project"`` waits for R once per step. It leaves R within 1e-3 of the
         budget where it was more: if it was more than 1.1 times as much, R is computed again, because U and V in
-        bfloat16 are not quite orthonormal. A budget below what frozen weights have moved cannot be met: the others
+        bfloat16 are not quite orthonormal; with weights in 16 bits, which may lose the correction, R is measured once
+        more and returned as it is. A budget below what frozen weights have moved cannot be met: the others
         lose all of their drift.
 
         Weights over several processes: shards (DTensor, FSDP1) are corrected where they lie. Of replicas
@@ -328,11 +329,10 @@ class RotationPenalty:
             ValueError: it is no such state, or of another mode or other anchors. Nothing has changed then.
         """
         given = read_state(state, self.mode)
-        if given["anchors"]:
-            if self._watched is None:
-                self._expected = given
-            else:
-                _refuse_other(given, self._digest, self._energy)
+        if self._watched is None:
+            self._expected = given if given["anchors"] else None
+        elif given["anchors"]:
+            _refuse_other(given, self._digest, self._energy)
         self.step = given["step"]
         if self._ascent is not None:
             self._ascent.restore(given["ascent"])
@@ -445,13 +445,21 @@ def _read_scale(scale: object) -> float:
 
 def _read_rates(lr: float | Mapping[int, float]) -> dict[int, float]:
     """Return learning rates by the id of their parameter, under 0 one of all."""
-    rates = dict(lr) if isinstance(lr, Mapping) else {0: lr}
-    for rate in rates.values():
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (math.isfinite(rate) and rate >= 0):
-            raise ValueError(f"lr: got {rate!r}, expected the learning rate of the step, a number of at least 0")
+    rates = {key: _read_rate(rate) for key, rate in (lr.items() if isinstance(lr, Mapping) else [(0, lr)])}
     if not rates:
         raise ValueError("lr: got an empty mapping, expected a learning rate for every anchored weight that trains")
     return rates
+
+
+def _read_rate(lr: object) -> float:
+    """Return a learning rate as a number; a tensor on a GPU is waited for."""
+    try:
+        rate = math.nan if isinstance(lr, (bool, str)) else float(lr)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        rate = math.nan
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(f"lr: got {lr!r}, expected the learning rate of the step, a number of at least 0")
+    return rate
 
 
 def _refuse_other(state: State, digest: str, energy: float) -> None:
