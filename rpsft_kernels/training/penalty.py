@@ -346,7 +346,9 @@ class RotationPenalty:
         if self.mode not in modes:
             other = "after_step_(model, lr)" if modes == ("gradient",) else "add_gradients_(model)"
             raise ValueError(f"mode: got {self.mode!r} for {method}, expected {' or '.join(modes)}: call {other}")
-        if torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        # Before a GPU is in use nothing is captured, and to ask would start it.
+        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling() or captured:
             raise ValueError(
                 f"{method}: got a call that is compiled or captured in a CUDA graph, expected a plain one: replays "
                 "would not count steps, and would repeat this step's coefficient. Call it outside; or capture "
