@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-from ranks import run_ranks
-
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -28,12 +26,6 @@ def test_the_first_example_runs() -> None:
     assert _penalty(_blocks()[0]) > 0
 
 
-def test_the_sharded_example_runs() -> None:
-    (block,) = [block for block in _blocks() if "fully_shard" in block]
-    first, second = run_ranks(2, _penalty, block)
-    assert first == second > 0
-
-
 def test_the_table_of_accuracy_is_the_page_s() -> None:
     """Errors of the published formula, and the range of this package's."""
     rows = re.findall(r"^\| (\d+) \| ([\d.]+ / [\d.]+) \| ([\d.]+) to ([\d.]+) \|$", README.read_text(), re.M)
@@ -47,4 +39,4 @@ def test_the_table_of_accuracy_is_the_page_s() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.read_text().splitlines()) <= 130
+    assert len(README.read_text().splitlines()) <= 150
