@@ -134,3 +134,16 @@ def test_a_plan_serves_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     move(model)
     assert rk.accumulate_rotation_grad_(model, anchors, 1.0).item() > 0
     assert rk.rotation_penalty(model, anchors).item() > 0
+
+
+def test_tangents_are_refused() -> None:
+    model = adapt(llama(), ["q_proj"])
+    anchors = anchors_of(model)
+    tangents = {n: torch.ones_like(p) for n, p in model.named_parameters() if "lora_B" in n}
+    primals = {name: model.get_parameter(name).detach() for name in tangents}
+
+    def penalty(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.nn.utils.stateless._reparametrize_module(model, values):
+            return rk.rotation_penalty(model, anchors)
+
+    assert "got a tensor with a tangent" in refused(lambda: torch.func.jvp(penalty, (primals,), (tangents,)))

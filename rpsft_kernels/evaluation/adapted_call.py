@@ -177,6 +177,9 @@ class AdaptedCall:
         assert self._coeff is not None
         penalties, batches = _penalties(self._plan, self._images, self._scaled)
         _add_gradients_(self._plan, self._lies, batches, self._scaled, self._coeff, self._targets)
+        if self._targets:
+            # Kernels write to memory that autograd may have saved.
+            torch.autograd.graph.increment_version([grad for grad, _ in self._targets.values()])
         for i, (grad, _) in self._targets.items():
             self.factors[i].weight.write_back(grad)
         self._made = []

@@ -360,7 +360,7 @@ def open_call(
                 planned = prepare(weights, anchors, parameters, groups)
             else:
                 planned = prepare_beside(weights, adapted, parameters, groups)
-        check_tangents(planned.weights)
+        check_tangents([*planned.weights, *planned.factors])
         request.check(planned.weights, planned.factors)
         if planned.weights or planned.factors:
             call = make(planned, request)

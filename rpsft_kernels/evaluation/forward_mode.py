@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..low_rank import Factor
 from ..private_names import in_forward_mode
 from .pairing import AnchoredWeight
 from .transforms import check_transforms
 
 
-def check_tangents(weights: Sequence[AnchoredWeight]) -> None:
+def check_tangents(weights: Sequence[AnchoredWeight | Factor]) -> None:
     """Raise a ValueError if a weight has a tangent, or belongs to another transform."""
     # Whether any tensor may have one is asked once, so that a step does not look at each weight.
     if not torch.compiler.is_compiling() and in_forward_mode():

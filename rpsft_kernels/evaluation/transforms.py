@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..low_rank import Factor
 from ..private_names import in_transform, is_batch, is_differentiated
 from .pairing import AnchoredWeight
 
 
-def check_transforms(weights: Sequence[AnchoredWeight]) -> None:
+def check_transforms(weights: Sequence[AnchoredWeight | Factor]) -> None:
     """Raise a ValueError if a weight belongs to a transform."""
     # Whether one runs is asked once, so that a step does not look at each weight.
     if torch.compiler.is_compiling() or not in_transform():

@@ -231,6 +231,9 @@ def _factor(path: str, own_name: str, parameters: Mapping[str, ParameterRef]) ->
         column = (reference.shape[0], 1)
         return Factor(name, LocalWeight(reference.parameter, column, Shard.whole(column)))
     weight = reference.locate(name)
+    if isinstance(weight, ReplicatedWeight) and not weight.gradient_error:
+        # Every rank adds all of its gradient, whether that is averaged or not.
+        weight = whole_replica(weight)
     shard = weight.shard
     if not weight.differentiable or shard.flat is not None or (shard.numel and shard.cols != (0, weight.shape[1])):
         raise ValueError(
