@@ -299,6 +299,9 @@ def test_two_penalties_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="R would count twice"):
         attach(made, penalty())
     assert type(made) is Trainer
+    made.add_callback(RotationPenaltyCallback(penalty()))
+    with pytest.raises(ValueError, match="callbacks: got several RotationPenaltyCallback"):
+        made.train()
 
 
 def test_each_weight_is_corrected_by_the_learning_rate_of_its_group(tmp_path: Path) -> None:

@@ -80,7 +80,11 @@ class RotationPenaltyCallback(Callback):
         if self.penalty.mode != "gradient":
 
             def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-                # Now, before a scheduler changes it.
+                # Fused optimizers are called for a step that GradScaler skips, too.
+                skipped = getattr(optimizer, "found_inf", None)
+                if skipped is not None and float(skipped):
+                    return
+                # Now, before a scheduler changes them.
                 self._rates = read_rates([group for each in trainer.optimizers for group in each.param_groups])
 
             self._handles = [optimizer.register_step_post_hook(note) for optimizer in trainer.optimizers]

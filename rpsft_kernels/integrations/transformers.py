@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from ..training import attach as attach_to_optimizer
 from .arguments import RotationArguments as RotationArguments
 from .arguments import from_arguments as from_arguments
 from .deepspeed import check_mode, penalise_backward, replace
-from .rates import read_rates
 from .replicas import check_replicas
 
 try:
@@ -36,6 +36,8 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from ..training import RotationPenalty
 
 # Optimizers that step within the backward pass; gradients are gone when it ends.
@@ -45,8 +47,9 @@ _WITHIN_BACKWARD = ("lomo", "adalomo", "layerwise")
 class RotationPenaltyCallback(TrainerCallback, ExportableState):
     """Adds the penalty's gradient first thing in a step, or acts after it in the other modes.
 
-    In one process, under DDP and FSDP2. What a callback cannot reach (DeepSpeed's engine, FSDP1's flat gradients, the
-    task's gradients before they are clipped) is refused with the way out: :func:`penalised`.
+    In one process, under DDP and FSDP2. The other modes are hooks of the optimizer. What a callback cannot reach
+    (DeepSpeed's engine, FSDP1's flat gradients, the task's gradients before they are clipped) is refused with the way
+    out: :func:`penalised`.
 
     Args:
         penalty: a ``RotationPenalty``. It is anchored when the trainer is made, or, if its model is still to be
@@ -59,6 +62,7 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         # Set by trainers that add the gradients themselves.
         self.trainer_adds = False
         self._unstepped = False
+        self._handle: RemovableHandle | None = None
 
     @property
     def _own(self) -> RotationPenalty:
@@ -74,27 +78,32 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         _check_arguments(args, self._own)
-        if not self.trainer_adds and self._own.needs_task_gradient:
-            raise ValueError(
-                "budget: got one with a callback, which sees gradients only once they are clipped, expected "
-                " rpsft_kernels.integrations.transformers.penalised(Trainer)(..., rotation=penalty): "
-                "a budget begins with the task's gradient; or mode='project'"
-            )
+        if not self.trainer_adds:
+            _check_reach(args, model, self._own)
         # Before a checkpoint is loaded into it.
         if not _is_sharded_later(args):
             self._own.anchor(model)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         _check_arguments(args, self._own)
         if not self.trainer_adds:
-            _check_reach(args, model)
+            _check_reach(args, model, self._own)
+        self._detach()
         self._unstepped = False
         if state.global_step:
             self._resume(state)
         self._own.anchor(model)
         check_replicas(self._own)
+        if self._own.mode != "gradient" and not _steps_within_backward(args):
+            self._handle = attach_to_optimizer(optimizer, self._own, model)
         _move_to_front(self, inspect.currentframe())
 
     def _resume(self, state: TrainerState) -> None:
@@ -135,17 +144,20 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         self._unstepped = True
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         self._unstepped = False
-        if self._own.mode != "gradient" and not getattr(optimizer, "step_was_skipped", False):
-            self._own.after_step_(model, read_rates(optimizer.param_groups))
+        # Where the backward pass has stepped, and no optimizer of torch.
+        if self._own.mode != "gradient" and self._handle is None:
+            self._own.after_step_(model, 0.0)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
 
     def on_log(
         self,
@@ -253,11 +265,10 @@ def _scale(scaler: Any) -> float:
 
 
 def _check_arguments(args: TrainingArguments, penalty: RotationPenalty) -> None:
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if penalty.mode == "gradient" and any(name in optimizer for name in _WITHIN_BACKWARD):
+    if penalty.mode != "project" and _steps_within_backward(args):
         raise ValueError(
-            f"optim: got {optimizer!r}, which steps within the backward pass, expected one that steps after it; or "
-            "RotationPenalty(mode='decoupled')"
+            f"optim: got {_name_of(args)!r}, which steps within the backward pass, expected one that steps after "
+            "it; or RotationPenalty(mode='project', budget=...)"
         )
     if args.parallel_mode in (ParallelMode.TPU, ParallelMode.SAGEMAKER_MODEL_PARALLEL):
         raise ValueError(
@@ -266,20 +277,35 @@ def _check_arguments(args: TrainingArguments, penalty: RotationPenalty) -> None:
         )
 
 
-def _check_reach(args: TrainingArguments, model: nn.Module) -> None:
+def _name_of(args: TrainingArguments) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _steps_within_backward(args: TrainingArguments) -> bool:
+    return any(name in _name_of(args) for name in _WITHIN_BACKWARD)
+
+
+def _check_reach(args: TrainingArguments, model: nn.Module, penalty: RotationPenalty) -> None:
     """Raise a ValueError where a callback does not get to the gradients."""
-    way_out = (
-        "expected one process, DDP or FSDP2; use rpsft_kernels.integrations.transformers.penalised(Trainer)(..., "
-        "rotation=penalty) in place of the callback"
-    )
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+    instead = "rpsft_kernels.integrations.transformers.penalised(Trainer)(..., rotation=penalty)"
+    if penalty.needs_task_gradient:
+        raise ValueError(
+            "budget: got one with a callback, which sees the task's gradient only once it is clipped, expected "
+            f"{instead}; or mode='project'"
+        )
+    way_out = f"expected one process, DDP or FSDP2; use {instead} in place of the callback"
+    if args.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(f"RotationPenaltyCallback: got DeepSpeed, {way_out}")
     if isinstance(model, FullyShardedDataParallel):
-        raise ValueError(f"RotationPenaltyCallback: got FSDP1, {way_out}")
+        raise ValueError(f"RotationPenaltyCallback: got FSDP1, {way_out} (fsdp_config={{'version': 2}})")
 
 
 def _is_sharded_later(args: TrainingArguments) -> bool:
-    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    return bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def _move_to_front(callback: RotationPenaltyCallback, frame: FrameType | None) -> None:
@@ -289,5 +315,7 @@ def _move_to_front(callback: RotationPenaltyCallback, frame: FrameType | None) -
     """
     handler = None if frame is None or frame.f_back is None else frame.f_back.f_locals.get("self")
     if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+        if sum(isinstance(other, RotationPenaltyCallback) for other in handler.callbacks) > 1:
+            raise ValueError("callbacks: got several RotationPenaltyCallback, expected one: R would count twice")
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)
