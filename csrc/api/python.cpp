@@ -59,6 +59,14 @@ PYBIND11_MODULE(_native, module) {
 
   module.def("instruction_sets", &rpsft::instruction_sets,
              "Instruction sets that the engine can use here, best first.");
+  module.def(
+      "missing_instruction_sets",
+      [] {
+        std::vector<std::pair<std::string, std::string>> missing;
+        for (const auto& each : rpsft::missing_instruction_sets()) missing.emplace_back(each.name, each.reason);
+        return missing;
+      },
+      "The other instruction sets, and why the engine cannot use them here.");
   module.def("team_kind", &rpsft::team_kind, "Whose threads the engine uses: 'OpenMP' or its own 'threads'.");
   module.def("workspace_bytes", &rpsft::workspace_bytes, py::arg("rank"), py::arg("instruction_set"),
              py::arg("threads"), "The most bytes of workspace that a calling thread allocates.");

@@ -56,6 +56,12 @@ struct Pullback {
 // The instruction sets that this binary contains and this processor supports, best first.
 std::vector<std::string> instruction_sets();
 
+// An instruction set that is not in instruction_sets(), and why.
+struct MissingInstructionSet {
+  std::string name, reason;
+};
+std::vector<MissingInstructionSet> missing_instruction_sets();
+
 // Both run on up to `threads` threads. Results have the same bits for every number of threads, but depend on the
 // instruction set. They throw std::invalid_argument for an instruction set that is not in instruction_sets().
 void project_drift(const std::vector<Projection>& items, const std::string& instruction_set, int threads);

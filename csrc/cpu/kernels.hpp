@@ -22,6 +22,9 @@ struct Kernels {
   // Every member of a team calls these with the same arguments. `sums` holds max(rank, full_strips) numbers.
   void (*project)(const Projection&, std::uint32_t* workspace, double* sums, Team&);
   void (*pull_back)(const Pullback&, bool accumulate, std::uint32_t* workspace, Team&);
+  // Where they are not null, every member of a team calls these once, before and after all of a call's work.
+  void (*enter)() = nullptr;
+  void (*leave)() = nullptr;
 };
 
 // The full form sums squares in at most this many strips of rows, then adds up the strips in order.
@@ -31,5 +34,6 @@ Kernels portable_kernels();
 Kernels avx2_kernels();
 Kernels avx512_kernels();
 Kernels avx512_bf16_kernels();
+Kernels amx_bf16_kernels();
 
 }  // namespace rpsft
