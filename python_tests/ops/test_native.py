@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import threading
 from functools import partial
 from types import SimpleNamespace
@@ -37,12 +38,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = [(5, 3, 1), (33, 257, 17), (200, 64, 48), (576, 49, 48), (144, 160, 130), (300, 700, 40)]
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set of this processor; the engine itself must be built."""
     assert "portable" in native.instruction_sets()
     if request.param not in native.instruction_sets():
-        pytest.skip(f"this processor has no {request.param}")
+        pytest.skip(f"{request.param}: {native.missing_instruction_sets()[request.param]}")
     monkeypatch.setenv("RPSFT_ISA", request.param)
     assert native.instruction_set() == request.param
     return str(request.param)
@@ -50,7 +51,7 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 def tolerance(instruction_set: str, basis_dtype: torch.dtype, form: Form) -> float:
     """Return the relative error that rounding may cause: of operands to bfloat16, 2^-9 each, or of float32 sums."""
-    rounds = instruction_set == "avx512_bf16" and basis_dtype == torch.bfloat16 and form == "base"
+    rounds = instruction_set in ("amx_bf16", "avx512_bf16") and basis_dtype == torch.bfloat16 and form == "base"
     return 2**-8 if rounds else 2e-6
 
 
@@ -284,6 +285,19 @@ def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RPSFT_ISA", "sse9")
     with pytest.raises(ValueError, match="environment variable RPSFT_ISA: got 'sse9', expected one of .*'portable'"):
         rk.rotation_penalty(torch.ones(6, 5), rk.Anchor.from_weight(torch.eye(6, 5), 2))
+
+
+def test_an_instruction_set_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("rpsft_kernels._native")
+    known = {"amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"}
+    missing = native.missing_instruction_sets()
+    assert known == {*native.instruction_sets(), *missing}
+    for name, reason in missing.items():
+        monkeypatch.setenv("RPSFT_ISA", name)
+        with pytest.raises(ValueError, match=re.escape(f"{name} cannot run here: {reason}; unset it for the best")):
+            native.instruction_set()
+        with pytest.raises(ValueError, match=re.escape(f"got '{name}', which cannot run here: {reason}")):
+            module.project_drift([], name, 1)
 
 
 def test_the_workspace_is_bounded() -> None:

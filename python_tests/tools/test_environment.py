@@ -138,6 +138,13 @@ def test_a_bad_mode_is_told(two: World, monkeypatch: pytest.MonkeyPatch) -> None
     assert report()["cuda:0 kernels"] == message
 
 
+def test_instruction_sets_that_cannot_run_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name for name in report() if name.startswith("no ")} == {f"no {n}" for n in native.missing_instruction_sets()}
+    module = SimpleNamespace(missing_instruction_sets=lambda: [("amx_bf16", "Linux refused")])
+    monkeypatch.setattr(native, "_load", lambda: (module, None))
+    assert report()["no amx_bf16"] == "Linux refused"
+
+
 def test_an_installation_without_engine_and_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     why = "this installation carries no compiled CPU engine: no C++ compiler: c++ was not found"
     monkeypatch.setattr(native, "_load", lambda: (None, why))

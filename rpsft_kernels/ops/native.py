@@ -45,6 +45,12 @@ def instruction_sets() -> tuple[str, ...]:
     return () if module is None else tuple(module.instruction_sets())
 
 
+def missing_instruction_sets() -> dict[str, str]:
+    """Return the other instruction sets, each with the reason why the engine cannot use it here."""
+    module, _ = _load()
+    return {} if module is None else dict(module.missing_instruction_sets())
+
+
 def missing() -> str | None:
     """Return the reason why there is no engine, or None where there is one."""
     return _load()[1]
@@ -62,9 +68,10 @@ def instruction_set() -> str:
     usable = instruction_sets()
     wanted = os.environ.get("RPSFT_ISA", "")
     if wanted and wanted not in usable:
+        reason = missing_instruction_sets().get(wanted)
         raise ValueError(
             f"environment variable RPSFT_ISA: got {wanted!r}, expected one of {', '.join(map(repr, usable))} on this "
-            "processor; unset it for the best"
+            f"processor; {f'{wanted} cannot run here: {reason}; ' if reason else ''}unset it for the best"
         )
     return wanted or usable[0]
 

@@ -57,6 +57,8 @@ def _facts() -> Iterator[_Fact]:
         yield variable, partial(os.environ.__getitem__, variable)
     yield "threads", lambda: str(torch.get_num_threads())
     yield "instruction sets", lambda: ", ".join(native.instruction_sets()) or str(native.missing())
+    for name, reason in native.missing_instruction_sets().items():
+        yield f"no {name}", partial(str, reason)
     yield "kernels", _kernels
     yield "JIT on a GPU", lambda: toolchain.jit_missing() or "Triton can compile and start kernels"
     yield "JIT on 9.x", _describe_products
