@@ -10,7 +10,7 @@ CORNERS := oldest torch-2.9 torch-2.11
 CTEST = $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(CMAKE_ARGS) && \
 	$(BIN)/cmake --build build/$@ && $(BIN)/ctest --test-dir build/$@ --output-on-failure
 
-.PHONY: demo test test-deepspeed $(CORNERS:%=test-%) test-gpu bench bench-gpu ctest sanitize lint wheel release-wheel clean
+.PHONY: demo test test-deepspeed $(CORNERS:%=test-%) test-gpu bench bench-gpu ctest sanitize test-aarch64 test-aarch64-gcc test-aarch64-clang aarch64-tools lint wheel release-wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m rpsft_kernels.demo $(ARGS)
@@ -74,6 +74,23 @@ ctest: $(VENV)/requirements
 sanitize: CMAKE_ARGS = -DRPSFT_SANITIZE=address,undefined
 sanitize: $(VENV)/requirements
 	$(CTEST)
+
+# The native engine for AArch64 by GCC and by clang, its tests under qemu's emulator, with few cases. Not part of CI: it takes
+# minutes, and compilers that are no Python packages. Debian has them: g++-aarch64-linux-gnu, clang and qemu-user.
+AARCH64 = -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DRPSFT_TEST_CASES=15 \
+	"-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+AARCH64_gcc = -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+AARCH64_clang = -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ \
+	-DCMAKE_C_COMPILER_TARGET=aarch64-linux-gnu -DCMAKE_CXX_COMPILER_TARGET=aarch64-linux-gnu
+
+test-aarch64: test-aarch64-gcc test-aarch64-clang
+test-aarch64-gcc test-aarch64-clang: CMAKE_ARGS = $(AARCH64) $(AARCH64_$(@:test-aarch64-%=%))
+test-aarch64-gcc test-aarch64-clang: $(VENV)/requirements aarch64-tools
+	$(CTEST)
+
+aarch64-tools:
+	@for tool in aarch64-linux-gnu-g++ clang++ qemu-aarch64; do command -v $$tool > /dev/null || { \
+		echo "test-aarch64: no $$tool; on Debian: apt-get install g++-aarch64-linux-gnu clang qemu-user" >&2; exit 1; }; done
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check --no-cache .
