@@ -139,7 +139,9 @@ def test_a_bad_mode_is_told(two: World, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_instruction_sets_that_cannot_run_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {name for name in report() if name.startswith("no ")} == {f"no {n}" for n in native.missing_instruction_sets()}
+    assert {name for name in report() if name.startswith("no ")} == {
+        f"no {n}" for n in native.missing_instruction_sets()
+    }
     module = SimpleNamespace(missing_instruction_sets=lambda: [("amx_bf16", "Linux refused")])
     monkeypatch.setattr(native, "_load", lambda: (module, None))
     assert report()["no amx_bf16"] == "Linux refused"
