@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from .torch_names import modules_of
-
 # Variants of LoRA whose weight is W + s B A as that of LoRA itself, and those whose rows are scaled besides.
 _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
 _SCALED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
@@ -19,14 +17,19 @@ _SCALED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
 _STARTS_IN_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    # ``hasattr`` would find those of a module below, which PEFT's wrappers show as their own.
+    return dict(module.named_children())
+
+
 def is_adapter_layer(module: nn.Module) -> bool:
     """Whether the module puts adapters beside a base layer that it holds."""
-    return "base_layer" in modules_of(module) and hasattr(module, "get_base_layer")
+    return "base_layer" in _children(module) and hasattr(module, "get_base_layer")
 
 
 def is_trained_copy(module: nn.Module) -> bool:
     """Whether the module trains a copy of another one (``modules_to_save``)."""
-    children = modules_of(module)
+    children = _children(module)
     return "original_module" in children and "modules_to_save" in children and hasattr(module, "active_adapters")
 
 
@@ -37,7 +40,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 def active_copy(module: nn.Module) -> str | None:
     """Return the name of the trained copy that a module computes with; None where that is the original."""
-    copies: Any = modules_of(module)["modules_to_save"]
+    copies: Any = _children(module)["modules_to_save"]
     names = () if module.disable_adapters else module.active_adapters
     return next((name for name in names if name in copies), None)  # type: ignore[union-attr]
 
@@ -45,7 +48,7 @@ def active_copy(module: nn.Module) -> str | None:
 def components_of_adapters(model: nn.Module) -> Iterator[str]:
     """Yield the paths of modules that PEFT has put between a parameter's name and the plain model's name of it."""
     for path, module in model.named_modules(remove_duplicate=False):
-        children, prefix = modules_of(module), f"{path}." if path else ""
+        children, prefix = _children(module), f"{path}." if path else ""
         if "base_model" in children and hasattr(module, "get_base_model"):
             yield f"{prefix}base_model"
         if "model" in children and hasattr(module, "inject_adapter"):
@@ -117,7 +120,7 @@ def reason_no_lora(module: nn.Module) -> str | None:
         return "its adapters are of a parameter of the layer (target_parameters), not of its weight"
     if hasattr(module, "is_parallel_a"):
         return "its factors are cut by Megatron"
-    if is_adapter_layer(modules_of(module)["base_layer"]):  # type: ignore[arg-type]
+    if is_adapter_layer(_children(module)["base_layer"]):  # type: ignore[arg-type]
         return "it wraps another adapter layer"
     variants = getattr(module, "lora_variant", {})
     for adapter in active_adapters(module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from typing import Any
 
 from torch import nn
@@ -116,7 +116,11 @@ def _is_within_another_step(optimizer: Optimizer) -> bool:
     step that calls ``super().step()`` runs the hooks twice; the outer run comes when the step has ended.
     """
     # The hook, and what torch has wrapped around the step: one code, whichever class.
-    frame = sys._getframe(2)
+    own = inspect.currentframe()
+    hook = None if own is None else own.f_back
+    frame = None if hook is None else hook.f_back
+    if frame is None:
+        return False
     code, outer = frame.f_code, frame.f_back
     while outer is not None:
         if outer.f_code is code and (outer.f_locals.get("args") or (None,))[0] is optimizer:

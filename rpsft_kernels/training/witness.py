@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..distributed import LocalWeight
+from ..private_names import parameters_of
 
 _COUNT = 4
 
@@ -88,7 +89,7 @@ class Witnesses:
         sights: list[_Sight | None] = []
         for reference, name in self._places:
             module = reference()
-            parameter = None if module is None else module._parameters.get(name)
+            parameter = None if module is None else parameters_of(module).get(name)
             sights.append(None if parameter is None else _Sight(id(parameter), parameter._version, parameter.grad))
         return sights
 
