@@ -120,10 +120,9 @@ def find_adapted(model: nn.Module, parameters: Mapping[str, ParameterRef]) -> Ad
 
 def facts_of(module: nn.Module) -> tuple[object, ...]:
     """Return everything about one of PEFT's modules that may change while its modules and parameters stay the same."""
-    if peft.is_trained_copy(module):
-        return (peft.active_copy(module),)
-    if peft.reason_no_lora(module) is not None:
-        return ()
+    # In line, because this runs for every layer at every step.
+    if "scaling" not in vars(module):
+        return (peft.active_copy(module),) if peft.is_trained_copy(module) else ()
     adapters = peft.active_adapters(module)
     scalings = tuple(peft.scaling_of(module, adapter) for adapter in adapters)
     return adapters, scalings, peft.is_merged(module), peft.is_disabled(module)

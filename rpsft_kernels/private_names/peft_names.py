@@ -55,7 +55,7 @@ def components_of_adapters(model: nn.Module) -> Iterator[str]:
             yield f"{prefix}model"
         if is_adapter_layer(module):
             yield f"{prefix}base_layer"
-        if "original_module" in children and "token_adapter" in children:
+        if "token_adapter" in children and hasattr(module, "active_adapters"):
             yield f"{prefix}token_adapter"
         if is_trained_copy(module):
             name = active_copy(module)
