@@ -121,6 +121,28 @@ def test_the_optimizer_receives_the_task_and_the_penalty_then_clipped(
     assert 0.1 < error(last.gradients, without)
 
 
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """Examples whose number nobody knows."""
+
+    def __iter__(self) -> Any:
+        return iter(batches_of(6, VOCABULARY))
+
+
+@pytest.mark.parametrize("way", ["penalised", "callback"])
+def test_gradients_that_an_epoch_leaves_have_the_penalty_once(way: str, tmp_path: Path) -> None:
+    own = penalty()
+    made = trainer(way, tmp_path, own, optimizer=Recorder, max_steps=2)
+    made.train_dataset = Stream()
+    with made.optimizer.listen(made.model):
+        recorder: Recorder = made.optimizer
+        made.train()
+    # Trainer steps at no epoch's end that it has not foreseen.
+    assert [len(step.batches) for step in recorder.steps] == [4, 6]
+    tasks = [repeat_in_float64(model(), step) for step in recorder.steps]
+    assert own.anchors is not None
+    assert worst(model(), recorder.steps, tasks, own.anchors, COEFF, CLIP) < 3e-6
+
+
 @pytest.mark.parametrize("way", ["penalised", "callback"])
 @pytest.mark.parametrize("options", [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])
 def test_autocast_and_compiled_models(way: str, options: dict[str, Any], tmp_path: Path) -> None:
