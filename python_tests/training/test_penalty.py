@@ -173,6 +173,42 @@ def test_a_budget_without_a_gradient_of_the_task_is_refused_in_the_third_step() 
     assert penalty.needs_task_gradient and penalty.budget == 0.01 and penalty.step == 2
 
 
+def test_a_budget_waits_while_a_scaler_finds_its_scale() -> None:
+    model, penalty = _moved(budget=0.01)
+    for scale in (math.inf, math.inf, math.nan, math.inf):
+        _backward(model, scale)
+        penalty.add_gradients_(model)
+        assert penalty.metrics()["rotation/coeff"] == 0.0
+        model.zero_grad()
+    _backward(model)
+    penalty.add_gradients_(model)
+    penalty.add_gradients_(model)
+    assert penalty.metrics()["rotation/coeff"] > 0
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_a_state_of_before_a_budget_began_is_gone_on_with(zeroed: bool) -> None:
+    model, penalty = _moved(coeff=1.0)
+    for _ in range(5):
+        penalty.add_gradients_(model)
+    resumed = rk.RotationPenalty(budget=0.01, anchors=penalty.anchors)
+    resumed.load_state_dict(penalty.state_dict())
+    model.zero_grad()
+    if not zeroed:
+        _backward(model)
+        resumed.add_gradients_(model)
+        resumed.add_gradients_(model)
+        assert resumed.metrics()["rotation/coeff"] > 0
+        return
+    # Gradients of 0 are those of a call before the backward pass.
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    resumed.add_gradients_(model)
+    resumed.add_gradients_(model)
+    with pytest.raises(ValueError, match="budget: got no gradient of the task in 2 steps"):
+        resumed.add_gradients_(model)
+
+
 def test_a_budget_begins_with_the_size_of_the_task_s_gradient() -> None:
     model, penalty = _moved(budget=0.01)
     _backward(model, 64.0)

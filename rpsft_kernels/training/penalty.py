@@ -126,6 +126,8 @@ class RotationPenalty:
         # What the next step takes into account: R, and a squared norm for a budget to begin with.
         self._penalty: Reading | None = None
         self._start: Reading | None = None
+        # Steps in a row, of this process, in which a budget that has not begun was shown no gradient, or one of 0.
+        self._unmeasured = 0
         # A squared norm that was observed before this step's call.
         self._observed: Reading | None = None
         self._record: Record | None = None
@@ -339,6 +341,7 @@ class RotationPenalty:
         self._penalty = None if given["R"] is None else read_number(given["R"])
         self._start = None if given["start"] is None else read_number(given["start"])
         self._record = self._unseen = self._observed = None
+        self._unmeasured = 0
 
     # -- within ---------------------------------------------------------------------------------------------------
 
@@ -381,6 +384,9 @@ class RotationPenalty:
             self._ascent.update(penalty.read()[0], bound)
         if self._ascent.coeff is None and self._start is not None:
             squared, self._start = self._start.read()[0], None
+            if squared != 0:
+                # One that is not finite is waited for: a GradScaler begins with scales that overflow.
+                self._unmeasured = 0
             if math.isfinite(squared) and squared > 0:
                 self._ascent.start(math.sqrt(squared), bound)
 
@@ -390,9 +396,9 @@ class RotationPenalty:
             return self._schedule.at(self.step)
         if self._ascent.coeff is not None:
             return self._ascent.coeff
-        if self.step >= 2 and self.mode == "gradient":
+        if self._unmeasured >= 2 and self.mode == "gradient":
             raise ValueError(
-                f"budget: got no gradient of the task in {self.step} steps, expected one to begin with: call "
+                f"budget: got no gradient of the task in {self._unmeasured} steps, expected one to begin with: call "
                 "add_gradients_ after the backward passes, or observe_gradients(model) there (penalised(Trainer) of "
                 "rpsft_kernels.integrations.transformers does); or use mode 'decoupled' or 'project', which need none"
             )
@@ -433,6 +439,7 @@ class RotationPenalty:
             self._penalty = record.kept
             if self._ascent.coeff is None:
                 self._start = start or self._start
+                self._unmeasured += 1
         if self._logs(self.step):
             self._record = self._unseen = record
         self.step += 1
