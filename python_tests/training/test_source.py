@@ -111,6 +111,20 @@ def test_anchors_that_are_given_are_not_made_again() -> None:
     assert penalty.anchor(model).anchors is anchors
 
 
+def test_anchors_of_another_rank_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "anchors.safetensors"
+    anchors = rk.RotationPenalty(8, path=path).anchor(_layers()).anchors
+    for given in ({"path": path}, {"anchors": anchors}):
+        with pytest.raises(ValueError, match="got anchors of rank 8 .*, expected 4"):
+            rk.RotationPenalty(4, **given).anchor(_layers())
+        # Of a share of energy the ranks are not known, and 8 is that of these.
+        for rank in (8, 0.9, None):
+            assert rk.RotationPenalty(rank, **given).anchor(_layers()).anchors is not None
+    # Weights smaller than the rank are anchored whole.
+    full = rk.Anchors.from_model(_layers(), 64, progress=False)
+    assert rk.RotationPenalty(64, anchors=full).anchor(_layers()).anchors is full
+
+
 def test_options_reach_the_anchors() -> None:
     penalty = rk.RotationPenalty(0.5, include="0.*", keep_base=False, basis_dtype=torch.float32).anchor(_layers())
     assert penalty.anchors is not None

@@ -54,7 +54,8 @@ class RotationPenalty:
 
     Args:
         rank: k of the anchors, an int of at least 1; or the share of each weight's energy that its subspaces are to
-            hold, a float between 0 and 1. None with ``anchors``, or a ``path`` where there is a file.
+            hold, a float between 0 and 1. None with ``anchors``, or a ``path`` where there is a file; anchors of
+            another k are refused.
         coeff: the paper's lambda, at least 0: a number, or a callable that is given the step, from 0.
         warmup: steps in which the coefficient rises from 0.
         budget: the relative rotation ``sqrt(R / sum sigma^2)`` to stay below, in place of ``coeff``; sigma are the

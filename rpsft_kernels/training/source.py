@@ -41,12 +41,16 @@ def provide_anchors(settings: Settings, model: nn.Module, resuming: bool) -> Anc
         UserWarning: the model was loaded from the folder of a trainer's checkpoint, and is anchored.
 
     Raises:
-        ValueError: as ``Anchors.load`` and ``Anchors.from_model``; or there is neither a file nor a rank.
+        ValueError: as ``Anchors.load`` and ``Anchors.from_model``; or there is neither a file nor a rank, or anchors
+            of another rank than is asked for.
     """
     if settings.anchors is not None:
+        _check_rank(settings.anchors, settings.rank, "anchors")
         return follow(settings.anchors, model)
     if settings.path is not None and _exists_everywhere(settings.path, model):
-        return follow(_load(settings.path, model, resuming), model)
+        anchors = _load(settings.path, model, resuming)
+        _check_rank(anchors, settings.rank, f"path: at {os.fspath(settings.path)!r}")
+        return follow(anchors, model)
     if settings.rank is None:
         raise ValueError(
             f"rank: got None, and there is no file {str(settings.path)!r}, expected an int k or a share of energy to "
@@ -65,6 +69,19 @@ def provide_anchors(settings: Settings, model: nn.Module, resuming: bool) -> Anc
     if settings.path is not None:
         _save(anchors, settings.path)
     return anchors
+
+
+def _check_rank(anchors: Anchors, rank: int | float | None, where: str) -> None:
+    """Raise a ValueError if anchors are not of the k that a user asks for; shares of energy are not compared."""
+    if not isinstance(rank, int):
+        return
+    # A weight that is smaller than k has a full anchor.
+    other = [name for name, anchor in anchors.items() if anchor.form != "full" and anchor.rank != rank]
+    if other:
+        raise ValueError(
+            f"{where}: got anchors of rank {anchors[other[0]].rank} ({other[0]}), expected {rank}, the rank that is "
+            "asked for: leave rank out to take these, or anchor the model anew (another path)"
+        )
 
 
 def follow(anchors: Anchors, model: nn.Module) -> Anchors:
