@@ -352,6 +352,14 @@ def test_each_weight_is_corrected_by_the_learning_rate_of_its_group(tmp_path: Pa
         assert error({n: found[n] for n in names}, {n: wanted[n] for n in names}) < 1e-7
 
 
+def test_a_trainer_whose_model_cannot_be_anchored_stays_as_it_is(tmp_path: Path) -> None:
+    made = trainer("none", tmp_path, None)
+    callbacks = list(made.callback_handler.callbacks)
+    with pytest.raises(ValueError):
+        attach(made, rk.RotationPenalty(8, include="no weight has this name"))
+    assert type(made) is Trainer and made.callback_handler.callbacks == callbacks
+
+
 def test_penalised_takes_trainers() -> None:
     class Own(RotationPenaltyMixin, Trainer):
         pass

@@ -192,9 +192,6 @@ class RotationPenaltyMixin:
         self.take_penalty(rotation)
 
     def take_penalty(self, penalty: RotationPenalty) -> None:
-        self.rotation = penalty
-        callback = RotationPenaltyCallback(penalty)
-        callback.trainer_adds = True
         trainer: Any = self
         if any(isinstance(c, RotationPenaltyCallback) for c in trainer.callback_handler.callbacks):
             raise ValueError(
@@ -205,12 +202,15 @@ class RotationPenaltyMixin:
         if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
             raise ValueError("fsdp_config: got FSDP1, expected FSDP2, the default: fsdp_config={'version': 2}")
         _check_arguments(trainer.args, penalty)
-        # Before those that report.
-        trainer.callback_handler.callbacks.insert(0, callback)
         # Wrapping shards weights, or makes those of all ranks equal: anchors are made after it. DeepSpeed loads
         # checkpoints behind the trainer's back, so that they come first there.
         if trainer.is_deepspeed_enabled or (trainer.args.world_size == 1 and not trainer.is_fsdp_enabled):
             penalty.anchor(trainer.model)
+        self.rotation = penalty
+        callback = RotationPenaltyCallback(penalty)
+        callback.trainer_adds = True
+        # Before those that report.
+        trainer.callback_handler.callbacks.insert(0, callback)
 
     def training_step(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
         trainer: Any = self
