@@ -113,6 +113,17 @@ def test_a_projection_ends_at_the_budget(backend: str, form: str, basis_dtype: t
     assert all(torch.equal(within[name], parameter) for name, parameter in model.named_parameters())
 
 
+@pytest.mark.parametrize(("form", "budget"), [("base", 1e-6), ("base", 1e-3), ("block", 1e-6), ("block", 1e-3)])
+def test_what_a_projection_from_far_away_leaves_is_what_it_reports(form: str, budget: float) -> None:
+    # Rounding of C may keep R from a budget that is far below what moved outside of the subspaces.
+    model, anchors = _moved(form, torch.bfloat16)
+    _drift(model, 0.2)
+    rotation = rk.RotationPenalty(anchors=anchors, budget=budget, mode="project")
+    left = float(rotation.after_step_(model, lr=0.1))
+    assert left == pytest.approx(rk.rotation_penalty(model, anchors).item(), rel=1e-3)
+    assert rotation.metrics()["rotation/R"] == left
+
+
 @pytest.mark.parametrize("mode", ["decoupled", "project"])
 def test_float64_weights_are_corrected_in_float64(mode: str) -> None:
     model, anchors = _moved("block", torch.float64, torch.float64)

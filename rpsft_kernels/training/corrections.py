@@ -50,18 +50,17 @@ def project_onto_(model: nn.Module, anchors: Mapping[str, Anchor], bound: float)
     request = _Bound(bound)
     found, _ = _correct(model, anchors, CorrectionRequest(decide=request.decide, key=f"onto {bound!r}"))
     before = request.found
-    if before > bound and _has_coarse_weights(model):
-        # What rounding has left of the correction is measured, and not computed.
-        measured = CorrectionRequest(decide=request.measure, key="R after a projection")
-        _correct(model, anchors, measured)
-        return Projected(found, before, request.left)
-    for _ in range(_MOST_PASSES):
-        if not request.found > _ONE_PASS * bound:
-            break
-        again = CorrectionRequest(decide=request.decide_again, key=f"onto {bound!r} again")
-        _correct(model, anchors, again)
-        if request.near:
-            break
+    if before > bound:
+        # What is computed of the R that is left is near enough after one small correction, if its rounding is small.
+        known = before <= _ONE_PASS * bound and not _has_coarse_weights(model)
+        for _ in range(_MOST_PASSES if before > _ONE_PASS * bound else 0):
+            again = CorrectionRequest(decide=request.decide_again, key=f"onto {bound!r} again")
+            _correct(model, anchors, again)
+            known = request.near
+            if known:
+                break
+        if not known:
+            _correct(model, anchors, CorrectionRequest(decide=request.measure, key="R after a projection"))
     return Projected(found, before, request.left)
 
 
@@ -85,7 +84,8 @@ class _Bound:
     def decide_again(self, penalty: Tensor, moving: Tensor) -> float:
         """Return what is still missing, or was too much (a share below 0)."""
         self.found, own = self._read(penalty, moving)
-        self.near = abs(self.found / self._bound - 1.0) <= _TOLERANCE / 2 or not own > 0.0
+        lost = self.found - own >= self._bound and own <= _TOLERANCE / 2 * self.found
+        self.near = abs(self.found / self._bound - 1.0) <= _TOLERANCE / 2 or lost or not own > 0.0
         return 0.0 if self.near else self._share(self.found, own)
 
     def measure(self, penalty: Tensor, moving: Tensor) -> float:

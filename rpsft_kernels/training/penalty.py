@@ -253,9 +253,10 @@ class RotationPenalty:
         budget, for the R of the step before; the R that is left is computed as ``(1 - s)^2`` times that of before,
         which is exact for orthonormal U and V. ``"project"`` waits for R once per step. It leaves R within 1e-3 of the
         budget where it was more: if it was more than 1.1 times as much, R is computed again, because U and V in
-        bfloat16 are not quite orthonormal; with weights in 16 bits, which may lose the correction, R is measured once
-        more and returned as it is. A budget below what frozen weights have moved cannot be met: the others
-        lose all of their drift.
+        bfloat16 are not quite orthonormal. Where rounding keeps R from the budget (weights in 16 bits, which may lose
+        the correction; a budget far below what weights have moved outside of their subspaces), R is measured once more
+        and returned as it is. A budget below what frozen weights have moved cannot be met: the others lose all of their
+        drift.
 
         Weights over several processes: shards (DTensor, FSDP1) are corrected where they lie. Of replicas
         (DistributedDataParallel) each rank corrects its share, and sends it to the others: all of them end with the
