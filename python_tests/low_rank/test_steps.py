@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rpsft_kernels as rk
-from adapted_models import adapt, anchors_of, distance, gradients, llama, move, pretrained
+from adapted_models import adapt, anchors_of, dense_penalty, distance, gradients, llama, move, pretrained
 from small_models import refused
 
 
@@ -77,6 +77,28 @@ def test_gradients_that_exist_are_added_to() -> None:
     rk.accumulate_rotation_grad_(model, anchors, 1.0)
     assert distance(gradients(model), wanted) <= 1e-14
     assert all(float(grad.max()) == 1.0 for grad in held.values() if grad.stride() == (0, 0))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_factor_of_layers_with_and_without_bases(reverse: bool) -> None:
+    model = adapt(llama(), ["q_proj", "k_proj"])
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.k_proj.lora_A["default"].weight = layer.self_attn.q_proj.lora_A["default"].weight
+    start, anchors = pretrained(model), anchors_of(model)
+    assert {anchor.form for anchor in anchors.values()} == {"block", "full"}
+    order = reversed(list(anchors)) if reverse else anchors
+    anchors = rk.Anchors({name: anchors[name] for name in order})
+    move(model)
+    dense_penalty(model, anchors, start).backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    rk.accumulate_rotation_grad_(model, anchors, 1.0)
+    assert distance(gradients(model), wanted) < 1e-12
+    rk.accumulate_rotation_grad_(model, anchors, 1.0)
+    assert distance({name: grad / 2 for name, grad in gradients(model).items()}, wanted) < 1e-12
+    model.zero_grad()
+    rk.rotation_penalty(model, anchors).backward()
+    assert distance(gradients(model), wanted) < 1e-12
 
 
 def test_nothing_is_left_behind_by_a_refused_call() -> None:

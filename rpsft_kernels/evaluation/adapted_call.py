@@ -343,8 +343,18 @@ def _add_gradients_(
         factor: what R is multiplied by: a number, or one for each layer.
         targets: by the factors' places, the gradient and whether it is added to.
     """
-    products: list[tuple[Tensor, Tensor, Tensor, bool]] = []
-    targets = {i: target for i, target in targets.items() if target[0].numel()}
+    products: list[tuple[Tensor, Tensor, Tensor]] = []
+    grads = {i: grad for i, (grad, _) in targets.items() if grad.numel()}
+    # A factor of several layers has one gradient: only the first that is computed of it may be written over what was
+    # there, and the products with bases come last.
+    fresh = {grads[i].data_ptr() for i in grads if not targets[i][1]}
+
+    def keeps(grad: Tensor) -> bool:
+        if grad.data_ptr() not in fresh:
+            return True
+        fresh.remove(grad.data_ptr())
+        return False
+
     for members, batches in stacked:
         for batch in batches:
             places = [members[member] for member in batch.members]
@@ -354,36 +364,35 @@ def _add_gradients_(
             for j, (ups, downs) in enumerate(batch.coefficients(scale)):
                 for place, up, down in zip(places, ups.unbind(), downs.unbind(), strict=True):
                     layer, adapter = plan.layers[place], plan.layers[place].adapters[j]
-                    if adapter.up in targets:
-                        grad, keep = targets[adapter.up]
+                    if adapter.up in grads:
+                        grad = grads[adapter.up]
                         if layer.up_basis is None:
-                            _store(grad.T, up[:, slice(*lies.rows[adapter.up])], keep)
+                            _store(grad.T, up[:, slice(*lies.rows[adapter.up])], keeps(grad))
                         else:
-                            products.append((grad.T, up, layer.up_basis, keep))
-                    if adapter.down in targets:
-                        grad, keep = targets[adapter.down]
-                        own = down[slice(*lies.rows[adapter.down])]
+                            products.append((grad.T, up, layer.up_basis))
+                    if adapter.down in grads:
+                        grad, own = grads[adapter.down], down[slice(*lies.rows[adapter.down])]
                         if layer.down_basis is None:
-                            _store(grad, own, keep)
+                            _store(grad, own, keeps(grad))
                         else:
-                            products.append((grad, own, layer.down_basis, keep))
+                            products.append((grad, own, layer.down_basis))
     for place, images in scaled.items():
         layer = plan.layers[place]
         (adapter,) = layer.adapters
         scale = factor[place].to(images.drift) if isinstance(factor, Tensor) else factor
         gradients = differentiate_scaled(images, adapter.scaling, scale, layer.up_basis)
         for i, gradient in ((adapter.up, gradients.up), (adapter.magnitude, gradients.magnitude)):
-            if i is not None and i in targets:
-                _store(targets[i][0], gradient, targets[i][1])
-        if adapter.down in targets:
-            grad, keep = targets[adapter.down]
+            if i is not None and i in grads:
+                _store(grads[i], gradient, keeps(grads[i]))
+        if adapter.down in grads:
+            grad = grads[adapter.down]
             if layer.down_basis is None:
-                _store(grad, gradients.down, keep)
+                _store(grad, gradients.down, keeps(grad))
             else:
-                products.append((grad, gradients.down, layer.down_basis, keep))
+                products.append((grad, gradients.down, layer.down_basis))
     if products:
-        grads, coefficients, bases, accumulate = zip(*products, strict=True)
-        plan.products.add_(grads, coefficients, bases, accumulate)
+        summed, coefficients, bases = zip(*products, strict=True)
+        plan.products.add_(summed, coefficients, bases, [keeps(grad) for grad in summed])
 
 
 def _store(grad: Tensor, value: Tensor, accumulate: bool) -> None:
