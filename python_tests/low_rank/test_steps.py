@@ -42,6 +42,27 @@ def test_low_precision(dtype: torch.dtype, basis_dtype: torch.dtype) -> None:
     assert distance(found, gradients(model)) <= (1e-5 if dtype == torch.float32 else 2**-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_dora": True, "init_lora_weights": False}])
+def test_autocast_changes_no_bit(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Neither what a step computes, nor what anchors and plans keep for later ones."""
+    found: list[tuple[float, dict[str, torch.Tensor]]] = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        model = adapt(llama(), **options).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            anchors = anchors_of(model, "now", basis_dtype=torch.float32)
+            move(model)
+            for _ in range(2):
+                penalty = rk.accumulate_rotation_grad_(model, anchors, 1.0)
+                rk.rotation_penalty(model, anchors).backward()
+        found += [(penalty.item(), gradients(model))]
+        found += [(rk.accumulate_rotation_grad_(model, anchors, 1.0).item(), gradients(model))]
+    for (plain, wanted), (cast, grads) in zip(found[:2], found[2:], strict=True):
+        assert plain == cast > 0
+        assert distance(grads, wanted) == 0.0
+
+
 def test_frozen_factors_get_no_gradient() -> None:
     model = adapt(llama())
     anchors = anchors_of(model)

@@ -129,7 +129,8 @@ class Batch:
 
     @cached_property
     def _grams(self) -> tuple[Tensor, Tensor]:
-        return self.lefts @ self.lefts.mT, self.rights @ self.rights.mT
+        with ops.without_autocast(self.lefts.device):
+            return self.lefts @ self.lefts.mT, self.rights @ self.rights.mT
 
     def penalties(self) -> Tensor:
         """Return R of each layer: ``||X^T Y||^2 = <X X^T, Y Y^T>``."""
@@ -151,8 +152,9 @@ class Batch:
             first += rank * (2 if started else 1)
             # B is B - B0 and B0 together, and so are its rows of X.
             gram = left[:, own] + left[:, own.stop : first] if started else left[:, own]
-            ups = (2 * factor * self.scalings[:, j, None, None]) * (right[:, own] @ self.lefts)
-            downs = (2 * factor) * (gram @ self.rights)
+            with ops.without_autocast(self.lefts.device):
+                ups = (2 * factor * self.scalings[:, j, None, None]) * (right[:, own] @ self.lefts)
+                downs = (2 * factor) * (gram @ self.rights)
             result.append((ups.to(self.spec.dtype), downs.to(self.spec.dtype)))
         return result
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ops
 from .products import project_factors
 from .start import AdapterStart
 
@@ -70,7 +71,8 @@ def image_of_base(base: Tensor, basis: Tensor | None, dtype: torch.dtype) -> Ten
     if basis is None:
         return base.to(dtype)
     wide = basis.to(dtype)
-    return torch.cat([chunk @ wide for _, chunk in _widen(base, dtype)])
+    with ops.without_autocast(base.device):
+        return torch.cat([chunk @ wide for _, chunk in _widen(base, dtype)])
 
 
 @torch.no_grad()
@@ -78,9 +80,10 @@ def norm_rows(weight: ScaledWeight, squares: Tensor) -> Tensor:
     """Return ``||rows of W + s B A||`` (out,) from ``squares``, those of W: ``||w||^2 + 2 s b.Aw + s^2 b AA^T b``."""
     dtype = squares.dtype
     up, down = weight.up.detach().to(dtype), weight.down.detach().to(dtype)
-    crossed = torch.cat([chunk @ down.T for _, chunk in _widen(weight.base, dtype)])
     s = weight.scaling
-    return (squares + 2 * s * (up * crossed).sum(1) + s * s * ((up @ (down @ down.T)) * up).sum(1)).sqrt()
+    with ops.without_autocast(weight.base.device):
+        crossed = torch.cat([chunk @ down.T for _, chunk in _widen(weight.base, dtype)])
+        return (squares + 2 * s * (up * crossed).sum(1) + s * s * ((up @ (down @ down.T)) * up).sum(1)).sqrt()
 
 
 def scale_rows(weight: ScaledWeight, squares: Tensor) -> Tensor:
@@ -103,23 +106,24 @@ def project_scaled(
         up_basis: U (out, k); None in the full form.
         down_basis: V (in, k); None in the full form.
     """
-    dtype, s, start = squares.dtype, weight.scaling, weight.start
-    norms = norm_rows(weight, squares)
-    scale = weight.magnitude.to(dtype) / norms
-    up, down = weight.up.to(dtype), weight.down.to(dtype)
-    start_scale = 1.0 if start is None or start.scale is None else start.scale.to(dtype)
-    moved = (scale - start_scale)[:, None]
-    if start is not None and start.up is not None and start.down is not None:
-        start_up, start_down = start.up.to(dtype), start.down.to(dtype)
-        start_image, turned = (_image(factor, down_basis, dtype) for factor in (start_down, down - start_down))
-        image = start_image + turned
-        drift_rows = moved * (base_image + s * (start_up @ start_image))
-        drift_rows = drift_rows + s * scale[:, None] * ((up - start_up) @ image + start_up @ turned)
-    else:
-        image = _image(down, down_basis, dtype)
-        drift_rows = moved * base_image + s * scale[:, None] * (up @ image)
-    drift = drift_rows if up_basis is None else _contract(up_basis, drift_rows)
-    return ScaledImages(norms, scale, up, image, base_image + s * (up @ image), drift)
+    with ops.without_autocast(weight.base.device):
+        dtype, s, start = squares.dtype, weight.scaling, weight.start
+        norms = norm_rows(weight, squares)
+        scale = weight.magnitude.to(dtype) / norms
+        up, down = weight.up.to(dtype), weight.down.to(dtype)
+        start_scale = 1.0 if start is None or start.scale is None else start.scale.to(dtype)
+        moved = (scale - start_scale)[:, None]
+        if start is not None and start.up is not None and start.down is not None:
+            start_up, start_down = start.up.to(dtype), start.down.to(dtype)
+            start_image, turned = (_image(factor, down_basis, dtype) for factor in (start_down, down - start_down))
+            image = start_image + turned
+            drift_rows = moved * (base_image + s * (start_up @ start_image))
+            drift_rows = drift_rows + s * scale[:, None] * ((up - start_up) @ image + start_up @ turned)
+        else:
+            image = _image(down, down_basis, dtype)
+            drift_rows = moved * base_image + s * scale[:, None] * (up @ image)
+        drift = drift_rows if up_basis is None else _contract(up_basis, drift_rows)
+        return ScaledImages(norms, scale, up, image, base_image + s * (up @ image), drift)
 
 
 class ScaledGradients(NamedTuple):
@@ -136,14 +140,15 @@ def differentiate_scaled(
     images: ScaledImages, scaling: float, factor: float | Tensor, up_basis: Tensor | None
 ) -> ScaledGradients:
     """Return the gradients of ``factor * ||C||^2``."""
-    pulled = images.drift if up_basis is None else _expand(up_basis, images.drift)
-    twice = 2 * factor
-    scaled_up = images.scale[:, None] * images.up
-    return ScaledGradients(
-        up=(twice * scaling) * images.scale[:, None] * (pulled @ images.down_image.T),
-        magnitude=twice * (pulled * images.rows).sum(1) / images.norms,
-        down=(twice * scaling) * (scaled_up.T @ pulled),
-    )
+    with ops.without_autocast(images.drift.device):
+        pulled = images.drift if up_basis is None else _expand(up_basis, images.drift)
+        twice = 2 * factor
+        scaled_up = images.scale[:, None] * images.up
+        return ScaledGradients(
+            up=(twice * scaling) * images.scale[:, None] * (pulled @ images.down_image.T),
+            magnitude=twice * (pulled * images.rows).sum(1) / images.norms,
+            down=(twice * scaling) * (scaled_up.T @ pulled),
+        )
 
 
 def _image(factor: Tensor, basis: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .. import ops
+
 # Elements of a basis that are widened at a time: 1 MiB in float32 stays in a core's cache.
 _CPU_ELEMENTS = 1 << 18
 # On a GPU a launch costs more than the memory of a temporary.
@@ -53,7 +55,8 @@ def add_products_(
             if target.dtype == coefficient.dtype:
                 target.addmm_(coefficient, chunk.T, beta=int(keep))
             else:
-                product = coefficient @ chunk.T
+                with ops.without_autocast(grad.device):
+                    product = coefficient @ chunk.T
                 target.copy_(product.add_(target) if keep else product)
 
 

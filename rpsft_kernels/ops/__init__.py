@@ -19,7 +19,15 @@ from .products import has_float64
 from .programs import prepare_factors, prepare_program
 from .reference import accumulation_dtype
 from .runs import FactorProgram, Program, Run, open_run
-from .torch_ops import differentiate_projection, empty_grads, make_ready, project_drift, pull_back, pull_back_
+from .torch_ops import (
+    differentiate_projection,
+    empty_grads,
+    make_ready,
+    project_drift,
+    pull_back,
+    pull_back_,
+    without_autocast,
+)
 
 __all__ = [
     "BucketLimits",
@@ -48,4 +56,5 @@ __all__ = [
     "requested_backend",
     "resolve_backend",
     "use_backend",
+    "without_autocast",
 ]
