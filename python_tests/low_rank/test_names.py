@@ -156,6 +156,26 @@ def test_adapters_that_are_on_other_layers() -> None:
     assert 0 < first < total and first + second == pytest.approx(total, rel=1e-12)
 
 
+def test_the_base_of_adapters_that_are_off() -> None:
+    plain = rk.Anchors.from_model(llama().double(), 8, progress=False, basis_dtype=torch.float64)
+    model = adapt(llama(), ["q_proj"])
+    model.add_adapter("second", LoraConfig(target_modules=["down_proj"], r=2))
+    model.double().set_adapter("second")
+    assert rk.rotation_penalty(model, plain).item() == 0.0
+    # One that trains counts as any other weight does; one that has moved and stands still is not the pretrained one.
+    base = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_()
+    assert rk.rotation_penalty(model, plain).item() == 0.0
+    with torch.no_grad():
+        base[0, 0] += 1e-3
+    anchor = plain["model.layers.0.self_attn.q_proj.weight"]
+    assert anchor.left is not None and anchor.right is not None
+    moved = 1e-6 * float(anchor.left[0].square().sum() * anchor.right[0].square().sum())
+    assert rk.accumulate_rotation_grad_(model, plain, 1.0).item() == pytest.approx(moved, rel=1e-6)
+    assert base.grad is not None and base.grad.count_nonzero()
+    base.requires_grad_(False)
+    assert "q_proj.weight: got a " in refused(lambda: rk.rotation_penalty(model, plain))
+
+
 def test_trained_copies_that_are_switched() -> None:
     model = adapt(llama(), ["q_proj"], modules_to_save=["o_proj"])
     model.add_adapter("second", model.peft_config["default"])

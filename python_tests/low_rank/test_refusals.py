@@ -106,6 +106,11 @@ def test_a_base_that_has_given_up_its_adapter_is_refused() -> None:
     model.add_adapter("second", LoraConfig(target_modules=LLAMA, r=2))
     model.set_adapter("second")
     assert "expected 'default' among them" in refused(lambda: rk.rotation_penalty(model.double(), anchors))
+    # Nor do layers without an active adapter compute with what was anchored.
+    model.add_adapter("third", LoraConfig(target_modules=["o_proj"], r=2))
+    model.set_adapter("third")
+    message = refused(lambda: rk.rotation_penalty(model.double(), anchors))
+    assert "got active adapters (none), expected 'default' among them" in message
 
 
 def test_dtypes_and_gradients() -> None:

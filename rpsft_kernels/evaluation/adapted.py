@@ -278,11 +278,14 @@ def _split(
     for name, anchor in anchors.items():
         if name in found.refused:
             raise ValueError(f"{name}: {found.refused[name]}")
-        if name in found.served:
+        if name in found.served and found.served[name].adapters:
             pairs.append((found.served[name], anchor))
         elif name not in parameters or parameters[name].parameter.requires_grad or name in found.copies:
             dense[name] = anchor
         else:
+            # A layer that none of the active adapters is on stands still, if it computed with its base at the start.
+            if name in found.served and isinstance(anchor, Anchor):
+                _check_starts(found.served[name], anchor)
             resting.append(name)
     skipped = anchors.skipped if isinstance(anchors, Anchors) else {}
     for name, reason in skipped.items():
@@ -298,7 +301,7 @@ def _split(
                 f"{name}: got a weight that moves apart from {first}, anchored as one with it, expected the same ties "
                 "as when it was anchored; anchor this model (Anchors.from_model)"
             )
-    # A layer that none of the active adapters is on stands still.
+    # Tied ones of which no adapter is active are their first's.
     pairs = [(layer, anchor) for layer, anchor in pairs if layer.adapters]
     for layer, anchor in pairs:
         _check(layer, anchor)
@@ -343,8 +346,9 @@ def _check_starts(layer: AdaptedLayer, anchor: Anchor) -> None:
         adapter = adapters.get(name)
         if adapter is None:
             if make_another_weight({name: start}):
+                active = ", ".join(adapters) or "(none)"
                 raise ValueError(
-                    f"{layer.name}: got active adapters {', '.join(adapters)}, expected {name!r} among them: it was in "
+                    f"{layer.name}: got active adapters {active}, expected {name!r} among them: it was in "
                     "the weight when that was anchored; activate it (model.set_adapter(...)), or anchor this model"
                 )
             continue
