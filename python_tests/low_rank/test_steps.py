@@ -179,6 +179,17 @@ def test_a_plan_serves_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rk.rotation_penalty(model, anchors).item() > 0
 
 
+@pytest.mark.parametrize("copies", [None, ["o_proj"]])
+def test_gradients_of_factors_are_not_compared_with_those_of_r(copies: list[str] | None) -> None:
+    model = adapt(llama(), ["q_proj"], modules_to_save=copies)
+    penalty = rk.RotationPenalty(anchors=anchors_of(model))
+    move(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    assert penalty.add_gradients_(model).item() > 0
+    assert "rotation/grad_ratio" not in penalty.metrics()
+
+
 def test_tangents_are_refused() -> None:
     model = adapt(llama(), ["q_proj"])
     anchors = anchors_of(model)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ..anchors.anchor import Anchor
 from ..distributed import LocalWeight, ModuleSnapshot, find_parameters
+from ..private_names.peft_names import is_adapted
 
 
 class WatchedWeights:
-    """The anchored weights of a model that train; where none does (adapters do in their place), all parameters that do.
+    """The anchored weights of a model that train; where adapters train in place of some, all parameters that do.
 
     Args:
         anchors: the anchors, by the model's parameter names.
@@ -39,8 +40,9 @@ class WatchedWeights:
         references = find_parameters(model)
         located = [references[name].locate(name) for name in self._anchors if name in references]
         weights = list({weight.identity: weight for weight in located if weight.requires_grad}.values())
-        self.anchored = bool(weights)
-        if not weights:
+        # What adapters move is frozen itself.
+        self.anchored = bool(weights) and not (len(weights) < len(located) and is_adapted(model))
+        if not self.anchored:
             trained = {r.identity: (n, r) for n, r in references.items() if r.parameter.requires_grad}.values()
             weights = [r.locate(n) for n, r in trained if len(r.shape) == 2]
         lasting = all(weight.lasting for weight in weights)
