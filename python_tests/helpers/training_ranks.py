@@ -151,12 +151,15 @@ def _train(kind: str, mode: Any, path: Path, steps: int = 12) -> dict[str, Any]:
     # Ranks have batches of their own, and gradients of their own before they are averaged.
     inputs = vectors(SIZES[0]) + dist.get_rank()
     states: list[Any] = []
+    observed = 0.0
     for step in range(steps):
         if mode == "gradient" and kind == "ddp":
             penalty.add_gradients_(model)
         mean_square(model, inputs).backward()
         if mode == "gradient" and kind == "ddp":
             penalty.observe_gradients(model)
+            squares = [p.grad.double().square().sum() for n, p in model.named_parameters() if n.endswith("weight")]
+            observed = float(torch.stack(squares).sum().sqrt())
         elif mode == "gradient":
             penalty.add_gradients_(model)
         optimizer.step()
@@ -170,6 +173,7 @@ def _train(kind: str, mode: Any, path: Path, steps: int = 12) -> dict[str, Any]:
     return {
         "state": penalty.state_dict(),
         "metrics": penalty.metrics(),
+        "observed": observed,
         "again": again.state_dict() == states[0],
         "bits": {name: tensor.view(torch.int32).sum().item() for name, tensor in _whole(model).items()},
     }

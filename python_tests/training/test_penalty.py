@@ -118,6 +118,17 @@ def test_metrics() -> None:
     assert "rotation/budget_used" not in metrics
 
 
+def test_gradients_of_float64_weights_are_measured() -> None:
+    model = _layers().double()
+    penalty = rk.RotationPenalty(RANK, basis_dtype=torch.float64).anchor(model)
+    _drift(model)
+    model(vectors(SIZES[0]).double()).square().mean().backward()
+    norm = math.sqrt(sum(float(g.square().sum()) for n, g in _gradients(model).items() if n.endswith("weight")))
+    penalty.add_gradients_(model)
+    metrics = penalty.metrics()
+    assert metrics["rotation/grad_ratio"] == pytest.approx(2 * math.sqrt(metrics["rotation/R"]) / norm, rel=1e-6)
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_gradients_that_are_observed_apart(before: bool) -> None:
     model, penalty = _moved(coeff=3.0)

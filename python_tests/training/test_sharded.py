@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -43,6 +44,16 @@ def test_a_budget_has_the_same_coefficient_and_state_on_every_rank(found: list[d
         assert result["state"]["ascent"] is not None, case
         assert 0 < result["metrics"]["rotation/R"], case
         assert result["again"] and found[1]["trained"][case]["again"], case
+
+
+def test_the_gradient_of_a_step_is_compared_with_that_step_s_penalty(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        observed = [result for result in rank["trained"].values() if result["observed"]]
+        assert observed
+        for result in observed:
+            metrics = result["metrics"]
+            expected = 2 * metrics["rotation/coeff"] * math.sqrt(metrics["rotation/R"]) / result["observed"]
+            assert metrics["rotation/grad_ratio"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_digest_does_not_depend_on_how_weights_lie(found: list[dict[str, Any]]) -> None:

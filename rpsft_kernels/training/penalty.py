@@ -306,7 +306,8 @@ class RotationPenalty:
         ``rotation/coeff`` and ``rotation/loss``, its product with R (not in mode ``"project"``);
         ``rotation/budget_used``, the relative rotation over the budget; ``rotation/grad_ratio``,
         ``2 coeff sqrt(R) / ||g||``, the norm of R's gradient over that of the task's, where the latter is known (not
-        for adapters); and ``rotation/layers/<name>``, R of each weight before a correction.
+        for adapters; if gradients are observed after the penalty's has been added, g has it in it); and
+        ``rotation/layers/<name>``, R of each weight before a correction.
         """
         return {} if self._record is None else self._record.metrics(self._energy, self.budget)
 
