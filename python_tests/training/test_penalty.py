@@ -234,6 +234,17 @@ def test_a_budget_begins_with_the_size_of_the_task_s_gradient() -> None:
     assert penalty.metrics()["rotation/coeff"] == pytest.approx(first * math.exp(-1.5), rel=1e-5)
 
 
+def test_a_budget_begins_with_the_learning_rates_of_anchored_weights() -> None:
+    found = []
+    for others in (0.1, 10.0):
+        model, penalty = _moved(budget=0.01, mode="decoupled")
+        rates = {id(p): 0.1 if n.endswith("weight") else others for n, p in model.named_parameters()}
+        for _ in range(2):
+            penalty.after_step_(model, rates)
+        found.append(penalty.state_dict()["ascent"])
+    assert found[0] == found[1] and found[0] is not None
+
+
 # -- a resumed run ------------------------------------------------------------------------------------------------
 
 STRENGTHS: dict[str, list[dict[str, Any]]] = {

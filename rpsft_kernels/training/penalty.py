@@ -291,9 +291,10 @@ class RotationPenalty:
         if witnesses is not None:
             self._guards.look_at_dtypes(witnesses)
         start = None
-        if self._ascent is not None and max(rates.values()) > 0:
+        if self._ascent is not None and self._ascent.coeff is None:
+            largest = self._largest_rate(model, rates)
             # What the steps so far have moved, per unit of learning rate, stands for the norm of a gradient.
-            start = Reading(penalty / max(rates.values()) ** 2)
+            start = Reading(penalty / largest**2) if largest > 0 else None
         self._count(Record(self.step, coeff, found, remains, None, *layers), start)
         return kept
 
@@ -422,6 +423,12 @@ class RotationPenalty:
         assert self._watched is not None
         squares = square_gradients(self._watched.find(model))
         return None if squares is None else Reading(squares / (scale * scale))
+
+    def _largest_rate(self, model: nn.Module, rates: Mapping[int, float]) -> float:
+        """Return the largest learning rate of an anchored weight; ``rates`` may be of other parameters too."""
+        assert self._watched is not None
+        anchored = [rates[key] for key in map(id, (w.parameter for w in self._watched.find(model))) if key in rates]
+        return max(anchored or rates.values())
 
     def _comparable(self, gradient: Reading | None) -> Reading | None:
         """Return a task gradient that R's gradient compares with: not that of adapters, which is one of factors."""
