@@ -176,6 +176,29 @@ def test_the_base_of_adapters_that_are_off() -> None:
     assert "q_proj.weight: got a " in refused(lambda: rk.rotation_penalty(model, plain))
 
 
+def test_one_layer_under_two_names_counts_once() -> None:
+    def share(model: Any) -> Any:
+        first, second = model.get_submodule("model.layers").children()
+        second.self_attn.q_proj = first.self_attn.q_proj
+        return model
+
+    plain = _anchors(share(llama().double()), include="*.q_proj.weight")
+    model = adapt(llama(), ["q_proj"])
+    untied = anchors_of(model)
+    share(model.get_base_model())
+    anchors = anchors_of(model)
+    move(model)
+    assert list(anchors) == list(plain) == ["model.layers.0.self_attn.q_proj.weight"]
+    penalty = rk.accumulate_rotation_grad_(model, anchors, 1.0).item()
+    assert penalty == pytest.approx(rk.rotation_penalty(model, plain).item(), rel=1e-12)
+    (layer,) = {module for module in model.modules() if hasattr(module, "get_delta_weight")}
+    anchor = anchors["model.layers.0.self_attn.q_proj.weight"]
+    assert anchor.left is not None and anchor.right is not None
+    drift = anchor.left.T @ layer.get_delta_weight("default") @ anchor.right
+    assert penalty == pytest.approx(drift.square().sum().item(), rel=1e-12)
+    assert "anchored as two" in refused(lambda: rk.rotation_penalty(model, untied))
+
+
 def test_trained_copies_that_are_switched() -> None:
     model = adapt(llama(), ["q_proj"], modules_to_save=["o_proj"])
     model.add_adapter("second", model.peft_config["default"])

@@ -99,7 +99,8 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
 def _tied_names(parameters: Mapping[str, ParameterRef], found: AdaptedLayers | None) -> dict[str, list[str]]:
     """Return for each name all names of the same weight, the first being that which gets the anchor.
 
-    That is one with adapters, where there is one. A weight with adapters of its own under two names is two.
+    That is one with adapters, where there is one. A weight with adapters of its own under two names is two; one layer
+    with its adapters under two names is one.
     """
     by_identity: dict[int, list[str]] = {}
     for name, reference in parameters.items():
@@ -107,11 +108,15 @@ def _tied_names(parameters: Mapping[str, ParameterRef], found: AdaptedLayers | N
     served = found.served if found is not None else {}
     names: dict[str, list[str]] = {}
     for aliases in by_identity.values():
-        adapted = [name for name in aliases if name in served]
+        layers: dict[tuple[int, ...], list[str]] = {}
+        for name in aliases:
+            if name in served:
+                layers.setdefault(served[name].identity, []).append(name)
         others = [name for name in aliases if name not in served]
-        for i, name in enumerate(adapted):
-            names[name] = [name, *(others if i == 0 else [])]
-        names.update({name: [*adapted[:1], *others] for name in others})
+        adapted = list(layers.values())
+        for i, alike in enumerate(adapted):
+            names.update({name: [*alike, *(others if i == 0 else [])] for name in alike})
+        names.update({name: [*(adapted[0][:1] if adapted else []), *others] for name in others})
     return names
 
 

@@ -294,6 +294,8 @@ def _split(
             continue
         if name in found.served and first not in found.served:
             pairs.append((found.served[name], anchors[first]))
+        elif name in found.served and found.served[name].identity == found.served[first].identity:
+            continue
         elif name in found.served or (
             parameters[name].parameter.requires_grad and parameters[name].identity != parameters[first].identity
         ):
@@ -303,8 +305,14 @@ def _split(
             )
     # Tied ones of which no adapter is active are their first's.
     pairs = [(layer, anchor) for layer, anchor in pairs if layer.adapters]
+    names: dict[tuple[int, ...], str] = {}
     for layer, anchor in pairs:
         _check(layer, anchor)
+        if names.setdefault(layer.identity, layer.name) != layer.name:
+            raise ValueError(
+                f"{layer.name}: got one layer with {names[layer.identity]}, anchored as two, expected the same ties as "
+                "when it was anchored; anchor this model (Anchors.from_model)"
+            )
     if not dense or not isinstance(anchors, Anchors):
         return pairs, dense, resting
     fingerprints = {name: anchors.fingerprints[name] for name in dense if name in anchors.fingerprints}

@@ -76,6 +76,11 @@ class AdaptedLayer:
     def factors(self) -> list[Factor]:
         return [factor for adapter in self.adapters for factor in adapter.factors]
 
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """Numbers that are equal for layers which are one under two names: of the base, and of all factors."""
+        return self.base.identity, *(factor.weight.identity for factor in self.factors)
+
 
 @dataclass(frozen=True)
 class AdaptedLayers:
