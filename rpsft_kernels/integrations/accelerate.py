@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..private_names import prepared_models, prepared_optimizers, without_compiler
 from ..training import attach as attach_to_optimizer
 from .deepspeed import check_mode, penalise_backward
 from .replicas import check_replicas
@@ -42,8 +43,8 @@ def attach(accelerator: Accelerator, penalty: RotationPenalty, model: nn.Module)
     if getattr(accelerator, _MARK, None) is not None:
         raise ValueError("accelerator: got one that has a penalty attached, expected one without: R would count twice")
     # It keeps models as they were before it wrapped and compiled them.
-    prepared = any(_bare(kept) is _bare(model) for kept in accelerator._models)
-    if not (prepared and accelerator._optimizers):
+    prepared = any(_bare(kept) is _bare(model) for kept in prepared_models(accelerator))
+    if not (prepared and prepared_optimizers(accelerator)):
         raise ValueError(
             "model: got one that this accelerator has not prepared with an optimizer, expected what "
             "accelerator.prepare(model, optimizer) returned"
@@ -64,9 +65,10 @@ def attach(accelerator: Accelerator, penalty: RotationPenalty, model: nn.Module)
         check_replicas(penalty)
         _attach_to_deepspeed(accelerator, penalty, model)
     else:
-        if penalty.mode != "gradient" and len(accelerator._optimizers) > 1:
+        optimizers = prepared_optimizers(accelerator)
+        if penalty.mode != "gradient" and len(optimizers) > 1:
             raise ValueError(
-                f"accelerator: got {len(accelerator._optimizers)} optimizers in mode {penalty.mode!r}, expected one; "
+                f"accelerator: got {len(optimizers)} optimizers in mode {penalty.mode!r}, expected one; "
                 "call penalty.after_step_(model, lr) after the last of them, and do not attach"
             )
         # DDP has averaged the gradients when they are clipped: every rank adds the whole penalty, to the bare model.
@@ -76,13 +78,13 @@ def attach(accelerator: Accelerator, penalty: RotationPenalty, model: nn.Module)
         if penalty.mode == "gradient":
             _Loop(accelerator, penalty, bare)
         else:
-            attach_to_optimizer(accelerator._optimizers[0], penalty, bare)
+            attach_to_optimizer(optimizers[0], penalty, bare)
     accelerator.register_for_checkpointing(penalty)
     setattr(accelerator, _MARK, penalty)
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    model = getattr(model, "_orig_mod", model)
+    model = without_compiler(model)
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -112,7 +114,7 @@ class _Loop:
         accelerator.backward = note_and_backward
         accelerator.clip_grad_norm_ = _precede(accelerator.clip_grad_norm_, self._add)
         accelerator.clip_grad_value_ = _precede(accelerator.clip_grad_value_, self._add)
-        for optimizer in accelerator._optimizers:
+        for optimizer in prepared_optimizers(accelerator):
             optimizer.step = _precede(optimizer.step, self._refuse_if_due)
 
     def _add(self) -> None:

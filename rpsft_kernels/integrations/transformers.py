@@ -62,7 +62,7 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         # Set by trainers that add the gradients themselves.
         self.trainer_adds = False
         self._unstepped = False
-        self._handle: RemovableHandle | None = None
+        self._hook: RemovableHandle | None = None
 
     @property
     def _own(self) -> RotationPenalty:
@@ -103,7 +103,7 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         self._own.anchor(model)
         check_replicas(self._own)
         if self._own.mode != "gradient" and not _steps_within_backward(args):
-            self._handle = attach_to_optimizer(optimizer, self._own, model)
+            self._hook = attach_to_optimizer(optimizer, self._own, model)
         _move_to_front(self, inspect.currentframe())
 
     def _resume(self, state: TrainerState) -> None:
@@ -148,16 +148,16 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
     ) -> None:
         self._unstepped = False
         # Where the backward pass has stepped, and no optimizer of torch.
-        if self._own.mode != "gradient" and self._handle is None:
+        if self._own.mode != "gradient" and self._hook is None:
             self._own.after_step_(model, 0.0)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._detach()
 
     def _detach(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
 
     def on_log(
         self,

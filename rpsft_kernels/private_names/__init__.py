@@ -1,10 +1,11 @@
-"""The private names of torch and DeepSpeed that this package reads, and how each version spells them.
+"""The private names of torch, DeepSpeed and others that this package reads, and how each version spells them.
 
 Neither library promises these names, so that no other file may hold any. Where no spelling fits, reading raises a
 RuntimeError that names the installed version. No missing name is passed over: a shard that is not found would give a
 wrong penalty. The attributes of PEFT and bitsandbytes have files here, too, which import neither.
 """
 
+from .accelerate_names import prepared_models, prepared_optimizers
 from .deepspeed_names import Zero3Parameter, averaging_group, is_linked_by_deepspeed
 from .peft_names import components_of_adapters, is_adapted
 from .torch_names import (
@@ -29,6 +30,7 @@ from .torch_names import (
     replicated_by_ddp,
     shards_before,
     skips_unused,
+    without_compiler,
 )
 
 __all__ = [
@@ -55,7 +57,10 @@ __all__ = [
     "modules_of",
     "optimizers_in_backward",
     "parameters_of",
+    "prepared_models",
+    "prepared_optimizers",
     "replicated_by_ddp",
     "shards_before",
     "skips_unused",
+    "without_compiler",
 ]

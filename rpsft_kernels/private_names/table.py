@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 # The oldest and the newest version whose sources were read.
-READ = {"torch": ("2.6", "2.13"), "deepspeed": ("0.19.5", "0.19.8"), "lightning": ("2.6.6", "2.6.6")}
+READ = {
+    "torch": ("2.6", "2.13"),
+    "deepspeed": ("0.19.5", "0.19.8"),
+    "lightning": ("2.6.6", "2.6.6"),
+    "accelerate": ("1.15.0", "1.15.0"),
+}
 _ABSENT = object()
 
 
@@ -50,6 +55,8 @@ TABLE: tuple[Row, ...] = (
     # Fabric's wrapper shows what it wraps twice: as it is called, in other wrappers, and as it came.
     Row("lightning", "_FabricModule", "wrapped module", "_forward_module", "2.6.6"),
     Row("lightning", "_FabricModule as it came", "wrapped module", "_original_module", "2.6.6"),
+    # What an accelerator has prepared, models as they were before. integrations/accelerate.py
+    *_rows("accelerate", "Accelerator", ("prepared models", "_models"), ("prepared optimizers", "_optimizers")),
     # Written, not read: Dynamo takes the result of a function with this attribute for a constant. ops/dispatch.py
     *_rows("torch", "function", ("constant under Dynamo", "_dynamo_marked_constant")),
     # The modules and parameters that a module has now. distributed/snapshot.py

@@ -46,6 +46,13 @@ _SKIPPING: dict[str, Callable[[nn.Module], bool]] = {
 _level_of_forward_mode: Callable[[Any], int] = _reader("torch.autograd.forward_ad", "current level")
 
 
+def without_compiler(module: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` has wrapped, or the module itself."""
+    (row,) = spellings["torch.compile's OptimizedModule", "wrapped module"]
+    wrapped: nn.Module = getattr(module, row.name, module)
+    return wrapped
+
+
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is on, so that tensors may have tangents."""
     return _level_of_forward_mode(forward_ad) >= 0
