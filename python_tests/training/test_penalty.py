@@ -353,6 +353,14 @@ def test_arguments_that_are_refused(arguments: dict[str, Any], message: str) -> 
         rk.RotationPenalty(**arguments)
 
 
+@pytest.mark.parametrize("argument", [{"include": "*"}, {"exclude": "0.*"}, {"path": "file"}])
+def test_options_of_anchors_that_are_given_already(argument: dict[str, Any]) -> None:
+    anchors = rk.Anchors.from_model(_layers(), RANK, progress=False)
+    (name,) = argument
+    with pytest.raises(ValueError, match=f"{name}: got .* beside anchors, expected None"):
+        rk.RotationPenalty(anchors=anchors, **argument)
+
+
 def test_calls_of_another_mode_and_bad_numbers() -> None:
     model, penalty = _moved(coeff=3.0)
     with pytest.raises(ValueError, match=r"got 'gradient' for after_step_, .* call add_gradients_"):

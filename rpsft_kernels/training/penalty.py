@@ -63,7 +63,7 @@ class RotationPenalty:
             none).
         mode: see above.
         include, exclude, keep_base, basis_dtype: as for :meth:`Anchors.from_model`; None leaves its defaults.
-        anchors: anchors that were made before.
+        anchors: anchors that were made before, as they are: no include, exclude or path beside them.
         path: where anchors are kept: loaded if they are there, else written once the model is anchored.
         log_every: :meth:`metrics` are of every so many steps; in the others nothing is computed for them.
         per_layer: whether they have R of each weight, for one more projection in those steps.

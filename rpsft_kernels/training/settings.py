@@ -50,6 +50,12 @@ class Settings:
                 f"anchors: got {type(self.anchors).__name__}, expected Anchors (Anchors.from_model(model, rank) or "
                 "Anchors.load(path)), or None and a rank"
             )
+        for name in ("include", "exclude", "path"):
+            if self.anchors is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} beside anchors, expected None: anchors that are given are "
+                    "taken as they are; make them so (Anchors.from_model), or leave them out"
+                )
         if self.path is not None and not isinstance(self.path, (str, os.PathLike)):
             raise ValueError(f"path: got {type(self.path).__name__}, expected a file's path or None")
         if type(self.log_every) is not int or self.log_every < 1:
