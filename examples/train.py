@@ -84,9 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         # With the pretrained model at hand, load refuses anchors of any other.
         anchors = rk.Anchors.load(path, pretrained, device=device)
 
-    penalties = {}
+    with torch.no_grad():
+        penalties = {"pretrained": rk.rotation_penalty(pretrained, anchors).item()}
     print(f"\n{'':<22}{'loss before':>12}{'task loss':>12}{'R':>12}")
-    print(f"{'pretrained':<22}{loss(pretrained, *before):>12.3f}{loss(pretrained, *task):>12.3f}{0:>12}")
+    losses = f"{loss(pretrained, *before):>12.3f}{loss(pretrained, *task):>12.3f}"
+    print(f"{'pretrained':<22}{losses}{penalties['pretrained']:>12.4g}")
     for name, coeff in (("fine-tuned", 0.0), (f"with {options.coeff:g} * R", options.coeff)):
         model = copy.deepcopy(pretrained)
         train(model, *task, steps=options.steps, lr=1e-3, anchors=anchors, coeff=coeff)

@@ -53,6 +53,14 @@ def test_it_does_not_fall_without_end_while_there_is_nothing_to_hold() -> None:
     assert other.state() == ascent.state()
 
 
+def test_it_does_not_rise_without_end_where_a_budget_cannot_be_held() -> None:
+    ascent = DualAscent(1e-3)
+    ascent.start(1.0, 0.25)
+    for _ in range(1000):
+        ascent.update(100.0, 0.25)
+    assert ascent.multiplier == 100.0 and ascent.coeff == 100.0 * math.exp(1.5)
+
+
 @pytest.mark.parametrize("penalty", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_refused(penalty: float) -> None:
     ascent = DualAscent(1e-3)

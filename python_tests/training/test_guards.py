@@ -210,3 +210,30 @@ def test_what_was_left_out_on_purpose_is_no_low_coverage(leave_out: Callable[[nn
     else:
         anchors = rk.Anchors.from_model(model, 8, exclude="0.weight", progress=False)
     rk.RotationPenalty(anchors=anchors).anchor(model)
+
+
+def test_another_model_than_the_last_step_s_is_refused() -> None:
+    """Such as that of the next seed, whatever has become of the first one; a wrapper is no other model."""
+    run = Run()
+    run.steps(2)
+    run.penalty.add_gradients_(nn.Sequential(run.model[0], *run.model[1:]))
+    run.model.zero_grad()
+    state = run.penalty.state_dict()
+    run.model, other = _layers(), _layers()
+    _backward(other)
+    before = [None if p.grad is None else p.grad.clone() for p in other.parameters()]
+    with pytest.raises(ValueError, match="add_gradients_ got another model than at the last step.*for each model"):
+        run.penalty.add_gradients_(other)
+    assert run.penalty.state_dict() == state
+    for parameter, grad in zip(other.parameters(), before, strict=True):
+        assert grad is None or torch.equal(parameter.grad, grad)  # type: ignore[arg-type]
+    run.penalty.load_state_dict(state)
+    run.penalty.add_gradients_(other)
+
+
+def test_a_budget_that_cannot_be_held_says_what_helps() -> None:
+    run = Run(coeff=1.0, budget=1e-6)
+    run.optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.warns(UserWarning, match="The budget cannot be held so: a larger one"):
+        run.steps(60)
+        run.penalty.metrics()

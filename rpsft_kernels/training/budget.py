@@ -9,13 +9,16 @@ _RATE = 0.1
 # The part of the coefficient's logarithm that answers at once. Without it lambda overshoots by what it has learned too
 # late; with 3 or more an Adam at large learning rates begins to swing.
 _RESPONSE = 1.5
+# Lambda rises to at most this many times what it began with: a budget that steps of the optimizer pass by themselves
+# would drive it up without end, and nothing be learned any more when they become smaller.
+_MOST = 100.0
 
 
 class DualAscent:
     """The coefficient that holds R at a bound ``r = budget^2 sum sigma^2``.
 
-    With ``e = R / r - 1`` of the step before: ``lambda *= exp(0.1 clip(e, -1, 2))``, no less than a share ``least`` of
-    what it began with, and ``coeff = lambda exp(1.5 clip(e, -1, 1))``.
+    With ``e = R / r - 1`` of the step before: ``lambda *= exp(0.1 clip(e, -1, 2))``, between a share ``least`` and 100
+    times what it began with, and ``coeff = lambda exp(1.5 clip(e, -1, 1))``.
 
     Lambda alone would fall without end while R has not come near its bound, and would take as long to rise again when
     R passes it. The share is one with which the penalty is hardly felt.
@@ -50,7 +53,7 @@ class DualAscent:
             return
         error = penalty / bound - 1.0
         moved = self.multiplier * math.exp(_RATE * max(-1.0, min(2.0, error)))
-        self.multiplier = max(moved, self._least * self._first)
+        self.multiplier = min(max(moved, self._least * self._first), _MOST * self._first)
         self.coeff = self.multiplier * math.exp(_RESPONSE * max(-1.0, min(1.0, error)))
 
     def state(self) -> list[float] | None:

@@ -30,8 +30,8 @@ _COVERAGE = 0.5
 class Guards:
     """What a penalty looks out for from call to call."""
 
-    def __init__(self, method: str) -> None:
-        self._method = method
+    def __init__(self, method: str, has_budget: bool) -> None:
+        self._method, self._has_budget = method, has_budget
         self._witnesses = Witnesses()
         self._said: set[str] = set()
         # Whether gradients were new tensors after the last step. Where they are zeroed in place, one that lingers tells
@@ -45,6 +45,20 @@ class Guards:
         self._still = self._still_moved = self._rising = 0
 
     # -- calls ------------------------------------------------------------------------------------------------
+
+    def refuse_other(self, model: nn.Module) -> None:
+        """Raise a ValueError if the last call was of another model, whose anchors and strength these are."""
+        if not self.is_of(model) and self._witnesses.are_gone(model):
+            raise ValueError(
+                f"model: {self._method} got another model than at the last step, expected the one that was anchored, "
+                "wrapped or not: R would be measured from other weights. Make a RotationPenalty for each model. Where "
+                "its modules were only made anew, go on with RotationPenalty(anchors=penalty.anchors, ...) and "
+                "load_state_dict(penalty.state_dict())"
+            )
+
+    def forget_model(self) -> None:
+        """Let the next call be of any model."""
+        self._witnesses.forget()
 
     def before_call(self, model: nn.Module, weights: Sequence[LocalWeight] | None) -> None:
         """Look whether the optimizer has stepped since the last call; ``weights`` are needed for a new model."""
@@ -101,11 +115,14 @@ class Guards:
         moved, self._moved = self._moved, False
         last, self._last = self._last, penalty
         if ratio is not None and ratio > _TOO_STRONG:
+            way_out = "A smaller coeff, or budget=0.05, which finds one"
+            if self._has_budget:
+                way_out = "The budget cannot be held so: a larger one, a smaller learning rate, or mode='project'"
             self._say(
                 "strength",
                 f"coeff: got {record.coeff:.3g}, with which the penalty's gradient is {ratio:.3g} times the task's "
                 f"(2 coeff sqrt(R) / ||g||) at step {record.step}, expected at most a few times: the task is hardly "
-                "learned. A smaller coeff, or budget=0.05, which finds one",
+                f"learned. {way_out}",
             )
         if last is None:
             return

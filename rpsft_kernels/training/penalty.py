@@ -117,7 +117,7 @@ class RotationPenalty:
         self.attached: RemovableHandle | None = None
         self._schedule = Schedule(coeff, warmup)
         self._ascent = DualAscent(_LEAST[mode]) if budget is not None and mode != "project" else None
-        self._guards = Guards("add_gradients_" if mode == "gradient" else "after_step_")
+        self._guards = Guards("add_gradients_" if mode == "gradient" else "after_step_", budget is not None)
         # These are set once there are anchors; a state that came before waits for them.
         self._watched: WatchedWeights | None = None
         self._energy, self._digest = 0.0, ""
@@ -194,6 +194,7 @@ class RotationPenalty:
         """
         self._require("add_gradients_", "gradient")
         factor = _read_scale(scale)
+        self._guards.refuse_other(model)
         anchors = self.ready(model)
         self._guards.before_call(model, self._witnesses(model))
         coeff = self._coeff()
@@ -273,6 +274,7 @@ class RotationPenalty:
         """
         self._require("after_step_", "decoupled", "project")
         rates = _read_rates(lr)
+        self._guards.refuse_other(model)
         anchors = self.ready(model)
         witnesses = self._witnesses(model)
         self._guards.before_correction(model, witnesses)
@@ -346,6 +348,7 @@ class RotationPenalty:
         self._start = None if given["start"] is None else read_number(given["start"])
         self._record = self._unseen = self._observed = None
         self._unmeasured = 0
+        self._guards.forget_model()
 
     # -- within ---------------------------------------------------------------------------------------------------
 
@@ -486,5 +489,6 @@ def _refuse_other(state: State, digest: str, energy: float) -> None:
     if difference is not None:
         raise ValueError(
             f"anchors: got others than the state was saved with ({difference}), expected the same ones: R would be "
-            "measured from other weights. Resume with the file that the run began with (path=...)"
+            "measured from other weights. Resume with those that the run began with: anchors=rk.Anchors.load(their "
+            "file), or a model of the pretrained weights"
         )

@@ -153,7 +153,9 @@ def _warn_of_checkpoint(model: nn.Module) -> None:
             warnings.warn(
                 f"model: got weights from {folder!r}, which a trainer wrote ({', '.join(traces)}), expected the "
                 "pretrained ones: anchored now, R is measured from this checkpoint on, and what was learned before "
-                "counts as pretrained. A resumed run needs the anchors that it began with: pass their file (path=)",
+                "counts as pretrained. A resumed run needs the anchors that it began with: "
+                "anchors=rk.Anchors.load(their file). Where a stage of its own begins here, "
+                "anchors=rk.Anchors.from_model(model, rank) says so",
                 UserWarning,
                 stacklevel=4,
             )

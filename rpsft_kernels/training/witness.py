@@ -49,6 +49,15 @@ class Witnesses:
         # Those that have been written at least once. Nobody may clear the gradients of others.
         self._trained: set[int] = set()
 
+    def are_gone(self, model: nn.Module) -> bool:
+        """Whether there were witnesses, and the modules of none are in ``model``: it is another one, not a wrapper."""
+        modules = {id(module) for module in model.modules()}
+        return bool(self._places) and not any(id(reference()) in modules for reference, _ in self._places)
+
+    def forget(self) -> None:
+        """Take witnesses anew at the next call."""
+        self._model, self._places, self._seen = None, [], []
+
     def choose(self, model: nn.Module, weights: Sequence[LocalWeight]) -> None:
         """Take new witnesses among the weights, unless those at hand are of this very model."""
         if self._model is not None and self._model() is model:
