@@ -190,6 +190,25 @@ def test_gradients_of_factors_are_not_compared_with_those_of_r(copies: list[str]
     assert "rotation/grad_ratio" not in penalty.metrics()
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_factors_that_change_before_the_backward_pass_are_refused(dora: bool) -> None:
+    model = adapt(llama(), use_dora=dora)
+    anchors = anchors_of(model)
+    move(model)
+    penalty = rk.rotation_penalty(model, anchors)
+    move(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty.backward()
+
+
+def test_a_coeff_beyond_the_dtype_of_factors_is_refused() -> None:
+    model = adapt(llama()).float()
+    anchors = anchors_of(model, basis_dtype=torch.float32)
+    move(model)
+    assert "coeff: got 1e+300" in refused(lambda: rk.accumulate_rotation_grad_(model, anchors, 1e300))
+    assert not gradients(model)
+
+
 def test_tangents_are_refused() -> None:
     model = adapt(llama(), ["q_proj"])
     anchors = anchors_of(model)

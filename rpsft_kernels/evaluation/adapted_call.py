@@ -423,9 +423,10 @@ class _Penalties(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        state, needed = ctx.state, ctx.needs_input_grad[2:]
+        # Images of full anchors are the factors themselves: autograd refuses those that were changed since.
+        state, needed, values = ctx.state, ctx.needs_input_grad[2:], ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, None, *_differentiable_gradients(state, ctx.saved_tensors, needed, grad)
+            return None, None, *_differentiable_gradients(state, values, needed, grad)
         _, stacked = _penalties(state.plan, state.images, state.scaled)
         targets = {
             i: (torch.empty(shape, dtype=dtype, device=device), False)

@@ -56,7 +56,7 @@ class AccumulationRequest:
     def check(self, weights: Sequence[AnchoredWeight], factors: Sequence[Factor] = ()) -> None:
         """Raise a ValueError unless coeff is a number that gradients can be scaled by, and all can be added to."""
         if abs(self.factor) > _SMALL:
-            self._check_scales(weights)
+            self._check_scales([*weights, *factors])
         for anchored in weights:
             parameter = anchored.weight.parameter
             if not self.of_module and not (parameter.requires_grad and parameter.is_leaf):
@@ -75,7 +75,7 @@ class AccumulationRequest:
                 "use rotation_penalty to evaluate the penalty alone"
             )
 
-    def _check_scales(self, weights: Sequence[AnchoredWeight]) -> None:
+    def _check_scales(self, weights: Sequence[AnchoredWeight | Factor]) -> None:
         """Raise a ValueError unless the dtype of every pull-back's sums holds the factor of the gradient."""
         for anchored in weights:
             scale, dtype = anchored.weight.grad_scale, ops.accumulation_dtype(anchored.weight.dtype)
