@@ -17,7 +17,7 @@ def _blocks() -> list[str]:
 def _penalty(block: str) -> float:
     names: dict[str, object] = {}
     exec(compile(block, str(README), "exec"), names)
-    penalty = names["penalty"]
+    penalty = names["R"]
     assert isinstance(penalty, torch.Tensor)
     return penalty.item()
 

@@ -360,6 +360,22 @@ def test_a_trainer_whose_model_cannot_be_anchored_stays_as_it_is(tmp_path: Path)
     assert type(made) is Trainer and made.callback_handler.callbacks == callbacks
 
 
+@pytest.mark.parametrize("way", ["penalised", "attach"])
+def test_what_is_no_penalty_is_refused(way: str, tmp_path: Path) -> None:
+    for value in (None, {"rank": 8}):
+        with pytest.raises(ValueError, match=rf"rotation: got {type(value).__name__}, expected a RotationPenalty"):
+            trainer(way, tmp_path, value)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="penalty: got dict, expected a RotationPenalty"):
+        RotationPenaltyCallback({"rank": 8})  # type: ignore[arg-type]
+
+
+def test_a_second_training_that_is_not_resumed_goes_on_with_a_warning(tmp_path: Path) -> None:
+    made = trainer("penalised", tmp_path, penalty(), size=4)
+    made.train()
+    with pytest.warns(UserWarning, match="its rotation penalty has counted 1 steps"):
+        made.train()
+
+
 def test_penalised_takes_trainers() -> None:
     class Own(RotationPenaltyMixin, Trainer):
         pass

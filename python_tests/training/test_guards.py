@@ -236,4 +236,3 @@ def test_a_budget_that_cannot_be_held_says_what_helps() -> None:
     run.optimizer.param_groups[0]["lr"] = 0.1
     with pytest.warns(UserWarning, match="The budget cannot be held so: a larger one"):
         run.steps(60)
-        run.penalty.metrics()

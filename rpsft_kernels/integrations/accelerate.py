@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..private_names import prepared_models, prepared_optimizers, without_compiler
 from ..training import attach as attach_to_optimizer
+from .checks import check_penalty
 from .deepspeed import check_mode, penalise_backward
 from .replicas import check_replicas
 
@@ -40,6 +41,7 @@ def attach(accelerator: Accelerator, penalty: RotationPenalty, model: nn.Module)
         ValueError: nothing was prepared; a penalty is attached already; or the accelerator's way of distributing does
             not let gradients be added to.
     """
+    check_penalty(penalty, "penalty")
     if getattr(accelerator, _MARK, None) is not None:
         raise ValueError("accelerator: got one that has a penalty attached, expected one without: R would count twice")
     # It keeps models as they were before it wrapped and compiled them.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from .checks import check_penalty
 from .rates import read_rates
 from .replicas import check_replicas
 
@@ -41,6 +42,7 @@ class RotationPenaltyCallback(Callback):
     """
 
     def __init__(self, penalty: RotationPenalty) -> None:
+        check_penalty(penalty, "penalty")
         self.penalty = penalty
         self._handles: list[RemovableHandle] = []
         # Then the penalty refuses to be anchored by a model that has been trained.

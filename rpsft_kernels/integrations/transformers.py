@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from ..training import attach as attach_to_optimizer
 from .arguments import RotationArguments as RotationArguments
 from .arguments import from_arguments as from_arguments
+from .checks import check_penalty
 from .deepspeed import check_mode, penalise_backward, replace
 from .replicas import check_replicas
 
@@ -57,6 +58,8 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, penalty: RotationPenalty | None = None) -> None:
+        if penalty is not None:
+            check_penalty(penalty, "penalty")
         # A trainer with restore_callback_states_from_checkpoint makes callbacks anew, and knows no penalty.
         self.penalty = penalty
         # Set by trainers that add the gradients themselves.
@@ -100,6 +103,12 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         self._unstepped = False
         if state.global_step:
             self._resume(state)
+        elif self._own.step:
+            warnings.warn(
+                f"a training begins, and its rotation penalty has counted {self._own.step} steps: its warm-up and "
+                "schedule, or a budget's coefficient, go on from there. A run of its own needs a new RotationPenalty",
+                stacklevel=2,
+            )
         self._own.anchor(model)
         check_replicas(self._own)
         if self._own.mode != "gradient" and not _steps_within_backward(args):
@@ -192,6 +201,7 @@ class RotationPenaltyMixin:
         self.take_penalty(rotation)
 
     def take_penalty(self, penalty: RotationPenalty) -> None:
+        check_penalty(penalty, "rotation")
         trainer: Any = self
         if any(isinstance(c, RotationPenaltyCallback) for c in trainer.callback_handler.callbacks):
             raise ValueError(
