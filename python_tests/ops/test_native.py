@@ -329,3 +329,48 @@ def test_without_the_engine_the_package_works_and_says_why(monkeypatch: pytest.M
         native._load.cache_clear()
         native.instruction_sets.cache_clear()
     assert native.unavailable(CPU, torch.float32) is None
+
+
+class StandIn:
+    """The engine with one more instruction set, which computes as the portable one does, or leaves a part out."""
+
+    def __init__(self, left_out: str) -> None:
+        self._engine = native._load()[0]
+        self._left_out = left_out
+        self.Matrix, self.Dtype = self._engine.Matrix, self._engine.Dtype
+        self.Projection, self.Pullback = self._engine.Projection, self._engine.Pullback
+
+    def project_drift(self, items: Any, instruction_set: str, threads: int) -> None:
+        if instruction_set == "amx_bf16":
+            if self._left_out == "projections":
+                return
+            instruction_set = "portable"
+        self._engine.project_drift(items, instruction_set, threads)
+
+    def pull_back(self, items: Any, accumulate: bool, instruction_set: str, threads: int) -> None:
+        if instruction_set == "amx_bf16":
+            if self._left_out == "gradients":
+                return
+            instruction_set = "portable"
+        self._engine.pull_back(items, accumulate, instruction_set, threads)
+
+
+@pytest.mark.parametrize("left_out", ["nothing", "projections", "gradients"])
+def test_an_instruction_set_that_was_never_run_must_agree_with_the_next(
+    left_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = StandIn(left_out)
+    monkeypatch.setattr(native, "_load", lambda: (engine, None))
+    monkeypatch.setattr(native, "instruction_sets", lambda: ("amx_bf16", "portable"))
+    native._best_that_agrees.cache_clear()
+    try:
+        if left_out == "nothing":
+            assert native.instruction_set() == "amx_bf16"
+        else:
+            with pytest.warns(UserWarning, match="amx_bf16 computes wrong numbers on this processor"):
+                assert native.instruction_set() == "portable"
+            assert native.instruction_set() == "portable"
+            monkeypatch.setenv("RPSFT_ISA", "amx_bf16")
+            assert native.instruction_set() == "amx_bf16"
+    finally:
+        native._best_that_agrees.cache_clear()

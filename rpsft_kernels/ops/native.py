@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
@@ -18,8 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .native_check import find_disagreement
 from .operands import Operands, cast_base
 
+# Instruction sets that no processor which has them has run yet.
+_NEVER_RUN = ("amx_bf16",)
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 # The engine subtracts any two of its dtypes.
 _READABLE = frozenset(product(_DTYPES, _DTYPES))
@@ -73,7 +77,26 @@ def instruction_set() -> str:
             f"environment variable RPSFT_ISA: got {wanted!r}, expected one of {', '.join(map(repr, usable))} on this "
             f"processor; {f'{wanted} cannot run here: {reason}; ' if reason else ''}unset it for the best"
         )
-    return wanted or usable[0]
+    return wanted or _best_that_agrees()
+
+
+@lru_cache(maxsize=1)
+def _best_that_agrees() -> str:
+    """Return the best instruction set; one that its authors could not run only if it agrees with the next."""
+    module, _ = _load()
+    best, *others = instruction_sets()
+    if best not in _NEVER_RUN or not others:
+        return best
+    reason = find_disagreement(module, best, others[0])
+    if reason is None:
+        return best
+    warnings.warn(
+        f"backend 'native': {best} computes wrong numbers on this processor ({reason}, compared with {others[0]}), and "
+        f"{others[0]} is used. Please report it with the output of 'python -m rpsft_kernels env'",
+        UserWarning,
+        stacklevel=2,
+    )
+    return others[0]
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
