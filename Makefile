@@ -10,7 +10,8 @@ CORNERS := oldest torch-2.9 torch-2.11
 CTEST = $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(CMAKE_ARGS) && \
 	$(BIN)/cmake --build build/$@ && $(BIN)/ctest --test-dir build/$@ --output-on-failure
 
-.PHONY: demo test test-deepspeed $(CORNERS:%=test-%) test-gpu bench bench-gpu ctest sanitize test-aarch64 test-aarch64-gcc test-aarch64-clang aarch64-tools lint wheel release-wheel clean
+.PHONY: demo test test-deepspeed $(CORNERS:%=test-%) test-gpu bench bench-gpu ctest sanitize lint wheel release-wheel clean
+.PHONY: aarch64-tools $(foreach way,test compile,$(way)-aarch64 $(way)-aarch64-gcc $(way)-aarch64-clang)
 
 demo: $(VENV)/ready
 	$(BIN)/python -m rpsft_kernels.demo $(ARGS)
@@ -88,9 +89,17 @@ test-aarch64-gcc test-aarch64-clang: CMAKE_ARGS = $(AARCH64) $(AARCH64_$(@:test-
 test-aarch64-gcc test-aarch64-clang: $(VENV)/requirements aarch64-tools
 	$(CTEST)
 
+# The engine and an example of its use, compiled by both and run once.
+compile-aarch64: compile-aarch64-gcc compile-aarch64-clang
+compile-aarch64-gcc compile-aarch64-clang: $(VENV)/requirements aarch64-tools
+	$(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(AARCH64) \
+		$(AARCH64_$(@:compile-aarch64-%=%)) > /dev/null
+	$(BIN)/cmake --build build/$@ --target rpsft_engine penalty_example
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/$@/penalty_example
+
 aarch64-tools:
 	@for tool in aarch64-linux-gnu-g++ clang++ qemu-aarch64; do command -v $$tool > /dev/null || { \
-		echo "test-aarch64: no $$tool; on Debian: apt-get install g++-aarch64-linux-gnu clang qemu-user" >&2; exit 1; }; done
+		echo "AArch64: no $$tool; on Debian: apt-get install g++-aarch64-linux-gnu clang qemu-user" >&2; exit 1; }; done
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check --no-cache .
