@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from deepspeed_ranks import masters, odd_partitions, partitioned, replicated, train, unpartitioned
+from deepspeed_ranks import (
+    masters,
+    masters_of_partitions,
+    odd_partitions,
+    partitioned,
+    replicated,
+    train,
+    unpartitioned,
+)
 from llama import llama, whole_anchors
 from ranks import run_ranks
 
@@ -106,6 +114,24 @@ def test_masters_are_reached_through_deepspeeds_functions(stage: int) -> None:
         assert result["penalty"] <= 1e-4 and result["gradient"] <= (0.01 if stage == 1 else 1e-5)
         (message,) = result["warnings"]
         assert "are copies of masters which DeepSpeed's optimizer keeps" in message
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_zero3_is_computed_at_the_masters(offload: bool) -> None:
+    results = run_ranks(2, masters_of_partitions, offload)
+    for result in results:
+        assert set(result["at anchor"].values()) == {0.0}
+        warned = {form: len(messages) for form, messages in result["warnings"].items()}
+        # Those of an offloaded optimizer are not at hand; blocks and a W0 that is to be rounded are of copies.
+        assert warned == {"base": int(offload), "block": 1, "unrounded": 1}
+        assert all("are copies of masters" in message for each in result["warnings"].values() for message in each)
+        if offload:
+            assert result["penalty of copies"] <= 1e-5 and result["penalty"] > 0.5 and result["gradient"] > 0.5
+        else:
+            assert result["penalty"] <= 1e-5 and result["gradient"] <= 1e-5 and result["penalty of copies"] > 0.5
+        # The block form goes on at the copies.
+        assert abs(result["blocks"]) <= 1e-3
+        assert result["R"] == results[0]["R"]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -322,7 +322,9 @@ def masters(stage: int) -> dict[str, Any]:
     model = llama(torch.bfloat16)
     anchors = whole_anchors(model, basis_dtype=torch.float32)
     # With float32 gradients stage 1 has another optimizer, whose gradients DeepSpeed's functions do not reach.
-    engine = initialize(model, stage, bfloat16=True, gradient_dtype=None if stage == 1 else "fp32")
+    gradient_dtype = None if stage == 1 else "fp32"
+    # Those of stage 3 are found, unless they are offloaded.
+    engine = initialize(model, stage, bfloat16=True, gradient_dtype=gradient_dtype, offload=stage == 3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with torch.no_grad():
@@ -343,6 +345,62 @@ def masters(stage: int) -> dict[str, Any]:
     result["penalty"] = abs(found / penalty - 1)
     result["gradient"] = errors(full_gradients(engine), {name: COEFF * g for name, g in wanted.items()})
     engine.step()
+    return result
+
+
+def masters_of_partitions(offload: bool) -> dict[str, Any]:
+    """Take steps too small for bfloat16 under ZeRO-3, and compare with float64 at the masters."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    model = llama(torch.bfloat16)
+    reference = whole_anchors(model)
+    frozen = next(name for name in reference if name.startswith("model.layers.1."))
+    model.get_parameter(frozen).requires_grad_(False)
+    # In bfloat16 its weights are the model's.
+    unrounded = llama()
+    for parameter in unrounded.parameters():
+        parameter.data.mul_(1 + 2**-10)
+    engine = initialize(model, 3, bfloat16=True, gradient_dtype="fp32", offload=offload, lr=1e-6)
+    options: dict[str, Any] = {"progress": False, "basis_dtype": torch.float32}
+    anchors = {
+        "base": rk.Anchors.from_model(engine, RANK, **options),
+        "block": rk.Anchors.from_model(engine, RANK, keep_base=False, **options),
+        "unrounded": whole_anchors(unrounded),
+    }
+    result: dict[str, Any] = {"at anchor": {}, "warnings": {}}
+    for form, each in anchors.items():
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
+            result["at anchor"][form] = rk.rotation_penalty(engine, each).item()
+        result["warnings"][form] = [str(warning.message) for warning in caught]
+
+    for _ in range(4):
+        engine.backward(task_loss(engine, own_batch()))
+        rk.accumulate_rotation_grad_(engine, anchors["base"], COEFF)
+        engine.step()
+    moved, copies = llama(torch.bfloat16).float(), whole_parameters(engine)
+    for name, parameter in weights(engine).items():
+        if parameter.requires_grad:
+            moved.get_parameter(name).data.copy_(safe_get_full_fp32_param(parameter))
+    penalty, wanted = expected(moved, reference)
+    full = {name: reference[name] for name, anchor in anchors["block"].items() if anchor.form == "full"}
+    rest = {name: anchor for name, anchor in reference.items() if name not in full}
+    of_full, _ = expected(moved, full)
+    moved.load_state_dict(copies, strict=False)
+    of_copies, _ = expected(moved, reference)
+    of_blocks, _ = expected(moved, rest)
+    # Full anchors keep W0 in any case.
+    of_blocks += expected(moved, full)[0] if offload else of_full
+    engine.backward(0 * task_loss(engine, own_batch()))
+    before = local_gradients(engine)
+    with torch.no_grad():
+        result["R"] = [rk.rotation_penalty(engine, anchors["base"]).item()]
+        result["blocks"] = rk.rotation_penalty(engine, anchors["block"]).item() / of_blocks - 1
+    result["R"].append(rk.accumulate_rotation_grad_(engine, anchors["base"], COEFF).item())
+    result["penalty"] = max(abs(found / penalty - 1) for found in result["R"])
+    result["penalty of copies"] = max(abs(found / of_copies - 1) for found in result["R"])
+    wanted = {name: COEFF * g for name, g in wanted.items() if name != frozen}
+    result["gradient"] = partition_errors(before, local_gradients(engine), wanted)
     return result
 
 

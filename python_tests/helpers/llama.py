@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def drift(model: nn.Module, scale: float = 0.01) -> None:
         parameter.add_(scale * noise.to(parameter.dtype))
 
 
-def expected(model: nn.Module, anchors: rk.Anchors) -> tuple[float, dict[str, Tensor]]:
+def expected(model: nn.Module, anchors: Mapping[str, rk.Anchor]) -> tuple[float, dict[str, Tensor]]:
     """Compute R and dR/dW of a whole model by the definition, in float64."""
     weights, total, gradients = dict(model.named_parameters()), 0.0, {}
     for name, anchor in anchors.items():

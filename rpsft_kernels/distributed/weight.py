@@ -70,6 +70,19 @@ class LocalWeight:
         return self.dtype.itemsize == 2 and is_linked_by_deepspeed(self.parameter)
 
     @property
+    def master(self) -> LocalWeight:
+        """The weight at the float32 values that its optimizer trains, where the parameter is a 16-bit copy of them.
+
+        The weight itself where the parameter is no copy, or where the masters are out of reach.
+        """
+        return self
+
+    @property
+    def shown(self) -> LocalWeight:
+        """The weight at the values of the model's parameter: the opposite of :attr:`master`."""
+        return self
+
+    @property
     def requires_grad(self) -> bool:
         return self.parameter.requires_grad
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..private_names import Zero3Parameter
 from .flat_shard import FlatShardWeight
 from .shard import Shard
+from .weight import LocalWeight
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,13 @@ class ZeroWeight(FlatShardWeight):
 
     @property
     def is_copy(self) -> bool:
-        return self.dtype.itemsize == 2 and self._zero3.has_optimizer
+        return self.dtype.itemsize == 2 and self.requires_grad and self._zero3.has_optimizer
+
+    @property
+    def master(self) -> LocalWeight:
+        if not self.is_copy or self._zero3.master is None:
+            return self
+        return ZeroMasterWeight(self.parameter, self.shape, self.shard, self.group, self.grad_scale)
 
     @property
     def copies_gradient(self) -> bool:
@@ -71,6 +78,38 @@ class ZeroWeight(FlatShardWeight):
         padded[: gradient.numel()] = gradient.reshape(-1)
         safe_set_local_grad(self.parameter, padded)
         self._zero3.mark_gradient()
+
+
+class ZeroMasterWeight(ZeroWeight):
+    """The same parameter at its optimizer's float32 masters. Only a call that computes R reads these.
+
+    An element whose master does not round to the model's parameter counts as the model has it: somebody has written
+    into the parameter alone, and R must not pass that over. Values are thus never further than a rounding step from
+    those of the model.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def is_copy(self) -> bool:
+        return False
+
+    @property
+    def master(self) -> LocalWeight:
+        return self
+
+    @property
+    def shown(self) -> LocalWeight:
+        return ZeroWeight(self.parameter, self.shape, self.shard, self.group, self.grad_scale)
+
+    def values(self) -> Tensor:
+        master = self._zero3.master
+        assert master is not None
+        copy, master = super().values(), self.view_shard(master)
+        # Infinity minus infinity is not zero: where the model's parameter is not finite, R is not either.
+        return torch.where(master.to(copy.dtype).sub_(copy) == 0, master, copy)
 
 
 def locate_zero3(zero3: Zero3Parameter) -> ZeroWeight:

@@ -76,7 +76,8 @@ def warn_of_distant_weights(planned: PlannedWeights) -> None:
             if anchored.weight.shard.numel and anchored.anchor not in _measured:
                 _measured.add(anchored.anchor)
                 new.append(anchored)
-    found = _measure(new)
+    # Masters may look like W0 in another precision.
+    found = _measure([AnchoredWeight(each.name, each.weight.shown, each.anchor) for each in new])
     far = sorted((distance for distance in found if distance.ratio > _FAR), key=lambda d: -d.ratio)
     rounded = [distance for distance in found if distance.ratio <= _FAR and _is_rounding(distance)]
     messages = [*([_tell_far(far, len(found))] if far else []), *([_tell_rounded(rounded)] if rounded else [])]

@@ -147,6 +147,7 @@ def _pair_by_name(anchors: object, parameters: Mapping[str, ParameterRef]) -> li
     paired = _assign_work(paired)
     for anchored in paired:
         _check(anchored)
+    paired = [AnchoredWeight(each.name, _choose_values(each), each.anchor) for each in paired]
     # This comes last, because a module that is moved to another device may lose its ties there.
     check_ties_of(anchors, parameters)
     return paired
@@ -156,6 +157,18 @@ def _assign_work(weights: list[AnchoredWeight]) -> list[AnchoredWeight]:
     """Give each replicated weight its shard: that of its anchor, or one of a new division where the anchor is whole."""
     divided = assign_shards({w.name: w.weight for w in weights}, {w.name: w.anchor.planned_rank for w in weights})
     return [AnchoredWeight(w.name, divided[w.name].with_work(w.anchor.part), w.anchor) for w in weights]
+
+
+def _choose_values(anchored: AnchoredWeight) -> LocalWeight:
+    """Choose what R is computed of: the optimizer's masters, where R of them begins at 0 as that of the copies does.
+
+    For that W0 must be exact in the copies' dtype: any other is rounded as the copies are, and is not where masters
+    begin. Blocks cancel only under the arithmetic that built them, from weights in the copies' dtype.
+    """
+    weight, anchor = anchored.weight, anchored.anchor
+    if anchor.base is None or weight.dtype not in (anchor.weight_dtype, anchor.base.dtype):
+        return weight
+    return weight.master
 
 
 def _check(anchored: AnchoredWeight) -> None:

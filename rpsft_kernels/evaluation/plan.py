@@ -98,7 +98,7 @@ def _has_memory(weight: LocalWeight) -> bool:
     tensors do.
     """
     try:
-        values = weight.values().detach()
+        values = weight.shown.values().detach()
         # Only torch's operators know that the memory of such a view holds the negative of its values.
         return (values.data_ptr() != 0 or not values.numel()) and not values.is_neg()
     except RuntimeError:

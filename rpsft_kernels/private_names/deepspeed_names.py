@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .table import TABLE, read, spellings
@@ -76,6 +77,28 @@ class Zero3Parameter:
         if not self.has_optimizer:
             return 1.0
         return float(self._optimizer("what gradients are multiplied by"))
+
+    @property
+    def master(self) -> Tensor | None:
+        """This rank's elements as the optimizer trains them in float32, padded as :attr:`partition` is.
+
+        None where there are none, or where they are not at hand: of a parameter that was frozen when the optimizer was
+        made, with masters in 16 bits, and with an optimizer that is offloaded, whose masters lie on the CPU or on a
+        disk, and may be changing while they are read.
+        """
+        if not self.has_optimizer or self._optimizer("whether it is on the CPU"):
+            return None
+        positions = self._optimizer("group, first element and number of elements in it of each trained parameter")
+        key = self._optimizer("key of a parameter among trained ones")(self.parameter)
+        if key not in positions:
+            return None
+        group, begin, count = positions[key]
+        flat: Tensor = self._optimizer("masters of each group, flat")[group].detach()
+        partition = self.partition
+        # engine.offload_states moves masters away for a while.
+        if flat.dtype != torch.float32 or flat.device != partition.device or count != partition.numel():
+            return None
+        return flat.narrow(0, begin, count)
 
     @property
     def has_gradient(self) -> bool:

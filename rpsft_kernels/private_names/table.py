@@ -143,7 +143,7 @@ TABLE: tuple[Row, ...] = (
     *_rows("deepspeed", "DeepSpeedEngine", ("ranks that average gradients", "data_parallel_group")),
     # DeepSpeed ZeRO-1 and 2, and its bfloat16 optimizer: the optimizer's part of a parameter. distributed/weight.py
     *_rows("deepspeed", "linked parameter", ("link to the optimizer's part of it", "_hp_mapping")),
-    # DeepSpeed ZeRO-3: a parameter's partition, and whether it has a gradient. distributed/zero3.py
+    # DeepSpeed ZeRO-3: a parameter's partition, its master, and whether it has a gradient. distributed/zero3.py
     *_rows(
         "deepspeed",
         "ZeRO-3 parameter",
@@ -165,6 +165,9 @@ TABLE: tuple[Row, ...] = (
         ("whether the micro-batch is the last of its step", "is_gradient_accumulation_boundary"),
         ("averaged gradients", "averaged_gradients"),
         ("what gradients are multiplied by", "loss_scale"),
+        ("masters of each group, flat", "fp32_partitioned_groups_flat"),
+        ("group, first element and number of elements in it of each trained parameter", "grad_position"),
+        ("key of a parameter among trained ones", "get_param_id"),
     ),
 )
 
