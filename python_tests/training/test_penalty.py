@@ -390,3 +390,12 @@ def test_a_compiled_call_is_refused() -> None:
             compiled()
     finally:
         torch.compiler.is_compiling = kept
+
+
+def test_repr_says_where_a_run_is() -> None:
+    assert repr(rk.RotationPenalty(4, budget=0.02)) == (
+        "RotationPenalty(rank=4, budget=0.02, mode='gradient', step=0; not anchored)"
+    )
+    model, penalty = _moved(coeff=3.0)
+    penalty.add_gradients_(model)
+    assert repr(penalty) == f"RotationPenalty(rank={RANK}, coeff=3.0, mode='gradient', step=1; {penalty.anchors!r})"

@@ -134,6 +134,12 @@ class RotationPenalty:
         self._record: Record | None = None
         self._unseen: Record | None = None
 
+    def __repr__(self) -> str:
+        rank = self._settings.rank
+        strength = f"coeff={self._settings.coeff!r}" if self.budget is None else f"budget={self.budget:g}"
+        anchored = "not anchored" if self.anchors is None else repr(self.anchors)
+        return f"RotationPenalty(rank={rank}, {strength}, mode={self.mode!r}, step={self.step}; {anchored})"
+
     @property
     def mode(self) -> Mode:
         return self._settings.mode
