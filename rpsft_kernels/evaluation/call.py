@@ -19,7 +19,7 @@ from .distance import warn_of_distant_weights
 from .foreign_blocks import warn_of_foreign_blocks
 from .forward_mode import check_tangents
 from .gradients import Gradients, PullBack
-from .plan import PlannedWeights, groups_of, prepare, prepare_beside, recall, recall_beside
+from .plan import PlannedWeights, factors_of, groups_of, prepare, prepare_beside, recall, recall_beside
 from .reduce import GroupReduction, flatten_drifts, refuse_second_derivatives, stand_in, start_drifts
 from .requests import AccumulationRequest, PenaltyRequest, Request
 
@@ -360,9 +360,10 @@ def open_call(
                 planned = prepare(weights, anchors, parameters, groups)
             else:
                 planned = prepare_beside(weights, adapted, parameters, groups)
-        check_tangents([*planned.weights, *planned.factors])
-        request.check(planned.weights, planned.factors)
-        if planned.weights or planned.factors:
+        factors = factors_of(planned)
+        check_tangents([*planned.weights, *factors])
+        request.check(planned.weights, factors)
+        if planned.weights or factors:
             call = make(planned, request)
             call.group_calls = group_calls
             call.stage()

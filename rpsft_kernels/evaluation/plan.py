@@ -176,10 +176,11 @@ class PlannedWeights(NamedTuple):
     plan: Plan
     adapted: AdaptedWeights | None = None
 
-    @property
-    def factors(self) -> Sequence[Factor]:
-        """The factors of all adapters."""
-        return () if self.adapted is None else self.adapted.factors
+
+def factors_of(planned: PlannedWeights) -> Sequence[Factor]:
+    """Return the factors of all adapters of a call."""
+    # A property of the tuple would stop torch.compile of torch 2.6.
+    return () if planned.adapted is None else planned.adapted.factors
 
 
 # Of a call all of whose weights adapters move.
