@@ -59,10 +59,10 @@ class Clean:
         return run.stdout
 
     def example(self, backend: str = "") -> float:
-        """The penalty at the end of the README's first example."""
+        """R in the last step of the README's first example."""
         block = "import torch\ntorch.manual_seed(0)\n" + re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[0]
         variables = {"RPSFT_BACKEND": backend} if backend else {}
-        return float(self.python("-c", block + "\nprint(penalty.item())", **variables).split()[-1])
+        return float(self.python("-c", block + "\nprint(R.item())", **variables).split()[-1])
 
     def environment_lines(self) -> dict[str, str]:
         printed = self.python("-m", "rpsft_kernels", "env").splitlines()
