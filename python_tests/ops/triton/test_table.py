@@ -47,6 +47,14 @@ def test_rows_lie_behind_each_other(copied: list[int]) -> None:
     assert second.memory().data_ptr() == table.memory.data_ptr() + 2 * WIDTH * 8
 
 
+def test_rows_begin_where_kernels_expect_them() -> None:
+    """Kernels compiled ahead of time are not launched on a table that does not begin at a multiple of 16 bytes."""
+    table = Table(CPU, 9)
+    parts = [table.take(count) for count in (1, 2, 3)]
+    assert [rows.first for rows in parts] == [0, 1, 3]
+    assert [rows.memory().data_ptr() % 16 for rows in (*parts, parts[2].slice(1, 2))] == [0, 0, 0, 0]
+
+
 def test_only_rows_that_were_written_are_sent(copied: list[int]) -> None:
     table = Table(CPU, 6)
     parts = [table.take(2) for _ in range(3)]
