@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
 
 import rpsft_kernels as rk
 from adapted_models import LLAMA, adapt, anchors_of, gradients, llama, move
@@ -69,6 +70,70 @@ def test_adapters_that_are_not_served(name: str) -> None:
         found = refused(call)
         assert message in found and "model." in found
     assert gradients(model) == {}
+
+
+class _Kernel(nn.Module):
+    """A layer of which no parameter is called ``weight``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.gate = nn.Parameter(torch.randn(24, 20)), nn.Parameter(torch.randn(6, 20))
+
+
+def _with_linear(layer: nn.Module, **options: Any) -> Any:
+    model = nn.ModuleDict({"layer": layer, "linear": nn.Linear(24, 20)})
+    return get_peft_model(model, LoraConfig(**{"target_modules": ["linear"], "r": 2, **options})).double()
+
+
+def _packed() -> Any:
+    model = adapt(llama(), ["q_proj", "down_proj"])
+    base = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    del base.weight
+    base.register_buffer("qweight", torch.zeros(4, 32, dtype=torch.int32))
+    return model
+
+
+def _weighed_anew() -> Any:
+    class XLoraLayer:
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = adapt(llama())
+    model.get_base_model().model.layers[0].self_attn.q_proj.forward = XLoraLayer().forward
+    return model
+
+
+# The model, the weight that is refused by name, and a glob that leaves it out.
+MOVED_UNDER_ANOTHER_NAME: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "attention": (
+        lambda: _with_linear(nn.MultiheadAttention(24, 2), target_modules=["layer", "linear"]),
+        "layer.in_proj_weight: got lora.MultiheadAttention",
+        "layer.in_proj_weight",
+    ),
+    "a parameter": (
+        lambda: _with_linear(_Kernel(), target_parameters=["layer.kernel"]),
+        "layer.kernel: got lora.ParamWrapper",
+        "*kernel",
+    ),
+    "two parameters": (
+        lambda: _with_linear(_Kernel(), target_parameters=["layer.kernel", "layer.gate"]),
+        "got lora.ParamWrapper",
+        "layer.*",
+    ),
+    "packed values": (_packed, "model.layers.0.self_attn.q_proj.weight: got a Linear without a parameter", "*.0.*"),
+    "X-LoRA": (_weighed_anew, "q_proj.weight: got lora.Linear, expected LoRA's linear layers", "*.0.*"),
+}
+
+
+@pytest.mark.parametrize("name", MOVED_UNDER_ANOTHER_NAME)
+def test_no_weight_that_adapters_move_is_passed_over(name: str) -> None:
+    make, message, pattern = MOVED_UNDER_ANOTHER_NAME[name]
+    model = make()
+    assert message in refused(lambda: anchors_of(model))
+    anchors = anchors_of(model, exclude=pattern)
+    assert rk.rotation_penalty(model, anchors).item() == 0.0
+    move(model)
+    assert rk.rotation_penalty(model, anchors).item() > 0
 
 
 def test_what_is_not_served_may_be_left_out() -> None:

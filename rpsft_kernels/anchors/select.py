@@ -50,8 +50,13 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
     """
     parameters = find_parameters(model)
     found = find_adapted(model, parameters)
-    included = _check_patterns(include, "include", parameters)
-    excluded = _check_patterns(exclude, "exclude", parameters)
+    refused = {} if found is None else {n: why for n, why in found.refused.items() if n not in parameters}
+    included = _check_patterns(include, "include", [*parameters, *refused])
+    excluded = _check_patterns(exclude, "exclude", [*parameters, *refused])
+    for name, why in refused.items():
+        # What adapters move of packed values or parts of a parameter has no parameter in the loop below.
+        if _reason_excluded([name], excluded) is None and _is_included([name], included):
+            raise ValueError(f"{name}: {why}")
     non_weights = find_non_weights(model, parameters)
     names = _tied_names(parameters, found)
 
@@ -120,7 +125,7 @@ def _tied_names(parameters: Mapping[str, ParameterRef], found: AdaptedLayers | N
     return names
 
 
-def _check_patterns(given: Patterns, argument: str, names: Mapping[str, object]) -> Sequence[str] | None:
+def _check_patterns(given: Patterns, argument: str, names: Sequence[str]) -> Sequence[str] | None:
     if given is None:
         return None
     patterns = [given] if isinstance(given, str) else given
@@ -130,7 +135,7 @@ def _check_patterns(given: Patterns, argument: str, names: Mapping[str, object])
         raise ValueError("include: got no pattern, expected at least one; pass None to include everything")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            examples = ", ".join(list(names)[:3])
+            examples = ", ".join(names[:3])
             raise ValueError(
                 f"{argument}: pattern {pattern!r} matches none of the model's {len(names)} parameters (such "
                 f"as {examples}), expected a glob over full names; correct or remove it"

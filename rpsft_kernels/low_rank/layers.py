@@ -88,7 +88,7 @@ class AdaptedLayers:
 
     Attributes:
         served: those whose weight is known to be W + s B A.
-        refused: why each other one is not served.
+        refused: why each other one is not served. Not all of these names are of parameters.
         copies: names of the parameters that PEFT trains as copies (``modules_to_save``), and of their originals.
         modules: all of PEFT's modules, whose :func:`facts_of` decide the others.
     """
@@ -113,7 +113,7 @@ def find_adapted(model: nn.Module, parameters: Mapping[str, ParameterRef]) -> Ad
         if peft.is_adapter_layer(module) or peft.is_trained_copy(module):
             found.modules.append(module)
         if peft.is_adapter_layer(module):
-            name = _join(path, "weight")
+            name = _join(path, peft.name_of_weight(module))
             try:
                 found.served[name] = _describe(path, module, parameters)
             except ValueError as error:

@@ -27,6 +27,28 @@ def is_adapter_layer(module: nn.Module) -> bool:
     return "base_layer" in _children(module) and hasattr(module, "get_base_layer")
 
 
+def _layer_below(module: nn.Module) -> nn.Module:
+    return _children(module)["base_layer"]
+
+
+def name_of_weight(module: nn.Module) -> str:
+    """Return the canonical name, within an adapter layer, of the parameter that its adapters move.
+
+    There need not be a parameter of that name: of layers that hold packed values there is none.
+    """
+    path, below = "", _layer_below(module)
+    while is_adapter_layer(below):
+        path, below = f"{path}base_layer.", _layer_below(below)
+    parameter = vars(module).get("parameter_name")
+    if isinstance(parameter, str):
+        return path + parameter
+    return path + ("in_proj_weight" if _is_attention(below) else "weight")
+
+
+def _is_attention(layer: nn.Module) -> bool:
+    return any(name == "in_proj_weight" for name, _ in layer.named_parameters(recurse=False))
+
+
 def is_trained_copy(module: nn.Module) -> bool:
     """Whether the module trains a copy of another one (``modules_to_save``)."""
     children = _children(module)
@@ -53,7 +75,9 @@ def components_of_adapters(model: nn.Module) -> Iterator[str]:
             yield f"{prefix}base_model"
         if "model" in children and hasattr(module, "inject_adapter"):
             yield f"{prefix}model"
-        if is_adapter_layer(module):
+        # Of several around one layer (adapters of several parameters of it) the outer ones keep their names, so that
+        # their parts have different ones.
+        if is_adapter_layer(module) and not is_adapter_layer(_layer_below(module)):
             yield f"{prefix}base_layer"
         if "token_adapter" in children and hasattr(module, "active_adapters"):
             yield f"{prefix}token_adapter"
@@ -120,8 +144,13 @@ def reason_no_lora(module: nn.Module) -> str | None:
         return "its adapters are of a parameter of the layer (target_parameters), not of its weight"
     if hasattr(module, "is_parallel_a"):
         return "its factors are cut by Megatron"
-    if is_adapter_layer(_children(module)["base_layer"]):  # type: ignore[arg-type]
+    if is_adapter_layer(_layer_below(module)):
         return "it wraps another adapter layer"
+    if _is_attention(_layer_below(module)):
+        return "they move three projections in one weight (in_proj_weight)"
+    forward = vars(module).get("forward")
+    if type(getattr(forward, "__self__", None)).__name__.startswith("XLora"):
+        return "X-LoRA weighs its adapters anew for every token, so that there is no one weight W + s B A"
     variants = getattr(module, "lora_variant", {})
     for adapter in active_adapters(module):
         variant = type(variants[adapter]).__name__ if adapter in variants else None
