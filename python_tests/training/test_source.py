@@ -6,6 +6,7 @@ import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -115,14 +116,64 @@ def test_anchors_of_another_rank_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "anchors.safetensors"
     anchors = rk.RotationPenalty(8, path=path).anchor(_layers()).anchors
     for given in ({"path": path}, {"anchors": anchors}):
-        with pytest.raises(ValueError, match="got anchors of rank 8 .*, expected 4"):
+        with pytest.raises(ValueError, match="got anchors of rank 8 .*, expected rank=4"):
             rk.RotationPenalty(4, **given).anchor(_layers())
-        # Of a share of energy the ranks are not known, and 8 is that of these.
-        for rank in (8, 0.9, None):
+        for rank in (8, None):
             assert rk.RotationPenalty(rank, **given).anchor(_layers()).anchors is not None
     # Weights smaller than the rank are anchored whole.
     full = rk.Anchors.from_model(_layers(), 64, progress=False)
     assert rk.RotationPenalty(64, anchors=full).anchor(_layers()).anchors is full
+    with pytest.raises(ValueError, match="got anchors of rank 24 .*, expected rank=8"):
+        rk.RotationPenalty(8, anchors=full).anchor(_layers())
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "message"),
+    [
+        ({"rank": 0.5}, {"rank": 0.6}, r"for a share of energy of 0.5, expected rank=0.6"),
+        ({"rank": 8}, {"rank": 0.9}, r"of rank 8 with a share of energy of 0.*, expected rank=0.9"),
+        ({"keep_base": False}, {"keep_base": True}, r"in block form .0.weight., expected keep_base=True"),
+        ({}, {"rank": None, "keep_base": False}, r"in base form .0.weight., expected keep_base=False"),
+        ({"basis_dtype": torch.float32}, {}, r"with bases in float32 .0.weight., expected basis_dtype=torch.bfloat16"),
+        ({}, {"rank": None, "basis_dtype": torch.float32}, r"in bfloat16 .0.weight., expected basis_dtype=torch.float"),
+        ({"include": "0.*"}, {}, r"without 1 weights .2.weight., expected include=None"),
+        ({"exclude": "0.*"}, {}, r"without 1 weights .0.weight., expected include=None"),
+        ({"exclude": "0.*"}, {"rank": None, "exclude": "2.*"}, r"of 1 weights .2.weight. too, expected exclude='2.\*'"),
+        ({"include": "0.*"}, {"exclude": "2.bias"}, r"without 1 weights .2.weight., expected exclude='2.bias'"),
+        ({}, {"rank": None, "include": ["0.*"]}, r"of 1 weights .2.weight. too, expected include=\['0.\*'\]"),
+        ({"subspace": "random", "seed": 3}, {}, r"of random subspaces .seed 3., a control, .*, expected rank=8"),
+    ],
+)
+def test_anchors_that_are_not_what_is_asked_for_are_refused(
+    made: dict[str, Any], asked: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "anchors.safetensors"
+    anchors = rk.Anchors.from_model(_layers(), **{"rank": 8, **made}, progress=False)
+    anchors.save(path)
+    penalty = rk.RotationPenalty(**{"rank": 8, **asked}, path=path)
+    with pytest.raises(ValueError, match=f"path: at .*{message}.*leave rank and the other options of anchors out"):
+        penalty.anchor(_layers())
+    assert penalty.anchors is None
+    assert rk.RotationPenalty(path=path).anchor(_layers()).anchors is not None
+    # What has the same options is what is asked for.
+    made = {name: value for name, value in made.items() if name not in ("subspace", "seed")}
+    same = tmp_path / "same.safetensors"
+    for _ in range(2):
+        rk.RotationPenalty(**{"rank": 8, **made}, path=same).anchor(_layers())
+    # Anchors that are given may be of some weights on purpose.
+    if asked and asked.keys() <= {"keep_base", "basis_dtype", "rank"}:
+        with pytest.raises(ValueError, match=message):
+            rk.RotationPenalty(**{"rank": 8, **asked}, anchors=anchors).anchor(_layers())
+
+
+def test_a_share_that_anchors_do_not_tell_is_said() -> None:
+    anchors = rk.Anchors.from_model(_layers(), 8, progress=False)
+    least = min(anchor.energy for anchor in anchors.values())
+    with pytest.warns(UserWarning, match="got anchors that do not say for which share of energy they were made"):
+        rk.RotationPenalty(0.9 * least, anchors=anchors).anchor(_layers())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rk.RotationPenalty(0.5, anchors=rk.Anchors.from_model(_layers(), 0.5, progress=False)).anchor(_layers())
 
 
 def test_options_reach_the_anchors() -> None:

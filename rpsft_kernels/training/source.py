@@ -15,6 +15,7 @@ from ..anchors.collection import Anchors
 from ..anchors.load import INDEX
 from ..anchors.together import find_groups
 from ..distributed import find_parameters
+from .asked import check_asked
 from .settings import Settings
 
 # What trainers write beside the weights that they have trained.
@@ -42,14 +43,14 @@ def provide_anchors(settings: Settings, model: nn.Module, resuming: bool) -> Anc
 
     Raises:
         ValueError: as ``Anchors.load`` and ``Anchors.from_model``; or there is neither a file nor a rank, or anchors
-            of another rank than is asked for.
+            that are not what the settings ask for.
     """
     if settings.anchors is not None:
-        _check_rank(settings.anchors, settings.rank, "anchors")
+        check_asked(settings.anchors, settings, model)
         return follow(settings.anchors, model)
     if settings.path is not None and _exists_everywhere(settings.path, model):
         anchors = _load(settings.path, model, resuming)
-        _check_rank(anchors, settings.rank, f"path: at {os.fspath(settings.path)!r}")
+        check_asked(anchors, settings, model)
         return follow(anchors, model)
     if settings.rank is None:
         raise ValueError(
@@ -69,19 +70,6 @@ def provide_anchors(settings: Settings, model: nn.Module, resuming: bool) -> Anc
     if settings.path is not None:
         _save(anchors, settings.path)
     return anchors
-
-
-def _check_rank(anchors: Anchors, rank: int | float | None, where: str) -> None:
-    """Raise a ValueError if anchors are not of the k that a user asks for; shares of energy are not compared."""
-    if not isinstance(rank, int):
-        return
-    # A weight that is smaller than k has a full anchor.
-    other = [name for name, anchor in anchors.items() if anchor.form != "full" and anchor.rank != rank]
-    if other:
-        raise ValueError(
-            f"{where}: got anchors of rank {anchors[other[0]].rank} ({other[0]}), expected {rank}, the rank that is "
-            "asked for: leave rank out to take these, or anchor the model anew (another path)"
-        )
 
 
 def follow(anchors: Anchors, model: nn.Module) -> Anchors:
