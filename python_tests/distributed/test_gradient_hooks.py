@@ -80,6 +80,27 @@ def _of_torch(layer: nn.Linear) -> None:
     _apply_optimizer_in_backward(torch.optim.SGD, layer.parameters(), {"lr": LR})
 
 
+class _OfLomo(torch.optim.Optimizer):
+    """Steps as LOMO does: a hook that gets one gradient takes all those that are complete, and frees them."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.parameters(), {"lr": LR})
+        self.layer = layer
+        for parameter in layer.parameters():
+            parameter.register_hook(self._make_hook())
+
+    def _make_hook(self) -> Callable[[Tensor], Tensor]:
+        def step(gradient: Tensor) -> Tensor:
+            with torch.no_grad():
+                for parameter in self.layer.parameters():
+                    if parameter.grad is not None:
+                        parameter.sub_(LR * parameter.grad)
+                        parameter.grad = None
+            return gradient
+
+        return step
+
+
 class _Trainer:
     """Has an optimizer, which its hook does not use."""
 
@@ -99,6 +120,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Linear], Any]] = {
     "in a partial": _partial,
     "by hand, freeing": _by_hand,
     "of torch": _of_torch,
+    "of LOMO": _OfLomo,
 }
 
 
@@ -135,6 +157,16 @@ def test_hooks_that_leave_the_gradient_there_are_no_obstacle_after_the_backward_
     assert layer.weight.grad is not None and reason_consumed(layer.weight) is None
     rk.accumulate_rotation_grad_(layer, anchors, 0.5)
     assert trainer.looks == 1
+
+
+def test_hooks_that_get_a_gradient_and_use_no_optimizer_are_no_obstacle() -> None:
+    layer, anchors = _subject()
+    seen: list[float] = []
+    layer.weight.register_hook(lambda gradient: seen.append(float(gradient.norm())))
+    rk.accumulate_rotation_grad_(layer, anchors, 0.5)
+    mean_square(layer, vectors(8)).backward()
+    rk.accumulate_rotation_grad_(layer, anchors, 0.5)
+    assert len(seen) == 1
 
 
 def test_hooks_of_torch_itself_are_no_obstacle() -> None:

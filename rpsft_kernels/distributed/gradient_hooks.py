@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..private_names import hooks_after_gradient, optimizers_in_backward
+from ..private_names import hooks_after_gradient, hooks_before_gradient, optimizers_in_backward
 
 _DEPTH = 4
 # Dictionaries of optimizers have one entry a parameter.
 _MOST = 16
 _WAYS = (
     "put rotation_penalty into the loss, so that the backward pass has the whole gradient; a hook that only looks at "
-    "gradients belongs into register_hook"
+    "gradients belongs into register_hook, and uses no optimizer"
 )
 
 
@@ -30,11 +30,12 @@ def reason_consumed(parameter: Tensor) -> str | None:
     """Say why the parameter's gradient may be taken before an optimizer step outside of the backward pass could read
     what is added to it; None if nothing is known against it.
     """
-    hooks = hooks_after_gradient(parameter)
-    if not hooks and not optimizers_in_backward(parameter):
+    hooks, earlier = hooks_after_gradient(parameter), hooks_before_gradient(parameter)
+    if not hooks and not earlier and not optimizers_in_backward(parameter):
         return None
     own = [hook for hook in hooks if not _module_of(hook).startswith("torch.")]
-    if optimizers_in_backward(parameter) or any(_reaches_optimizer(hook) for hook in hooks):
+    # LOMO steps in the hooks of register_hook.
+    if optimizers_in_backward(parameter) or any(_reaches_optimizer(hook) for hook in (*hooks, *earlier)):
         return (
             "got a parameter whose optimizer steps within the backward pass, expected one whose .grad is read by a "
             f"later step: {_WAYS}"

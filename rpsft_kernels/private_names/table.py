@@ -87,7 +87,12 @@ TABLE: tuple[Row, ...] = (
         ("whether its graph is static", "static_graph"),
     ),
     # Hooks and optimizers that take a gradient within the backward pass. distributed/gradient_hooks.py
-    *_rows("torch", "Tensor", ("hooks after its gradient is complete", "_post_accumulate_grad_hooks")),
+    *_rows(
+        "torch",
+        "Tensor",
+        ("hooks after its gradient is complete", "_post_accumulate_grad_hooks"),
+        ("hooks that get its gradient", "_backward_hooks"),
+    ),
     *_rows("torch", "optimizer in backward", ("optimizers of a parameter", "_in_backward_optimizers")),
     # DTensor: one group over several dimensions of a mesh; the order of cuts of one dimension. distributed/dtensor.py
     *_rows("torch", "DeviceMesh", ("mesh of one dimension with the same ranks", "_flatten")),

@@ -38,6 +38,7 @@ def _reader(holder: str, meaning: str) -> Callable[[Any], Any]:
 modules_of: Callable[[nn.Module], dict[str, nn.Module | None]] = _reader("Module", "modules by name")
 parameters_of: Callable[[nn.Module], dict[str, nn.Parameter | None]] = _reader("Module", "parameters by name")
 _hooks: Callable[[Tensor], Any] = _reader("Tensor", "hooks after its gradient is complete")
+_hooks_before: Callable[[Tensor], Any] = _reader("Tensor", "hooks that get its gradient")
 _IN_BACKWARD = spellings["optimizer in backward", "optimizers of a parameter"][0].name
 _SKIPPING: dict[str, Callable[[nn.Module], bool]] = {
     spellings["DistributedDataParallel", meaning][0].name: _reader("DistributedDataParallel", meaning)
@@ -108,6 +109,11 @@ def default_store() -> Any:
 def hooks_after_gradient(parameter: Tensor) -> list[Any]:
     """Return the hooks that run within the backward pass once the parameter's gradient is complete."""
     return list((_hooks(parameter) or {}).values())
+
+
+def hooks_before_gradient(parameter: Tensor) -> list[Any]:
+    """Return the hooks that get the parameter's gradient within the backward pass (``register_hook``)."""
+    return list((_hooks_before(parameter) or {}).values())
 
 
 def optimizers_in_backward(parameter: Tensor) -> list[Any]:
