@@ -16,6 +16,7 @@
 #include "check.hpp"
 #include "cpu/number.hpp"
 #include "cpu/run.hpp"
+#include "guarded_memory.hpp"
 
 namespace {
 
@@ -41,10 +42,17 @@ inline double rounding_unit(Dtype dtype) {
   return dtype == Dtype::bfloat16 ? 0x1p-8 : dtype == Dtype::float16 ? 0x1p-11 : 0x1p-24;
 }
 
-// A matrix with memory of its own, exactly as large as it needs: sanitizers see every step outside.
+// Sanitizers watch memory themselves, and closer.
+#if defined(RPSFT_SANITIZE)
+using Memory = std::vector<unsigned char>;
+#else
+using Memory = std::vector<unsigned char, Guarded<unsigned char>>;
+#endif
+
+// A matrix with memory of its own, exactly as large as it needs: every step outside is seen.
 struct Held {
   std::vector<double> values;
-  std::vector<unsigned char> memory;
+  Memory memory;
   Matrix matrix;
   std::int64_t head = 0, tail = 0;
 
@@ -265,7 +273,7 @@ inline void check(const Case& c, const Subject& subject) {
   grad.head = c.head;
   grad.tail = c.tail;
   lay_out(grad, c.grad, c.layout);
-  const std::vector<unsigned char> before = grad.memory;
+  const Memory before = grad.memory;
   for (float& value : drift) value = static_cast<float>(normal());
   const float scale = static_cast<float>(normal());
   rpsft::Pullback pullback;
@@ -281,7 +289,7 @@ inline void check(const Case& c, const Subject& subject) {
   pullback.scale = scale;
   pullback.cut = {c.head, c.tail};
   subject.pull_back({pullback}, c.accumulate, 1);
-  const std::vector<unsigned char> alone = grad.memory;
+  const Memory alone = grad.memory;
   std::copy(before.begin(), before.end(), grad.memory.begin());
   subject.pull_back({pullback}, c.accumulate, static_cast<int>(pick(2, 5)));
   CHECK(alone == grad.memory, "%s: gradient's bits depend on the number of threads", at.c_str());

@@ -13,13 +13,16 @@
 
 namespace rpsft {
 namespace amx {
-namespace {
 
 #if defined(__x86_64__) && defined(__linux__)
+namespace {
+
 int request_tiles() {
   constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0 ? 0 : errno;
 }
+
+}  // namespace
 #endif
 
 System this_system() {
@@ -50,8 +53,6 @@ System this_system() {
   return system;
 }
 
-}  // namespace
-
 std::string refusal(const System& system) {
   if (!system.tiles || !system.bfloat16) return "this processor has no AMX-BF16";
   // XCR0: the system saves the tiles' configuration (bit 17) and data (bit 18).
@@ -68,10 +69,4 @@ std::string refusal(const System& system) {
 }
 
 }  // namespace amx
-
-const std::string& amx_refusal() {
-  static const std::string answer = amx::refusal(amx::this_system());
-  return answer;
-}
-
 }  // namespace rpsft

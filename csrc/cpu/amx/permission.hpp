@@ -23,6 +23,9 @@ struct System {
   int (*request)() = nullptr;                      // 0, or the error number of the system's refusal
 };
 
+// Those at hand.
+System this_system();
+
 std::string refusal(const System& system);
 
 }  // namespace amx
