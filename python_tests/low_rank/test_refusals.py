@@ -148,6 +148,42 @@ def test_a_base_that_trains_is_refused() -> None:
     assert "got a base that requires grad" in refused(lambda: rk.rotation_penalty(model, anchors_of(model)))
 
 
+def _activate(model: Any, **options: Any) -> None:
+    model.add_adapter("second", LoraConfig(r=2, **options))
+    model.double().set_adapter("second")
+
+
+def _unfreeze(model: Any) -> None:
+    model.get_base_model().model.layers[0].mlp.up_proj.weight.requires_grad_()
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: _activate(model, target_modules=["q_proj", "lm_head"]), "lm_head.weight: got a weight with ada"),
+        (
+            lambda model: _activate(model, target_modules=["q_proj"], modules_to_save=["o_proj"]),
+            "model.layers.0.self_attn.o_proj.weight: got a weight with a trained copy",
+        ),
+        (_unfreeze, "model.layers.0.mlp.up_proj.weight: got a weight with requires_grad, expected one that stands st"),
+    ],
+    ids=["adapter", "copy", "requires_grad"],
+)
+def test_what_moves_and_stood_still_when_anchored_is_refused(
+    change: Callable[[Any], None], message: str, planned: bool
+) -> None:
+    model = adapt(llama(), ["q_proj"])
+    anchors = anchors_of(model)
+    if planned:
+        rk.rotation_penalty(model, anchors)
+    change(model)
+    assert message in refused(lambda: rk.rotation_penalty(model, anchors))
+    assert message in refused(lambda: rk.accumulate_rotation_grad_(model, anchors, 1.0))
+    assert gradients(model) == {}
+    assert rk.rotation_penalty(model, anchors_of(model)).item() == 0.0
+
+
 @pytest.mark.parametrize("keep_base", [True, False])
 @pytest.mark.parametrize("changed", ["mlp.down_proj.base_layer", "mlp.up_proj"])
 def test_another_base_is_refused(changed: str, keep_base: bool) -> None:
@@ -155,8 +191,15 @@ def test_another_base_is_refused(changed: str, keep_base: bool) -> None:
     anchors = rk.Anchors.from_model(plain, 8, progress=False, basis_dtype=torch.float64, keep_base=keep_base)
     model = adapt(llama())
     assert rk.rotation_penalty(model, anchors).item() == 0.0
+    base = model.get_parameter(f"base_model.model.model.layers.1.{changed}.weight")
+    pretrained, other = base.data, base.data.clone()
+    other[0, 0] += 1e-3
+    base.data = other
+    assert "with other values" in refused(lambda: rk.rotation_penalty(model, anchors)) or keep_base
+    base.data = pretrained
+    assert rk.rotation_penalty(model, anchors).item() == 0.0
     with torch.no_grad():
-        model.get_parameter(f"base_model.model.model.layers.1.{changed}.weight")[0, 0] += 1e-3
+        base[0, 0] += 1e-3
     message = refused(lambda: rk.rotation_penalty(model, anchors))
     assert message.startswith(f"model.layers.1.{changed.replace('.base_layer', '')}.weight: got a ")
     assert "adapt the pretrained model that was anchored" in message

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..anchors.adapted import STANDS_STILL
 from ..anchors.anchor import Anchor
 from ..anchors.collection import Anchors
+from ..anchors.not_weights import find_non_weights
 from ..anchors.ties import tied_to
-from ..checks import dtype_name
+from ..checks import DTYPES, dtype_name
 from ..distributed import LocalWeight, ModuleSnapshot, ParameterRef
 from ..low_rank import (
     AdaptedLayer,
@@ -40,7 +42,7 @@ from ..low_rank.dora import image_of_base, square_rows
 from ..low_rank.start import AdapterStart
 from ..low_rank.started import make_another_weight, start_layer
 from ..private_names.bitsandbytes_names import is_quantised
-from .bases import StillWeight, check_bases, still_base
+from .bases import StillWeight, check_bases, state_of, still_base
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -151,17 +153,21 @@ class _CachedPlan:
         layers: Sequence[AdaptedLayer],
         factors: list[Factor],
         resting: Sequence[LocalWeight],
+        without_anchors: Sequence[Tensor],
         modules: Sequence[nn.Module],
     ) -> None:
         self.plan = plan
         parameters = [factor.weight.parameter for factor in factors]
         parameters += [layer.base.parameter for layer in layers] + [weight.parameter for weight in resting]
+        # What stands still was compared with W0, and is to be again where it has changed; what has no anchor because
+        # it stands still is to stay as it is.
+        self._still, self._compared = len(factors), len(parameters)
+        self._states_of_still = list(map(state_of, parameters[self._still :]))
+        parameters += without_anchors
         self._ids, self._types = list(map(id, parameters)), list(map(type, parameters))
         self._snapshot = ModuleSnapshot(model, parameters)
         self._bases = [layer.base.without_parameter() for layer in layers]
         self._states = [weight.state() for weight in (*[f.weight for f in factors], *[layer.base for layer in layers])]
-        # What stands still was compared with W0, and is to be again where it has changed.
-        self._versions = [_version(parameter) for parameter in parameters[len(factors) :]]
         # Also of those that no active adapter is on now.
         self._layers = [weakref.ref(module) for module in modules]
         self._facts = [facts_of(_living(module)) for module in self._layers]
@@ -174,7 +180,9 @@ class _CachedPlan:
             return None
         if [facts_of(_living(module)) for module in self._layers] != self._facts:
             return None
-        if [_version(parameter) for parameter in parameters[len(self.plan.factors) :]] != self._versions:
+        if list(map(state_of, parameters[self._still : self._compared])) != self._states_of_still:
+            return None
+        if any(parameter.requires_grad for parameter in parameters[self._compared :]):
             return None
         factors = [
             Factor(factor.name, factor.weight.with_parameter(parameter))
@@ -187,10 +195,6 @@ class _CachedPlan:
         if [weight.state() for weight in (*[factor.weight for factor in factors], *bases)] != self._states:
             return None
         return AdaptedWeights(self.plan, factors, bases)
-
-
-def _version(parameter: Tensor) -> int:
-    return -1 if parameter.is_inference() else parameter._version
 
 
 def _living(module: weakref.ref[nn.Module]) -> nn.Module:
@@ -236,6 +240,7 @@ def find_adapted_weights(
     if found is None:
         return None
     pairs, dense, resting = _split(found, anchors, parameters)
+    without_anchors = _check_rest(weights, found, anchors, parameters)
     still = [still_base(layer.name, layer.base, start_layer(layer, anchor.starts), anchor) for layer, anchor in pairs]
     # Of those that are quantised nothing is compared.
     resting = [name for name in resting if not is_quantised(parameters[name].parameter)]
@@ -251,7 +256,7 @@ def find_adapted_weights(
     plan = AdaptedPlan(planned, kept, dense, list(groups))
     layers = [layer for layer, _ in pairs]
     if isinstance(anchors, Anchors) and all(factor.weight.lasting for factor in factors):
-        cached = _CachedPlan(weights, plan, layers, factors, list(standing.values()), found.modules)
+        cached = _CachedPlan(weights, plan, layers, factors, list(standing.values()), without_anchors, found.modules)
         _remember(weights, anchors, cached)
     return AdaptedWeights(plan, factors, [layer.base for layer in layers])
 
@@ -267,6 +272,42 @@ def _remember(model: nn.Module, anchors: Anchors, cached: _CachedPlan) -> None:
         _cache[key] = cached
         while len(_cache) > _MOST_PLANS:
             _cache.popitem(last=False)
+
+
+def _check_rest(
+    model: nn.Module, found: AdaptedLayers, anchors: Mapping[str, Anchor], parameters: Mapping[str, ParameterRef]
+) -> list[Tensor]:
+    """Return the weights that have no anchor because they stood still when the model was anchored.
+
+    Raises:
+        ValueError: one of them moves now.
+    """
+    skipped = anchors.skipped if isinstance(anchors, Anchors) else {}
+    non_weights = find_non_weights(model, parameters)
+    still: list[Tensor] = []
+    for name, reason in skipped.items():
+        first = tied_to(reason)
+        if (reason if first is None else skipped.get(first)) != STANDS_STILL or name not in parameters:
+            continue
+        if name in found.refused:
+            raise ValueError(f"{name}: {found.refused[name]}")
+        reference, mover = parameters[name], None
+        if name in found.served and found.served[name].adapters:
+            mover = f"adapters {', '.join(adapter.name for adapter in found.served[name].adapters)}"
+        elif name in found.copies:
+            mover = "a trained copy (modules_to_save)"
+        elif len(reference.shape) == 2 and reference.dtype in DTYPES and name not in non_weights:
+            if reference.parameter.requires_grad:
+                mover = "requires_grad"
+            still.append(reference.parameter)
+        if mover is not None:
+            raise ValueError(
+                f"{name}: got a weight with {mover}, expected one that stands still, as it did when the model was "
+                "anchored: it has no anchor, so that R would not see it move. Anchor the pretrained model, of which "
+                "all weights are anchored, or this one as it trains (Anchors.from_model), and leave out what is meant "
+                "to move freely (exclude=...)"
+            )
+    return still
 
 
 def _split(

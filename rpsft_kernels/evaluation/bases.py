@@ -19,6 +19,7 @@ from ..anchors.tensors import compute_block
 from ..anchors.verify import shard_sum
 from ..checks import dtype_name
 from ..distributed import LocalWeight
+from ..distributed.dtensor import is_dtensor
 from ..low_rank import QuantisedWeight
 
 # Distances from W0, relative to its norm: of a weight that 4 bits hold, about 0.1; of one in another dtype; and of two
@@ -26,8 +27,8 @@ from ..low_rank import QuantisedWeight
 _QUANTISED = 0.3
 _ROUNDED = 2**-7
 _ELEMENTS = 1 << 20
-# The parameter that each anchor was last found to belong to, and its version.
-_found: weakref.WeakKeyDictionary[Anchor, tuple[int, int]] = weakref.WeakKeyDictionary()
+# The parameter that each anchor was last found to belong to, and its state.
+_found: weakref.WeakKeyDictionary[Anchor, tuple[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
 class StillWeight(NamedTuple):
@@ -39,6 +40,16 @@ class StillWeight(NamedTuple):
     quantised: bool = False
 
 
+def state_of(parameter: Tensor) -> tuple[int, int]:
+    """Return a parameter's version and address: a difference says that its values may be others.
+
+    ``parameter.data = other`` changes the address alone, and writing into ``parameter.data`` neither of the two.
+    """
+    # Behind the address of a DTensor there is nothing.
+    address = 0 if is_dtensor(parameter) else parameter.data_ptr()
+    return -1 if parameter.is_inference() else parameter._version, address
+
+
 @torch.no_grad()
 def check_bases(weights: Sequence[StillWeight], fingerprints: Mapping[str, Fingerprint]) -> None:
     """Raise a ValueError unless the weights are those that were anchored. Each is read once, until it changes.
@@ -47,7 +58,7 @@ def check_bases(weights: Sequence[StillWeight], fingerprints: Mapping[str, Finge
     """
     for still in weights:
         parameter = still.weight.parameter
-        state = id(parameter), -1 if parameter.is_inference() else parameter._version
+        state = id(parameter), state_of(parameter)
         if _found.get(still.anchor) == state:
             continue
         problem = _find_problem(still, fingerprints.get(still.name))
