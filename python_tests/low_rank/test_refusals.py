@@ -221,6 +221,17 @@ def test_a_base_that_has_given_up_its_adapter_is_refused() -> None:
     assert "got active adapters (none), expected 'default' among them" in message
 
 
+def test_a_part_of_a_model_that_does_not_tell_the_start_is_refused() -> None:
+    model = adapt(llama(), init_lora_weights="pissa")
+    part = model.get_base_model().model
+    message = "got adapter 'default' with values in a part of a model"
+    assert message in refused(lambda: anchors_of(part))
+    anchors = anchors_of(part, "now")
+    assert rk.rotation_penalty(part, anchors).item() == 0.0
+    part = adapt(llama()).get_base_model().model
+    assert rk.rotation_penalty(part, anchors_of(part)).item() == 0.0
+
+
 def test_dtypes_and_gradients() -> None:
     model = adapt(llama())
     anchors = anchors_of(model)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import LocalWeight, ReplicatedWeight
-from ..private_names.peft_names import start_in_the_base
+from ..private_names.peft_names import knows_start, start_in_the_base
 from .dora import ScaledWeight, scale_rows, square_rows
 from .layers import AdaptedLayer, Adapter
 from .start import AdapterStart
@@ -31,7 +31,8 @@ def take_starts(model: nn.Module, layer: AdaptedLayer, at: At) -> dict[str, Adap
         at: "base" counts the drift from the weight below the adapters, "now" from that which the layer computes with.
 
     Raises:
-        ValueError: the weight below is not the pretrained one, or adapters are sharded that have a start.
+        ValueError: the weight below is not the pretrained one, or that is not known; or adapters are sharded that have
+            a start.
     """
     starts = {}
     for adapter in layer.adapters:
@@ -53,6 +54,13 @@ def _take_start(model: nn.Module, layer: AdaptedLayer, adapter: Adapter, at: At)
                 "adapter out of the base, so that the base is not the pretrained weight: pass at='now' where the "
                 "adapters are as they were initialised; to go on with a training, load the anchors of its start "
                 "(Anchors.load(path))"
+            )
+        if moved and at == "base" and not knows_start(model, adapter.name):
+            raise ValueError(
+                f"{layer.name}: got adapter {adapter.name!r} with values in a part of a model that knows no "
+                "configuration of it (peft_config), expected the model that PEFT has adapted: only that tells whether "
+                "the adapter was taken out of the base, as PiSSA does; pass the whole model (with include=... for a "
+                "part of its weights)"
             )
     if at == "now" and _is_sharded(adapter):
         raise ValueError(

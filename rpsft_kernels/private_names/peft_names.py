@@ -161,12 +161,22 @@ def reason_no_lora(module: nn.Module) -> str | None:
     return None
 
 
+def knows_start(model: nn.Module, adapter: str) -> bool:
+    """Whether the model, or a part of it, has the configuration of an adapter, which tells how it was initialised."""
+    return _configuration(model, adapter) is not None
+
+
 def start_in_the_base(model: nn.Module, adapter: str) -> str | None:
     """Return PEFT's name of the start that has taken s B A out of the base of an adapter; None for other starts."""
+    start = getattr(_configuration(model, adapter), "init_lora_weights", None)
+    changes_base = isinstance(start, str) and start.lower().startswith(_STARTS_IN_THE_BASE)
+    return str(start) if changes_base else None
+
+
+def _configuration(model: nn.Module, adapter: str) -> object | None:
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
         if isinstance(configs, dict) and adapter in configs:
-            start = getattr(configs[adapter], "init_lora_weights", None)
-            changes_base = isinstance(start, str) and start.lower().startswith(_STARTS_IN_THE_BASE)
-            return str(start) if changes_base else None
+            found: object = configs[adapter]
+            return found
     return None
