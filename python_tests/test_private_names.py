@@ -37,6 +37,7 @@ SOURCES = {
     "DistributedDataParallel": "nn/parallel/distributed.py",
     "Tensor": "overrides.py",
     "optimizer in backward": "distributed/optim/apply_optimizer_in_backward.py",
+    "Optimizer": "amp/grad_scaler.py",
     "DeviceMesh": "distributed/device_mesh.py",
     "_StridedShard": "distributed/tensor/placement_types.py",
     "FSDPModule": "distributed/fsdp/_fully_shard/_fully_shard.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -72,6 +73,30 @@ class Recorder(torch.optim.Optimizer):
     def listen(self, model: nn.Module) -> AbstractContextManager[None]:
         """Record the arguments of the model's forward passes in training."""
         return listen(model, lambda: self)
+
+
+class FusedRecorder(Recorder):
+    """Unscales gradients itself, and is called for the steps that GradScaler skips, as torch's fused optimizers are."""
+
+    _step_supports_amp_scaling = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        # GradScaler sets both for the time of a step.
+        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found is not None and float(found):
+            return None
+        for parameter in self._parameters().values():
+            if parameter.grad is not None and scale is not None:
+                parameter.grad.div_(scale)
+        return super().step(closure)
+
+
+def overflow(model: nn.Module, steps: Sequence[int]) -> None:
+    """Let the gradient of a vector be infinite in some of the backward passes, counted from 0."""
+    vector = next(p for p in model.parameters() if p.dim() == 1)
+    count = itertools.count()
+    vector.register_hook(lambda gradient: gradient * (float("inf") if next(count) in steps else 1.0))
 
 
 @contextmanager

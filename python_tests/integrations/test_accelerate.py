@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import rpsft_kernels as rk
-from recorded import Recorder, batches_of, closed_form, error, repeat_in_float64, worst
+from recorded import FusedRecorder, Recorder, batches_of, closed_form, error, overflow, repeat_in_float64, worst
 from small_models import tiny_llama
 
 accelerate = pytest.importorskip("accelerate")
@@ -106,9 +106,7 @@ def test_autocast_compiled_and_checkpointed_models(case: str) -> None:
     assert worst(llama(), steps, tasks, own.anchors, COEFF, CLIP) < 3e-6
 
 
-def test_scaled_gradients() -> None:
-    own = penalty()
-    loop = Loop(own)
+def scale_gradients(loop: Loop) -> torch.amp.GradScaler:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     # As on a GPU: Accelerate makes no scaler on a CPU.
     loop.accelerator.scaler = loop.optimizer.scaler = scaler
@@ -120,11 +118,29 @@ def test_scaled_gradients() -> None:
     loop.optimizer._optimizer_patched_step_method = accelerate.optimizer.patch_optimizer_step(
         loop.optimizer, inner.step
     )
+    return scaler
+
+
+def test_scaled_gradients() -> None:
+    own = penalty()
+    loop = Loop(own)
+    scaler = scale_gradients(loop)
     recorder = loop.run()
     assert scaler.get_scale() > 1024
     tasks = [repeat_in_float64(llama(), step, divide=True) for step in recorder.steps]
     assert own.anchors is not None
     assert worst(llama(), recorder.steps, tasks, own.anchors, COEFF, CLIP) < 3e-6
+
+
+@pytest.mark.parametrize("optimizer", [Recorder, FusedRecorder])
+def test_steps_that_a_scaler_skips_do_not_count(optimizer: Any) -> None:
+    own = rk.RotationPenalty(8, coeff=lambda step: 3.0 + step)
+    loop = Loop(own, optimizer, accumulation=2, size=12)
+    scale_gradients(loop)
+    overflow(loop.bare, (1, 4))
+    recorder = loop.run()
+    assert len(recorder.steps) == own.step == 4
+    assert own.metrics()["rotation/coeff"] == 6.0
 
 
 @pytest.mark.parametrize("mode", ["decoupled", "project"])

@@ -9,7 +9,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import rpsft_kernels as rk
-from recorded import Recorder, Step, batches_of, closed_form, error, listen, repeat_in_float64, worst
+from recorded import (
+    FusedRecorder,
+    Recorder,
+    Step,
+    batches_of,
+    closed_form,
+    error,
+    listen,
+    overflow,
+    repeat_in_float64,
+    worst,
+)
 from small_models import tiny_llama
 
 pytest.importorskip("lightning")
@@ -17,6 +28,7 @@ pytest.importorskip("lightning")
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from rpsft_kernels.integrations.lightning import RotationPenaltyCallback, add_gradients_
 
@@ -275,6 +287,84 @@ def test_strategies_that_keep_gradients_to_themselves_are_refused(tmp_path: Path
 
     with pytest.raises(ValueError, match="strategy: got Other, expected one device, DDP or ModelParallelStrategy"):
         fit(Module(), tmp_path, penalty(), strategy=Other(torch.device("cpu")))
+
+
+class Float16(MixedPrecision):
+    """float16's scaling of gradients, on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+    def autocast_context_manager(self) -> torch.autocast:
+        return torch.autocast("cpu", enabled=False)
+
+
+@pytest.mark.parametrize("optimizer", [Recorder, FusedRecorder])
+def test_scaled_gradients(optimizer: Any, tmp_path: Path) -> None:
+    own, module = penalty(), Module(optimizer)
+    made: list[Recorder] = []
+    module._optimizer = lambda model: made.append(optimizer(model)) or made[-1]  # type: ignore[func-returns-value]
+    clip = None if optimizer is FusedRecorder else CLIP
+    with listen(module.model, lambda: made[-1]):
+        fit(module, tmp_path, own, plugins=[Float16()], gradient_clip_val=clip)
+    steps = made[0].steps
+    assert worst(llama(), steps, tasks_of(steps), anchors_of(own), COEFF, clip) < 3e-6
+
+
+@pytest.mark.parametrize("optimizer", [Recorder, FusedRecorder])
+def test_steps_that_a_scaler_skips_do_not_count(optimizer: Any, tmp_path: Path) -> None:
+    own = rk.RotationPenalty(8, coeff=lambda step: 3.0 + step)
+    made: list[Recorder] = []
+    module = Module(lambda model: made.append(optimizer(model)) or made[-1])  # type: ignore[func-returns-value]
+    overflow(module.model, (0, 3, 4))
+    fit(module, tmp_path, own, plugins=[Float16()], size=8, accumulate_grad_batches=1, gradient_clip_val=None)
+    assert len(made[0].steps) == own.step == 5
+    assert own.metrics()["rotation/coeff"] == 3.0 + own.step - 1
+
+
+def test_manual_optimization_says_how_gradients_are_scaled(tmp_path: Path) -> None:
+    class Own(Manual):
+        """Passes the scale, or not."""
+
+        def __init__(self, own: rk.RotationPenalty, passes: bool) -> None:
+            super().__init__(own)
+            self._passes = passes
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> None:  # type: ignore[override]
+            plugin: Any = self.trainer.precision_plugin
+            self.manual_backward(self.model(**batch).loss)
+            assert self._own is not None
+            self._own.add_gradients_(self, plugin.scaler.get_scale() if self._passes else 1.0)
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+            self.model.zero_grad()
+
+    own = penalty()
+    options: dict[str, Any] = {"size": 3, "accumulate_grad_batches": 1, "gradient_clip_val": None}
+    trainer = fit(Own(own, True), tmp_path, own, plugins=[Float16()], **options)
+    plain = fit(Manual(None), tmp_path, None, plugins=[Float16()], **options)
+    prefix = f"{PREFIX}model.layers.0."
+    assert own.anchors is not None
+    anchors = rk.Anchors({n.removeprefix(prefix): a for n, a in own.anchors.items() if n.startswith(prefix)})
+    first, tasks = trainer.optimizers[0], [step.gradients for step in plain.optimizers[0].steps]  # type: ignore[attr-defined]
+    assert worst(llama().model.layers[0], first.steps, tasks, anchors, COEFF, None) < 3e-6  # type: ignore[attr-defined]
+    own = penalty()
+    with pytest.raises(ValueError, match=r"scale: got 1 in Own's call of penalty.add_gradients_, expected 1024"):
+        fit(Own(own, False), tmp_path, own, plugins=[Float16()], **options)
+
+
+def test_a_batch_without_a_loss_makes_no_step_of_the_penalty(tmp_path: Path) -> None:
+    class Skipping(Module):
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            return None if index == 1 else super().training_step(batch, index)  # type: ignore[return-value]
+
+    own = penalty()
+    made: list[Recorder] = []
+    module = Skipping(lambda model: made.append(Recorder(model)) or made[-1])  # type: ignore[func-returns-value]
+    fit(module, tmp_path, own, size=3, accumulate_grad_batches=1)
+    # Lightning calls the optimizer, with no gradients.
+    assert [bool(step.gradients) for step in made[0].steps] == [True, False, True]
+    assert own.step == 2
 
 
 class Scaled(lightning.fabric.plugins.MixedPrecision):

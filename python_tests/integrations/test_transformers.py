@@ -9,11 +9,13 @@ import torch
 
 import rpsft_kernels as rk
 from recorded import (
+    FusedRecorder,
     Recorder,
     batches_of,
     closed_form,
     error,
     expected_penalty,
+    overflow,
     received,
     repeat_in_float64,
     worst,
@@ -184,6 +186,24 @@ def test_scaled_gradients(way: str, tmp_path: Path) -> None:
     tasks = [repeat_in_float64(model(), step) for step in recorder.steps]
     assert own.anchors is not None
     assert worst(model(), recorder.steps, tasks, own.anchors, COEFF, CLIP) < 3e-6
+
+
+@pytest.mark.parametrize("way", ["penalised", "callback"])
+@pytest.mark.parametrize("optimizer", [Recorder, FusedRecorder])
+def test_steps_that_a_scaler_skips_do_not_count(way: str, optimizer: Any, tmp_path: Path) -> None:
+    own, float16 = rk.RotationPenalty(8, coeff=lambda step: 3.0 + step), Float16()
+    options = {"gradient_accumulation_steps": 1, "size": 8}
+    made = trainer(way, tmp_path, own, optimizer=optimizer, callbacks=[float16], **options)
+    float16.trainer = made
+    made.accelerator.scaler = float16.scaler
+    overflow(made.model, (0, 3, 4))
+    try:
+        made.train()
+    finally:
+        made.accelerator.state._mixed_precision = "no"
+    assert made.state.global_step == 8
+    assert len(made.optimizer.optimizer.steps) == own.step == 5
+    assert own.metrics()["rotation/coeff"] == 3.0 + own.step - 1
 
 
 @pytest.mark.parametrize("way", ["penalised", "callback"])

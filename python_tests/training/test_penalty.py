@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -243,6 +244,91 @@ def test_a_budget_begins_with_the_learning_rates_of_anchored_weights() -> None:
             penalty.after_step_(model, rates)
         found.append(penalty.state_dict()["ascent"])
     assert found[0] == found[1] and found[0] is not None
+
+
+@pytest.mark.parametrize("strength", [{"coeff": lambda step: 3.0 + step}, {"budget": 0.01}], ids=["coeff", "budget"])
+@pytest.mark.parametrize("told", ["by the scale", "by the loop"])
+def test_steps_that_a_scaler_skips_do_not_count(told: str, strength: dict[str, Any]) -> None:
+    def run(skipped: tuple[int, ...], steps: int) -> tuple[nn.Module, rk.RotationPenalty]:
+        model, penalty = _layers(), rk.RotationPenalty(RANK, **strength)
+        penalty.anchor(model)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(steps):
+            scaled = scaler.scale(mean_square(model, vectors(SIZES[0])) * (math.inf if step in skipped else 1.0))
+            scaled.backward()
+            scale = scaler.get_scale()
+            if told == "by the loop":
+                scaler.unscale_(optimizer)
+            penalty.add_gradients_(model, scale if told == "by the scale" else 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            if told == "by the loop" and scaler.get_scale() < scale:
+                penalty.take_back_step()
+            optimizer.zero_grad()
+        return model, penalty
+
+    (model, penalty), (other, plain) = run((0, 3, 4), 10), run((), 7)
+    for found, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+    assert penalty.state_dict() == plain.state_dict()
+    assert penalty.step == 7 and penalty.metrics() == plain.metrics()
+
+
+def test_what_was_not_called_cannot_be_taken_back() -> None:
+    model, penalty = _moved(coeff=3.0)
+    penalty.add_gradients_(model)
+    penalty.take_back_step()
+    assert penalty.step == 0
+    with pytest.raises(ValueError, match="take_back_step: got no call to take back"):
+        penalty.take_back_step()
+    with pytest.raises(ValueError, match="mode: got 'project' for take_back_step"):
+        rk.RotationPenalty(RANK, mode="project", budget=0.1).take_back_step()
+
+
+# -- copies -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["gradient", "decoupled", "project"])
+@pytest.mark.parametrize("way", ["pickle", "deepcopy"])
+def test_copies_go_on_as_the_original_does(way: str, mode: Any) -> None:
+    def step(model: nn.Module, penalty: rk.RotationPenalty, optimizer: torch.optim.Optimizer) -> None:
+        _backward(model)
+        if mode == "gradient":
+            penalty.add_gradients_(model)
+        optimizer.step()
+        if mode != "gradient":
+            penalty.after_step_(model, 1e-3)
+        optimizer.zero_grad()
+
+    objects: Any = _layers(), rk.RotationPenalty(RANK, budget=0.01, mode=mode)
+    objects[1].anchor(objects[0])
+    objects += (torch.optim.AdamW(objects[0].parameters(), 1e-3),)
+    for _ in range(4):
+        step(*objects)
+    copies = copy.deepcopy(objects) if way == "deepcopy" else pickle.loads(pickle.dumps(objects))
+    for _ in range(4):
+        step(*objects)
+        step(*copies)
+    for found, wanted in zip(copies[0].parameters(), objects[0].parameters(), strict=True):
+        assert found is not wanted and torch.equal(found, wanted)
+    assert copies[1].state_dict() == objects[1].state_dict()
+    assert copies[1].metrics() == objects[1].metrics()
+
+
+def test_a_copy_waits_for_the_anchors_of_its_state() -> None:
+    model, penalty = _moved(coeff=3.0)
+    penalty.add_gradients_(model)
+    late = rk.RotationPenalty(RANK - 1)
+    late.load_state_dict(penalty.state_dict())
+    other = copy.deepcopy(late)
+    assert other.step == 1 and other.anchors is None
+    with pytest.raises(ValueError, match="path: got no saved anchors for a run that is resumed"):
+        other.anchor(model)
+    # What is attached to an optimizer is not attached to its copy.
+    attached = rk.RotationPenalty(RANK, mode="project", budget=0.1)
+    rk.attach(torch.optim.SGD(model.parameters(), 0.1), attached, model)
+    assert copy.deepcopy(attached).attached is None
 
 
 # -- a resumed run ------------------------------------------------------------------------------------------------

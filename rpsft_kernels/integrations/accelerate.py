@@ -17,6 +17,7 @@ from ..training import attach as attach_to_optimizer
 from .checks import check_penalty
 from .deepspeed import check_mode, penalise_backward
 from .replicas import check_replicas
+from .scaled import read_scale, was_skipped
 
 try:
     from accelerate import Accelerator
@@ -107,6 +108,8 @@ class _Loop:
         self._accelerator, self._penalty, self._model = accelerator, penalty, model
         # Whether gradients have come that the penalty was not added to.
         self._due = False
+        # Whether the penalty was added to gradients that no optimizer has stepped with.
+        self._unstepped = False
         backward = accelerator.backward
 
         def note_and_backward(loss: Tensor, **options: Any) -> None:
@@ -117,15 +120,28 @@ class _Loop:
         accelerator.clip_grad_norm_ = _precede(accelerator.clip_grad_norm_, self._add)
         accelerator.clip_grad_value_ = _precede(accelerator.clip_grad_value_, self._add)
         for optimizer in prepared_optimizers(accelerator):
-            optimizer.step = _precede(optimizer.step, self._refuse_if_due)
+            optimizer.step = self._between(optimizer)
 
     def _add(self) -> None:
         # A second call within a step, for other parameters, clips what has the penalty.
         if self._accelerator.sync_gradients and self._due:
-            scaler = self._accelerator.scaler
-            scale = 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
-            self._penalty.add_gradients_(self._model, scale)
-            self._due = False
+            self._penalty.add_gradients_(self._model, read_scale(self._accelerator.scaler))
+            self._due, self._unstepped = False, True
+
+    def _between(self, optimizer: Any) -> Callable[..., Any]:
+        step = optimizer.step
+
+        def refuse_or_step(*args: Any, **options: Any) -> Any:
+            self._refuse_if_due()
+            result = step(*args, **options)
+            if self._accelerator.sync_gradients and self._unstepped:
+                # Of several optimizers the first tells.
+                self._unstepped = False
+                if was_skipped(optimizer, self._penalty):
+                    self._penalty.take_back_step()
+            return result
+
+        return refuse_or_step
 
     def _refuse_if_due(self) -> None:
         if self._accelerator.sync_gradients and self._due:

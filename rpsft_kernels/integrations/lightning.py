@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from ..private_names.torch_names import unscales_within_step
 from .checks import check_penalty
 from .rates import read_rates
 from .replicas import check_replicas
@@ -38,7 +39,8 @@ class RotationPenaltyCallback(Callback):
     from the module's weights before a checkpoint is loaded into them.
 
     A module with manual optimization calls ``penalty.add_gradients_(self)`` itself, once per step, after
-    ``manual_backward`` and before it clips; a step without is refused.
+    ``manual_backward`` and before it clips; a step without is refused. Under ``precision="16-mixed"`` its gradients are
+    scaled by then, and it passes ``scale=self.trainer.precision_plugin.scaler.get_scale()``.
     """
 
     def __init__(self, penalty: RotationPenalty) -> None:
@@ -51,6 +53,8 @@ class RotationPenaltyCallback(Callback):
         self._step = 0
         # Of the optimizers' steps since; None where there was none.
         self._rates: float | dict[int, float] | None = None
+        # GradScaler's, with which the penalty was added since; None where it was not, and without a scaler.
+        self._scale: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -78,7 +82,7 @@ class RotationPenaltyCallback(Callback):
         check_replicas(self.penalty)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step, self._rates = self.penalty.step, None
+        self._step, self._rates, self._scale = self.penalty.step, None, None
         if self.penalty.mode != "gradient":
 
             def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -94,14 +98,28 @@ class RotationPenaltyCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self.penalty.mode != "gradient":
             return
+        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+            # The training step returned None, so that there is no step to be made.
+            return
+        scale = _read_scale(trainer.precision_plugin)
         if pl_module.automatic_optimization:
-            self.penalty.add_gradients_(pl_module)
+            # Lightning has unscaled them, but for optimizers that do it themselves.
+            still = scale if unscales_within_step(optimizer) else None
+            self.penalty.add_gradients_(pl_module, 1.0 if still is None else still)
         elif self.penalty.step == self._step:
             raise ValueError(
                 f"{type(pl_module).__name__}: got an optimizer step of its own (automatic_optimization=False) without "
                 "the penalty, expected penalty.add_gradients_(self) before it: once per step, after manual_backward "
                 "and before clipping"
             )
+        elif self._scale is None and scale is not None and self.penalty.scale not in (None, scale):
+            raise ValueError(
+                f"scale: got {self.penalty.scale:g} in {type(pl_module).__name__}'s call of penalty.add_gradients_, "
+                f"expected {scale:g}, by which GradScaler has scaled the gradients there: add_gradients_(self, "
+                "scale=self.trainer.precision_plugin.scaler.get_scale())"
+            )
+        # The first optimizer's of several: the scaler may change it after each.
+        self._scale = scale if self._scale is None else self._scale
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -110,6 +128,11 @@ class RotationPenaltyCallback(Callback):
         if self._rates is not None:
             self.penalty.after_step_(pl_module, self._rates)
             self._rates = None
+        added, self._scale = self._scale, None
+        if added is not None:
+            now = _read_scale(trainer.precision_plugin)
+            if now is not None and now < added:
+                self.penalty.take_back_step()
         if self.penalty.step == self._step:
             return
         self._step = self.penalty.step
@@ -130,13 +153,18 @@ class RotationPenaltyCallback(Callback):
         self.penalty.load_state_dict(state_dict)
 
 
+def _read_scale(precision: Any) -> float | None:
+    """Return what GradScaler multiplies losses by; None without one."""
+    scaler = getattr(precision, "scaler", None)
+    return None if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
+
+
 def add_gradients_(fabric: Fabric, penalty: RotationPenalty, model: Any) -> None:
     """Add the penalty's gradient in a loop of Fabric: once per step, before ``fabric.clip_gradients``.
 
     Args:
         model: what ``fabric.setup`` returned.
     """
-    scaler = getattr(fabric.strategy.precision, "scaler", None)
-    scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.get_scale()
+    scale = _read_scale(fabric.strategy.precision)
     # Under DDP the gradients are averaged by now: every rank adds the whole penalty.
-    penalty.add_gradients_(model.module, scale)
+    penalty.add_gradients_(model.module, 1.0 if scale is None else scale)

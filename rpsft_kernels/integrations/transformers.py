@@ -26,6 +26,7 @@ from .arguments import from_arguments as from_arguments
 from .checks import check_penalty
 from .deepspeed import check_mode, penalise_backward, replace
 from .replicas import check_replicas
+from .scaled import read_scale, was_skipped
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -80,9 +81,7 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        _check_arguments(args, self._own)
-        if not self.trainer_adds:
-            _check_reach(args, model, self._own)
+        self._check(args, model)
         # Before a checkpoint is loaded into it.
         if not _is_sharded_later(args):
             self._own.anchor(model)
@@ -96,9 +95,8 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        _check_arguments(args, self._own)
-        if not self.trainer_adds:
-            _check_reach(args, model, self._own)
+        # Training may begin otherwise than the trainer was made.
+        self._check(args, model)
         self._detach()
         self._unstepped = False
         if state.global_step:
@@ -114,6 +112,11 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         if self._own.mode != "gradient" and not _steps_within_backward(args):
             self._hook = attach_to_optimizer(optimizer, self._own, model)
         _move_to_front(self, inspect.currentframe())
+
+    def _check(self, args: TrainingArguments, model: nn.Module) -> None:
+        _check_arguments(args, self._own)
+        if not self.trainer_adds:
+            _check_reach(args, model, self._own)
 
     def _resume(self, state: TrainerState) -> None:
         penalty = self._own
@@ -149,13 +152,21 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         # An epoch that ends within an accumulation leaves its gradients, the penalty's with them, to the next one.
         if self._own.mode != "gradient" or self.trainer_adds or self._unstepped:
             return
-        self._own.add_gradients_(model, _scale(getattr(optimizer, "scaler", None)))
+        self._own.add_gradients_(model, read_scale(getattr(optimizer, "scaler", None)))
         self._unstepped = True
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         self._unstepped = False
+        if self._own.mode == "gradient" and was_skipped(optimizer, self._own):
+            self._own.take_back_step()
         # Where the backward pass has stepped, and no optimizer of torch.
         if self._own.mode != "gradient" and self._hook is None:
             self._own.after_step_(model, 0.0)
@@ -234,7 +245,7 @@ class RotationPenaltyMixin:
                 return step(model, *args, **options)
         loss = step(model, *args, **options)
         # Not the model that DDP wraps: it has averaged the gradients by now, and every rank adds the whole penalty.
-        self.rotation.add_gradients_(trainer.model, _scale(trainer.accelerator.scaler))
+        self.rotation.add_gradients_(trainer.model, read_scale(trainer.accelerator.scaler))
         return loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -267,11 +278,6 @@ def attach(trainer: Trainer, penalty: RotationPenalty) -> None:
     except BaseException:
         trainer.__class__ = plain
         raise
-
-
-def _scale(scaler: Any) -> float:
-    """Return what the gradients of a backward pass are multiplied by."""
-    return 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
 
 
 def _check_arguments(args: TrainingArguments, penalty: RotationPenalty) -> None:

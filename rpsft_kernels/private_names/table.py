@@ -94,6 +94,8 @@ TABLE: tuple[Row, ...] = (
         ("hooks that get its gradient", "_backward_hooks"),
     ),
     *_rows("torch", "optimizer in backward", ("optimizers of a parameter", "_in_backward_optimizers")),
+    # Fused optimizers divide gradients by GradScaler's scale within their step. integrations/lightning.py
+    *_rows("torch", "Optimizer", ("whether its step unscales gradients", "_step_supports_amp_scaling")),
     # DTensor: one group over several dimensions of a mesh; the order of cuts of one dimension. distributed/dtensor.py
     *_rows("torch", "DeviceMesh", ("mesh of one dimension with the same ranks", "_flatten")),
     *_rows("torch", "_StridedShard", ("number of shards that cut before it", "split_factor")),

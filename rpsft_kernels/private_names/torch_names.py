@@ -40,6 +40,7 @@ parameters_of: Callable[[nn.Module], dict[str, nn.Parameter | None]] = _reader("
 _hooks: Callable[[Tensor], Any] = _reader("Tensor", "hooks after its gradient is complete")
 _hooks_before: Callable[[Tensor], Any] = _reader("Tensor", "hooks that get its gradient")
 _IN_BACKWARD = spellings["optimizer in backward", "optimizers of a parameter"][0].name
+_UNSCALES = spellings["Optimizer", "whether its step unscales gradients"][0].name
 _SKIPPING: dict[str, Callable[[nn.Module], bool]] = {
     spellings["DistributedDataParallel", meaning][0].name: _reader("DistributedDataParallel", meaning)
     for meaning in ("whether it looks for unused parameters", "whether its graph is static")
@@ -119,6 +120,12 @@ def hooks_before_gradient(parameter: Tensor) -> list[Any]:
 def optimizers_in_backward(parameter: Tensor) -> list[Any]:
     """Return the optimizers that torch lets step the parameter within the backward pass."""
     return list(getattr(parameter, _IN_BACKWARD, ()))
+
+
+def unscales_within_step(optimizer: object) -> bool:
+    """Whether an optimizer divides gradients by GradScaler's scale itself, in its step, as fused ones do."""
+    # Those that do not, may lack the attribute.
+    return bool(getattr(optimizer, _UNSCALES, False))
 
 
 def replicated_by_ddp(module: nn.Module) -> list[Tensor]:

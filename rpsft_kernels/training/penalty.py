@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class RotationPenalty:
     Attributes:
         anchors: None before :meth:`anchor`, unless given.
         step: the number of calls so far, one per optimizer step.
+        scale: of the gradients that the last :meth:`add_gradients_` added to; None before it.
         attached: the hook that :func:`rpsft_kernels.attach` has made; None without.
 
     Raises:
@@ -114,6 +116,7 @@ class RotationPenalty:
         )
         self.anchors: Anchors | None = anchors
         self.step = 0
+        self.scale: float | None = None
         self.attached: RemovableHandle | None = None
         self._schedule = Schedule(coeff, warmup)
         self._ascent = DualAscent(_LEAST[mode]) if budget is not None and mode != "project" else None
@@ -133,6 +136,8 @@ class RotationPenalty:
         self._observed: Reading | None = None
         self._record: Record | None = None
         self._unseen: Record | None = None
+        # Whether there is a call that can be taken back.
+        self._counted = False
 
     def __repr__(self) -> str:
         rank = self._settings.rank
@@ -192,7 +197,8 @@ class RotationPenalty:
         A budget waits for the R of the step before, which has long been computed; nothing else waits.
 
         Args:
-            scale: GradScaler's ``get_scale()``, where the gradients are still scaled; after ``unscale_``, 1.
+            scale: GradScaler's ``get_scale()``, where the gradients are still scaled; after ``unscale_``, 1. One that
+                has fallen since the last call tells that GradScaler skipped that step, which does not count then.
 
         Raises:
             ValueError: the mode acts after the step; or as :func:`rpsft_kernels.accumulate_rotation_grad_`. The step
@@ -201,6 +207,8 @@ class RotationPenalty:
         self._require("add_gradients_", "gradient")
         factor = _read_scale(scale)
         self._guards.refuse_other(model)
+        if self._counted and self.scale is not None and factor < self.scale:
+            self.take_back_step()
         anchors = self.ready(model)
         self._guards.before_call(model, self._witnesses(model))
         coeff = self._coeff()
@@ -212,6 +220,7 @@ class RotationPenalty:
         reading = Reading(penalty)
         record = Record(self.step, coeff, reading, reading, self._comparable(gradient), *layers)
         self._count(record, gradient)
+        self.scale = factor
         return penalty
 
     def loss_term(self, model: nn.Module) -> Tensor:
@@ -232,6 +241,22 @@ class RotationPenalty:
         record = Record(self.step, coeff, reading, reading, self._comparable(self._observed), *layers)
         self._count(record, self._observed)
         return coeff * penalty
+
+    def take_back_step(self) -> None:
+        """Let the last call not count, because the optimizer's step that it was for was skipped, as GradScaler does where
+        gradients overflow: a schedule does not go on, and R of the same weights does not count twice for a budget.
+
+        Needed in loops that unscale gradients before they call :meth:`add_gradients_`. The modes after the step are not
+        called for steps that are skipped.
+
+        Raises:
+            ValueError: there was no call since the last one that was taken back; or the mode acts after the step.
+        """
+        self._require("take_back_step", "gradient")
+        if not self._counted:
+            raise ValueError("take_back_step: got no call to take back, expected one since the last step: once each")
+        self.step -= 1
+        self._counted, self._penalty = False, None
 
     def observe_gradients(self, model: nn.Module, scale: float = 1.0) -> None:
         """Take note of the size of the task's gradients, where they are not there yet when :meth:`add_gradients_` is
@@ -353,8 +378,28 @@ class RotationPenalty:
         self._penalty = None if given["R"] is None else read_number(given["R"])
         self._start = None if given["start"] is None else read_number(given["start"])
         self._record = self._unseen = self._observed = None
-        self._unmeasured = 0
+        self._unmeasured, self._counted, self.scale = 0, False, None
         self._guards.forget_model()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy goes on with, of any model with these weights; :meth:`metrics` begin anew."""
+        return {
+            "settings": {field.name: getattr(self._settings, field.name) for field in fields(self._settings)},
+            "anchors": self.anchors,
+            "anchored": None if self._watched is None else (self._energy, self._digest),
+            "state": self.state_dict(),
+            "expected": self._expected,
+        }
+
+    def __setstate__(self, given: dict[str, Any]) -> None:
+        RotationPenalty.__init__(self, **given["settings"])
+        self.anchors = given["anchors"]
+        if given["anchored"] is not None:
+            assert self.anchors is not None
+            self._energy, self._digest = given["anchored"]
+            self._watched = WatchedWeights(self.anchors)
+        self.load_state_dict(given["state"])
+        self._expected = given["expected"]
 
     # -- within ---------------------------------------------------------------------------------------------------
 
@@ -452,7 +497,7 @@ class RotationPenalty:
 
     def _count(self, record: Record, start: Reading | None) -> None:
         """Take note of a step that was made."""
-        self._observed = None
+        self._observed, self._counted, self.scale = None, True, None
         self._guards.after_call()
         if self._ascent is not None:
             self._penalty = record.kept
