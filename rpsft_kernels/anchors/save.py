@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..distributed import Shard
+from ..distributed import Shard, gather_objects, remember_device
 from ..low_rank.start import name_pieces
 from .file_format import Contents, write_anchors
 from .load import INDEX
@@ -30,10 +30,12 @@ def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     everyone: Any = dist.group.WORLD
+    device = next((anchor.device for anchor in contents.anchors.values() if anchor.device.type != "cpu"), None)
+    if device is not None:
+        remember_device(everyone, device)
     with refuse_together({"": everyone}, "path: the anchors were not saved"):
         folder = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
-    held: list[Any] = [None] * size
-    dist.all_gather_object(held, {name: anchor.held for name, anchor in contents.anchors.items()})
+    held = gather_objects({name: anchor.held for name, anchor in contents.anchors.items()}, everyone)
     problem = ""
     if rank == 0:
         try:
@@ -42,9 +44,8 @@ def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
             problem = f"path: the anchors were not saved: rank {rank}: {error}"
         except ValueError as error:
             problem = str(error)
-    decision: list[Any] = [(problem, uuid.uuid4().hex)]
-    dist.broadcast_object_list(decision, src=0)
-    problem, save_id = decision[0]
+    # What the first rank says counts.
+    problem, save_id = gather_objects((problem, uuid.uuid4().hex), everyone)[0]
     if problem:
         raise ValueError(problem)
     name = f"rank-{rank:05d}-of-{size:05d}.safetensors"
@@ -53,8 +54,7 @@ def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
     except Exception as error:
         # Whatever it is, the other ranks wait for the outcome.
         problem = f"rank {rank}: {_describe(error)}"
-    outcomes: list[Any] = [None] * size
-    dist.all_gather_object(outcomes, (problem, name))
+    outcomes = gather_objects((problem, name), everyone)
     problems = [outcome[0] for outcome in outcomes if outcome[0]]
     if problems:
         raise ValueError(f"path: the anchors were not saved: {'; '.join(problems)}")
@@ -64,10 +64,9 @@ def save_sharded(path: str | os.PathLike[str], contents: Contents) -> None:
                 file.write(json.dumps({"files": [outcome[1] for outcome in outcomes]}).encode())
         except Exception as error:
             problem = f"rank {rank}: {_describe(error)}"
-    decision = [problem]
-    dist.broadcast_object_list(decision, src=0)
-    if decision[0]:
-        raise ValueError(f"path: the anchors were not saved: {decision[0]}")
+    problem = gather_objects(problem, everyone)[0]
+    if problem:
+        raise ValueError(f"path: the anchors were not saved: {problem}")
 
 
 def _describe(error: Exception) -> str:

@@ -53,10 +53,12 @@ def remember_device(group: dist.ProcessGroup, device: torch.device) -> None:
 def gather_objects(value: object, group: dist.ProcessGroup) -> list[Any]:
     """Return every rank's ``value``, which is pickled.
 
-    Backends of GPUs send through the current device: where the group's weights lie on a GPU, that one. Processes that
-    have not called ``torch.cuda.set_device`` would all send through the first.
+    Backends of GPUs send through the current device: where the group's weights lie on a GPU, that one, and for a group
+    of which no weights are known the one on which those of other groups lie. Processes that have not called
+    ``torch.cuda.set_device`` would all send through the first.
     """
-    device = _devices.get(group.group_name)
+    known = next((device for device in reversed(_devices.values()) if device.index is not None), None)
+    device = _devices.get(group.group_name, known)
     gathered: list[Any] = [None] * group.size()
     with nullcontext() if device is None or device.index is None else torch.get_device_module(device).device(device):
         dist.all_gather_object(gathered, value, group=group)
