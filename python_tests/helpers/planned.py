@@ -26,6 +26,8 @@ def planned_for(profile: Profile, launched: Launched) -> Iterator[None]:
     def find_start(
         variant: Variant, programs: int, device: torch.device, arguments: tuple[Tensor, ...]
     ) -> Callable[[], None]:
+        # Kernels compiled ahead of time are launched on no others.
+        assert [argument.data_ptr() % 16 for argument in arguments] == [0] * len(arguments), variant.label()
         return lambda: launched(variant, programs, arguments)
 
     with profiled(profile), mock.patch.object(triton_launch, "find_start", find_start):

@@ -25,9 +25,11 @@ from rpsft_kernels.ops.triton.device import Profile
 from rpsft_kernels.ops.triton.launch import watch_launches
 from rpsft_kernels.ops.triton.tile_table import PHASES, forget_tuned, rank_class, rank_classes, tile_table
 from rpsft_kernels.ops.triton.variants import SPECIALISED, Variant
+from rpsft_kernels.ops.triton.waiting import Stalled
 from rpsft_kernels.tools.cli import main
 from rpsft_kernels.tools.models import MODELS
 from rpsft_kernels.tools.tune import tune
+from rpsft_kernels.tools.tuning import timer as timers
 from rpsft_kernels.tools.tuning.candidates import Row, list_candidates
 from rpsft_kernels.tools.tuning.compiling import Compiled, compile_variants
 from rpsft_kernels.tools.tuning.timer import EventTimer
@@ -303,6 +305,19 @@ def test_other_tables_have_no_specialised_candidates() -> None:
     assert set(TUNED) == set(PHASES) - {"full"}
 
 
+@pytest.mark.usefixtures("h200")
+def test_a_candidate_that_hangs_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stall(run: Callable[[], None]) -> float:
+        raise Stalled("cuda:0 has not come to the end of its launches")
+
+    def wait(_: Any) -> None:
+        raise AssertionError("this would wait for ever")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    with pytest.raises(Stalled, match=r"project: 128x256x64.* hangs: cuda:0 has not come .*kill -9"):
+        tune(SHAPES, RANK, CPU, timer=stall, compile_all=compile_nothing)
+
+
 class Event:
     """Stands for an event of a GPU whose work lasts as long as the test says."""
 
@@ -320,8 +335,9 @@ class Event:
 
 
 def test_a_call_is_timed_by_the_median_of_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, stand_in in {"Event": Event, "device": lambda _: nullcontext(), "synchronize": lambda _: None}.items():
+    for name, stand_in in {"Event": Event, "device": lambda _: nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(timers, "wait_for_stream", lambda _: None)
     monkeypatch.setattr(EventTimer, "_FLUSHED", 16)
     timer = EventTimer(CPU)
 

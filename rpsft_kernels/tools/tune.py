@@ -26,6 +26,7 @@ from ..ops.triton.project_drift import plan_forward
 from ..ops.triton.pull_back import plan_backward
 from ..ops.triton.tile_table import forget_tuned, rank_class, tile_table
 from ..ops.triton.variants import Variant
+from ..ops.triton.waiting import Stalled
 from .tuning import DEFAULT_BUDGET
 from .tuning.candidates import Row, describe_row, list_candidates
 from .tuning.compiling import Compile, Compiled, compile_variants
@@ -68,6 +69,7 @@ def tune(
 
     Raises:
         RuntimeError: no candidate of any phase could be timed, or the GPU no longer answers.
+        Stalled: a candidate's launches do not end. Nothing else can be timed in this process.
     """
     began = clock()
     if device.type == "cuda" and device.index is None:
@@ -232,6 +234,11 @@ class _Search:
         began = self._clock()
         try:
             self._measure(choice)
+        except Stalled as error:
+            raise Stalled(
+                f"{self._phase}: {describe_row(choice.row)} hangs: {error}; end this process (kill -9 where it does "
+                "not end by itself)"
+            ) from error
         except Exception as error:  # a shape for which compiler or driver raises is no candidate
             self.errors.append(error)
             choice.times.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import nullcontext
 
@@ -44,6 +45,10 @@ def test_device(device: torch.device, quick: bool) -> int:
             results.append(job.run(progress))
             print(format_table(results[-1], job.title), flush=True)
             print()
+            if results[-1].stalled:
+                print("a kernel hangs: nothing else was tested", flush=True)
+                # Python's own end may wait for the GPU, as the driver's may.
+                os._exit(1)
     for line in untested:
         print(line)
     kernels = [result for result in results if result.subject.backend == "triton"]

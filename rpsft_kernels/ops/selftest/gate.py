@@ -1,6 +1,7 @@
 """The quick self-test runs by itself before the first launch on a GPU whose kernels have no record of having passed.
 
-RPSFT_SELFTEST=0 leaves it out. A failure is an error, here and at every later call of the process.
+RPSFT_SELFTEST=0 leaves it out. A failure is an error, here and at every later call of the process. So is a kernel that
+does not end: the test looks at an event again and again, and gives up.
 """
 
 from __future__ import annotations
@@ -70,7 +71,14 @@ def _test(device: torch.device) -> None:
     _log.info(f"{device}: its kernels have no record of having passed the self-test: the quick part runs now")
     with torch.cuda.device(device):
         result = run_quick_part(device)
-        torch.cuda.empty_cache()
+        if not result.stalled:
+            # This would wait for the kernel that does not end.
+            torch.cuda.empty_cache()
+    if result.stalled:
+        _failed[device] = _explain_stall(device, result.failures[-1])
+        # Whoever catches the error may wait for the GPU before it is seen.
+        _log.error(_failed[device])
+        raise RuntimeError(_failed[device])
     if not result.passed:
         _failed[device] = _message(device, result.failures)
         raise RuntimeError(_failed[device])
@@ -85,6 +93,16 @@ def _message(device: torch.device, failures: list[str]) -> str:
         "rpsft_kernels selftest; what a bug report needs: python -m rpsft_kernels env. Ways out: another version of "
         "Triton or kernels compiled ahead of time by one, use_backend('torch') or RPSFT_BACKEND=torch; "
         "RPSFT_SELFTEST=0 runs them all the same"
+    )
+
+
+def _explain_stall(device: torch.device, failure: str) -> str:
+    name = torch.cuda.get_device_properties(device).name
+    return (
+        f"a kernel of backend 'triton' hangs on {device} ({name}), in the self-test and not on your weights: "
+        f"{failure}. This process cannot use that GPU any more: end it, with kill -9 where it does not end by itself. "
+        "The way out: plain PyTorch, RPSFT_BACKEND=torch or use_backend('torch'). With RPSFT_SELFTEST=0 your own call "
+        "may hang. What a bug report needs: python -m rpsft_kernels env, and python -m rpsft_kernels selftest"
     )
 
 

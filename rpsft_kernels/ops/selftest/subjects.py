@@ -68,6 +68,8 @@ def list_jobs(device: torch.device, quick: bool) -> tuple[list[SelfTestJob], lis
 
 def run_quick_part(device: torch.device) -> SelfTestResult:
     """Run the part that comes before the first launch on a GPU."""
+    # What the program has queued may take as long as it likes, and the test's own launches may not.
+    torch.cuda.current_stream(device).synchronize()
     return _triton_job(device, quick=True).run()
 
 

@@ -12,6 +12,7 @@ from ..triton.device import Profile, device_profile
 from ..triton.launch import watch_launches
 from ..triton.tile_table import rank_classes
 from ..triton.variants import ARGUMENTS, SPECIALISED, Variant, list_variants
+from ..triton.waiting import Stalled
 from .cases import REPEATED, SelfTestCase
 from .checks import Findings, Subject, call_once, check_numbers, check_repeats
 
@@ -51,6 +52,7 @@ class SelfTestResult:
             subject has no kernels.
         absent: variants that this installation lacks, with the reasons.
         notes: sentences on other cases and kernels that were not run.
+        stalled: whether the last failure is a launch that does not end. The process cannot use the GPU any more.
         seconds: duration of the run.
     """
 
@@ -60,6 +62,7 @@ class SelfTestResult:
     kernels: tuple[int, int, int] | None = None
     absent: dict[Variant, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    stalled: bool = False
     seconds: float = 0.0
 
     @property
@@ -70,8 +73,10 @@ class SelfTestResult:
 class Launches:
     """Records the launches of a run (:class:`rpsft_kernels.ops.triton.launch.Watcher`)."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, settle: Callable[[], None] = lambda: None) -> None:
         self.profile = profile
+        self._settle = settle
+        self._ended: set[Variant] = set()
         self.compared: set[Variant] = set()
         self.repeated: set[Variant] = set()
         self.absent: dict[Variant, str] = {}
@@ -82,6 +87,13 @@ class Launches:
         named = dict(zip(ARGUMENTS[variant.kernel], arguments, strict=True))
         tiles = named["order"].numel() if "order" in named else programs
         self.tiles[variant] = max(self.tiles.get(variant, 0), tiles)
+        if variant not in self._ended:
+            # The first launch of the next kernel loads its code, and the driver may wait for all before it there.
+            try:
+                self._settle()
+            except Stalled as error:
+                raise Stalled(f"{variant.label()} does not end: {error}") from error
+            self._ended.add(variant)
 
     def on_refusal(self, variant: Variant, error: Exception) -> None:
         self.absent[variant] = str(error)
@@ -122,7 +134,7 @@ def run(
     start = time.monotonic()
     result = SelfTestResult(subject)
     profile = device_profile(subject.device) if subject.backend == "triton" else None
-    launches = None if profile is None else Launches(profile)
+    launches = None if profile is None else Launches(profile, subject.settle)
     for number, case in enumerate(cases):
         line = result.lines.setdefault(case.line_key, Line())
         line.cases += 1
@@ -130,6 +142,14 @@ def run(
             for findings in _check_case(case, subject, launches, repeats):
                 line.add(findings)
                 result.failures += findings.failures
+        except Stalled as error:
+            line.failures += 1
+            names = "; ".join(variant.label() for variant in launches.tiles) if launches is not None else ""
+            launched = f"; launched were {names}" if names else ""
+            result.failures.append(f"{case}: {error}{launched}")
+            result.notes.append("the cases after this one were not run")
+            result.stalled = True
+            break
         except Exception as error:
             if launches is not None and str(error) in launches.absent.values():
                 continue
@@ -142,7 +162,8 @@ def run(
         if progress is not None:
             progress(number + 1)
     if launches is not None:
-        _account_for_kernels(result, launches, complete)
+        # A test that broke off tells of the kernels that it came to.
+        _account_for_kernels(result, launches, complete and not result.stalled)
     result.seconds = time.monotonic() - start
     return result
 

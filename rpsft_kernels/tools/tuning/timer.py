@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from ...ops.triton.waiting import wait_for_stream
+
 # Milliseconds that a call takes.
 Timer = Callable[[Callable[[], None]], float]
 
@@ -45,5 +47,5 @@ class EventTimer:
             run()
             end.record()
             pairs.append((begin, end))
-        torch.cuda.synchronize(self._device)
+        wait_for_stream(self._device)
         return [begin.elapsed_time(end) for begin, end in pairs]
