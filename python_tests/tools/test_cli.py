@@ -26,6 +26,22 @@ def test_unknown_targets_are_refused() -> None:
     assert "--arch: got 'sm_70', expected one of sm_80" in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("schedule --rank 0", "--rank: got 0, expected at least 1"),
+        ("schedule --rank 9999", "--rank: got 9999, at which every anchor is full"),
+        ("schedule --multiprocessors 0", "--multiprocessors: got 0, expected at least 1"),
+        ("schedule --arch sm_91", "--arch: got 'sm_91', expected one of sm_80"),
+        ("shards --ranks 8 0", "--ranks: got 0, expected at least 1"),
+        ("roofline --rank -1", "--rank: got -1, expected at least 1"),
+    ],
+)
+def test_what_no_table_is_of_is_refused(command: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(command.split())
+
+
 @pytest.mark.parametrize("command", ["schedule", "shards", "roofline", "kernels", "env", "--help"])
 def test_a_closed_pipe_ends_a_command_quietly(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()

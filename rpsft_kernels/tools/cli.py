@@ -23,8 +23,8 @@ _WEIGHT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
-    command.add_argument("--rank", type=int, default=_DEFAULT_RANK)
+    command.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b", help="(default: llama-3.1-8b)")
+    command.add_argument("--rank", type=int, default=_DEFAULT_RANK, help=f"k of its anchors (default: {_DEFAULT_RANK})")
 
 
 def _add_form(command: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
     schedule = commands.add_parser("schedule", help="buckets, launches, workspace and filled multiprocessor time")
     _add_model(schedule)
-    schedule.add_argument("--multiprocessors", type=int, default=132)
+    schedule.add_argument("--multiprocessors", type=int, default=132, help="of the GPU (default: 132)")
     schedule.add_argument("--arch", default=_DEFAULT_ARCH, help=f"tile table (default: {_DEFAULT_ARCH})")
     _add_form(schedule)
 
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     *others, last = GPUS
     roofline.add_argument("--gpu", default="h100", help=f"{', '.join(others)} or {last} (default: h100)")
     roofline.add_argument("--ranks", type=int, default=1, help="number of processes (default: 1)")
-    roofline.add_argument("--layout", choices=LAYOUTS, default="shard0")
+    roofline.add_argument("--layout", choices=LAYOUTS, default="shard0", help="how weights lie (default: shard0)")
     _add_form(roofline)
     roofline.add_argument("--dtype", choices=tuple(_WEIGHT_DTYPES), default="bfloat16", help="of the weights")
 
@@ -122,10 +122,19 @@ def _check_positive(name: str, value: int) -> None:
 
 def _schedule(options: argparse.Namespace) -> int:
     from ..costs import is_full
+    from ..ops.triton.aot.targets import BY_TABLE
     from .schedule import schedule_report
 
+    _check_positive("--rank", options.rank)
+    _check_positive("--multiprocessors", options.multiprocessors)
+    if options.arch not in BY_TABLE:
+        raise SystemExit(f"--arch: got {options.arch!r}, expected one of {', '.join(BY_TABLE)}")
     shapes = MODELS[options.model].weights()
     projected = [shape for shape in shapes if not is_full(shape, options.rank)]
+    if not projected:
+        raise SystemExit(
+            f"--rank: got {options.rank}, at which every anchor is full; expected less: nothing is projected"
+        )
     report = schedule_report(
         projected, options.rank, options.multiprocessors, options.arch, keep_base=not options.block_form
     )
@@ -211,6 +220,8 @@ def _compile(options: argparse.Namespace) -> int:
 
     if options.arch not in BY_TABLE:
         raise SystemExit(f"--arch: got {options.arch!r}, expected one of {', '.join(BY_TABLE)}")
+    for rank in options.rank or ():
+        _check_positive("--rank", rank)
     for resources in survey(options.arch, tuple(options.rank or (_DEFAULT_RANK,)), options.jobs or default_jobs()):
         print(json.dumps(dataclasses.asdict(resources)), flush=True)
     return 0
@@ -272,6 +283,7 @@ def _selftest(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     from .tune import tune, write_table
 
+    _check_positive("--rank", options.rank)
     if not torch.cuda.is_available():
         raise SystemExit("tune: found no GPU; tile shapes can be timed only where the kernels run")
     shapes = MODELS[options.model].layer()
