@@ -6,6 +6,7 @@ import importlib
 import re
 import threading
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -374,3 +375,15 @@ def test_an_instruction_set_that_was_never_run_must_agree_with_the_next(
             assert native.instruction_set() == "amx_bf16"
     finally:
         native._best_that_agrees.cache_clear()
+
+
+def test_a_package_without_the_engine_says_why(tmp_path: Path) -> None:
+    package = tmp_path / "rpsft_kernels"
+    package.mkdir()
+    assert native._why_missing(package) == "it was not built"
+    (tmp_path / "setup.py").touch()
+    assert re.search(
+        rf"sources in {re.escape(str(tmp_path))}, .*another folder, or pip install -e", native._why_missing(package)
+    )
+    (package / "_native_build.txt").write_text("no compiler\n")
+    assert native._why_missing(package) == "no compiler"

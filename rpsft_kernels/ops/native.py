@@ -36,10 +36,22 @@ def _load() -> tuple[Any, str | None]:
         return importlib.import_module("rpsft_kernels._native"), None
     except ImportError as error:
         if error.name == "rpsft_kernels._native":
-            built = Path(__file__).parent.parent / "_native_build.txt"
-            why = built.read_text(encoding="utf-8").strip() if built.is_file() else "it was not built"
+            why = _why_missing(Path(__file__).parents[1])
             return None, f"this installation carries no compiled CPU engine: {why}"
         return None, f"the compiled CPU engine does not load: {error}"
+
+
+def _why_missing(package: Path) -> str:
+    """Say why the package in this folder has no compiled module."""
+    built = package / "_native_build.txt"
+    if built.is_file():
+        return built.read_text(encoding="utf-8").strip()
+    if package.with_name("setup.py").is_file():
+        return (
+            f"it was not built; these are the sources in {package.parent}, which Python takes before what pip installed "
+            "where it is started among them: start it in another folder, or pip install -e ."
+        )
+    return "it was not built"
 
 
 @lru_cache(maxsize=1)
