@@ -48,8 +48,8 @@ def _why_missing(package: Path) -> str:
         return built.read_text(encoding="utf-8").strip()
     if package.with_name("setup.py").is_file():
         return (
-            f"it was not built; these are the sources in {package.parent}, which Python takes before what pip installed "
-            "where it is started among them: start it in another folder, or pip install -e ."
+            f"it was not built; these are the sources in {package.parent}, which Python takes before what pip "
+            "installed where it is started among them: start it in another folder, or pip install -e ."
         )
     return "it was not built"
 
