@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..distributed import LocalWeight, ReplicatedWeight
 from ..private_names.peft_names import knows_start, start_in_the_base
 from .dora import ScaledWeight, scale_rows, square_rows
@@ -19,6 +20,9 @@ At = Literal["base", "now"]
 MOMENTS: tuple[At, ...] = get_args(At)
 # How far PEFT's magnitudes are from the norms that they were made of, by the rounding of either.
 _ROUNDING = 2**-6
+# Elements of a weight that are made at a time, in float64: as in products.py.
+_CPU_ELEMENTS = 1 << 18
+_GPU_ELEMENTS = 1 << 24
 
 
 @torch.no_grad()
@@ -133,20 +137,39 @@ class StartedWeight(LocalWeight):
 
     @torch.no_grad()
     def values(self) -> Tensor:
+        """Return the weight, with the same bits on every device that has float64: fingerprints are taken of them."""
         assert self.layer is not None
         base = self.layer.base.values().detach()
-        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        weight = base.to(dtype, copy=True)
+        weight = base.clone(memory_format=torch.contiguous_format)
         # The view has the outputs in its rows.
-        rows, outputs, inputs = weight, slice(*self.shard.rows), slice(*self.shard.cols)
+        rows, outputs, inputs = weight, self.shard.rows, slice(*self.shard.cols)
         if self.layer.transposed:
-            rows, outputs, inputs = weight.T, inputs, outputs
-        for start in self.starts.values():
-            if start.up is not None and start.down is not None:
-                rows.addmm_(start.up[outputs].to(dtype), start.down[:, inputs].to(dtype), alpha=start.scaling)
-            if start.scale is not None and _is_scaled(start):
-                rows.mul_(start.scale[outputs].to(dtype)[:, None])
-        return weight.to(base.dtype)
+            rows, outputs, inputs = weight.T, self.shard.cols, slice(*self.shard.rows)
+        for span in _spans(rows):
+            chunk = rows[span].to(torch.float64 if ops.has_float64(base.device) else torch.float32)
+            own = slice(outputs[0] + span.start, outputs[0] + span.start + len(chunk))
+            for start in self.starts.values():
+                if start.up is not None and start.down is not None:
+                    chunk.add_(_product(start.up[own].to(chunk), start.down[:, inputs].to(chunk)).mul_(start.scaling))
+                if start.scale is not None and _is_scaled(start):
+                    chunk.mul_(start.scale[own].to(chunk)[:, None])
+            rows[span] = chunk
+        return weight
+
+
+def _spans(matrix: Tensor) -> Iterator[slice]:
+    limit = _CPU_ELEMENTS if matrix.device.type == "cpu" else _GPU_ELEMENTS
+    step = max(1, limit // max(1, matrix.shape[1]))
+    for first in range(0, matrix.shape[0], step):
+        yield slice(first, first + step)
+
+
+def _product(up: Tensor, down: Tensor) -> Tensor:
+    """Return B A, summed in the order of r: libraries of matrix products differ in theirs."""
+    product = torch.zeros((up.shape[0], down.shape[1]), dtype=up.dtype, device=up.device)
+    for column, row in zip(up.T, down, strict=True):
+        product += column[:, None] * row
+    return product
 
 
 def start_layer(layer: AdaptedLayer, starts: Mapping[str, AdapterStart]) -> LocalWeight:
