@@ -1,4 +1,4 @@
-"""Reads the machine code of the kernels for AMX, which no test can run where no processor has it.
+"""Reads the machine code of the kernels for AMX: an emulator runs it in tests, but does not show how fast it is.
 
     python check_amx_code.py OBJDUMP OBJECT    the object file of csrc/cpu/isa/amx_bf16.cpp, optimised
 

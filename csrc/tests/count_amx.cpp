@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "amx_emulator/trap.hpp"
+#include "cpu/amx/permission.hpp"
 #include "cpu/engine.hpp"
 
 namespace {
@@ -24,6 +25,10 @@ int main(int argc, char** argv) {
   if (argc != 4) {
     std::fprintf(stderr, "count_amx ROWS COLUMNS RANK\n");
     return 2;
+  }
+  if (rpsft::amx::this_system().tiles) {
+    std::fprintf(stderr, "this processor has AMX: its instructions are not emulated, and not counted\n");
+    return 1;
   }
   const std::int64_t rows = std::atoll(argv[1]), cols = std::atoll(argv[2]), rank = std::atoll(argv[3]);
   const auto matrix = [](std::vector<std::uint16_t>& memory, std::int64_t height, std::int64_t width) {

@@ -101,7 +101,7 @@ void check_counts(const Subject& engine) {
 
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 60;
-  emulated = !rpsft::amx::refusal(rpsft::amx::this_system()).empty();
+  emulated = !rpsft::amx::this_system().tiles;
   const std::vector<std::string> usable = rpsft::instruction_sets();
   if (!std::count(usable.begin(), usable.end(), isa)) {
     for (const rpsft::MissingInstructionSet& each : rpsft::missing_instruction_sets())

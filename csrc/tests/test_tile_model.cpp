@@ -35,6 +35,8 @@ void reasons() {
   answer = EINVAL;
   refused([](auto&) {}, "Linux refused the tile registers of AMX (arch_prctl ARCH_REQ_XCOMP_PERM: Invalid argument)");
   CHECK(asked == 1, "%d", asked);
+  answer = ENOSPC;
+  refused([](auto&) {}, "No space left on device; the alternate signal stack of a thread is too small for them)");
   std::printf("AMX here: %s\n", rpsft::amx_refusal().empty() ? "yes" : rpsft::amx_refusal().c_str());
 }
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -33,7 +34,7 @@ def link(folder: Path) -> Path:
     objects = [(built / source).with_suffix(".o") for source in kept]
     if missing := [str(path) for path in objects if not path.is_file()]:
         raise RuntimeError(f"{', '.join(missing)}: not there; install the package from this folder: pip install -e .")
-    cxx = shlex.split(os.environ.get("CXX", "c++"))
+    cxx = shlex.split(os.environ.get("CXX", "")) or ["c++" if shutil.which("c++") else "g++"]
     common = [*cxx, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Icsrc", "-Icsrc/tests"]
     for each in sources["amx_emulator"]:
         objects.append(folder / f"{Path(each['source']).stem}.o")

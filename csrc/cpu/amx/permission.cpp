@@ -64,8 +64,10 @@ std::string refusal(const System& system) {
   if (!system.asks) return "the tile registers of AMX are asked for on Linux only";
   const int error = system.request();
   if (error == 0) return "";
-  return "Linux refused the tile registers of AMX (arch_prctl ARCH_REQ_XCOMP_PERM: " +
-         std::string(std::strerror(error)) + ")";
+  std::string words = std::strerror(error);
+  // Linux keeps a thread's tiles on its signal stack while a handler runs, and asks for the room before it grants any.
+  if (error == ENOSPC) words += "; the alternate signal stack of a thread is too small for them";
+  return "Linux refused the tile registers of AMX (arch_prctl ARCH_REQ_XCOMP_PERM: " + words + ")";
 }
 
 }  // namespace amx

@@ -1,7 +1,8 @@
 // AMX: tiles of bfloat16 pairs (tdpbf16ps). Vectors, and what has no such products, are AVX512-BF16's.
 //
-// Written where no processor with AMX was at hand: it was compiled, its machine code read, and the same templates run
-// with a model of the tile registers (csrc/tests/tile_model.hpp). It never ran on AMX.
+// Written where no processor with AMX was at hand: the same templates run with a model of the tile registers
+// (csrc/tests/tile_model.hpp), and what is compiled here with an emulator of the instructions (csrc/tests/amx_emulator).
+// It never ran on AMX.
 #include "cpu/amx/tile_unit.hpp"
 #include "cpu/amx/tiled_kernels.hpp"
 #include "cpu/isa/avx512_pairs.hpp"

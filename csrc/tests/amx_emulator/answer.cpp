@@ -1,5 +1,5 @@
-// Takes the place of csrc/cpu/amx/answer.cpp where tests are linked: tiles may always be used. Where the processor and
-// the system have none, they are emulated.
+// Takes the place of csrc/cpu/amx/answer.cpp where tests are linked: tiles that the processor lacks are emulated.
+// Where it has them, the answer is its own: some of the instructions would run there instead of being caught.
 #include "amx_emulator/trap.hpp"
 #include "cpu/amx/permission.hpp"
 
@@ -7,7 +7,9 @@ namespace rpsft {
 
 const std::string& amx_refusal() {
   static const std::string answer = [] {
-    if (!amx::refusal(amx::this_system()).empty()) emulator::install();
+    const amx::System here = amx::this_system();
+    if (here.tiles) return amx::refusal(here);
+    emulator::install();
     return std::string();
   }();
   return answer;
