@@ -107,10 +107,12 @@ def subspace_bytes(shard: Extent, rank: int, element_bytes: int = _BFLOAT16_BYTE
 
 
 def kept_bytes(shard: Extent, rank: int, keep_base: bool, base_bytes: int = _BFLOAT16_BYTES) -> int:
-    """Bytes of W0 (``base_bytes`` an element) or of the float32 block that a shard's anchor keeps."""
+    """Bytes of W0 (``base_bytes`` an element) or of the block that a shard's anchor keeps: in float32, or in float64
+    for weights of 8 bytes an element.
+    """
     if keep_base or is_full(shard.shape, rank):
         return shard.numel * base_bytes
-    return drift_bytes(rank) if shard.numel else 0
+    return drift_bytes(rank) * (2 if base_bytes == 8 else 1) if shard.numel else 0
 
 
 def anchor_bytes(

@@ -61,6 +61,23 @@ def test_what_is_anchored_and_what_is_not() -> None:
     assert rk.Anchors.memory(model, RANK, basis_dtype=torch.float32).per_rank == (own.nbytes,)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_counts_blocks_and_starts(dtype: torch.dtype, dora: bool) -> None:
+    for at, started in (("base", False), ("now", False), ("now", True)):
+        model = adapt(llama(), use_dora=dora, init_lora_weights=not started).to(dtype)
+        options: dict[str, Any] = {"basis_dtype": dtype, "at": at}
+        planned = rk.Anchors.memory(model, RANK, **options)
+        anchors = anchors_of(model, **options)
+        assert planned.per_rank == (anchors.nbytes,) and not planned.at_most
+        assert {anchor.form for anchor in anchors.values()} == {"block", "full"}
+        bound = rk.Anchors.memory(model.to("meta"), RANK, **options)
+        assert bound.at_most == (dora or at == "now")
+        assert bound.per_rank == planned.per_rank or (at == "now" and not started)
+        assert bound.per_rank >= planned.per_rank
+    assert "at: got 'then'" in refused(lambda: rk.Anchors.memory(model, RANK, at="then"))  # type: ignore[arg-type]
+
+
 def test_adapters_of_a_model_without_a_wrapper_around_it() -> None:
     model = adapt(llama())
     bare = model.base_model.model

@@ -9,7 +9,7 @@ from torch import nn
 from ..distributed import LocalWeight, ParameterRef, find_parameters
 from ..low_rank import AdaptedLayer, AdaptedLayers, find_adapted
 from ..low_rank.start import AdapterStart
-from ..low_rank.started import MOMENTS, At, start_layer, take_starts
+from ..low_rank.started import MOMENTS, At, StartBytes, count_start_bytes, start_layer, take_starts
 from .anchor import Anchor
 
 STANDS_STILL = "frozen, and no adapter moves it"
@@ -45,10 +45,20 @@ def start_adapters(
     Raises:
         ValueError: ``at`` is no such moment; or as :func:`rpsft_kernels.low_rank.started.take_starts`.
     """
-    if at not in MOMENTS:
-        raise ValueError(f"at: got {at!r}, expected 'base' or 'now'")
+    _check_moment(at)
     starts = {name: take_starts(model, layer, at) for name, layer in layers.items()}
     return starts, {name: start_layer(layer, starts[name]) for name, layer in layers.items()}
+
+
+def count_starts(model: nn.Module, layers: Mapping[str, AdaptedLayer], at: At) -> dict[str, StartBytes]:
+    """Return the bytes of what :func:`start_adapters` returns for each layer, with the same errors."""
+    _check_moment(at)
+    return {name: count_start_bytes(model, layer, at) for name, layer in layers.items()}
+
+
+def _check_moment(at: object) -> None:
+    if at not in MOMENTS:
+        raise ValueError(f"at: got {at!r}, expected 'base' or 'now'")
 
 
 def pretrained_of(name: str, parameters: Mapping[str, ParameterRef], found: AdaptedLayers | None) -> LocalWeight:

@@ -18,7 +18,7 @@ from ..checks import dtype_name
 from ..distributed import LocalWeight, ParameterRef, assign_shards, find_parameters
 from ..distributed.partition import Layout
 from ..low_rank.started import At
-from .adapted import locate_pretrained, start_adapters
+from .adapted import count_starts, locate_pretrained, start_adapters
 from .anchor import Anchor
 from .build import build_anchors
 from .file_format import Contents, write_anchors
@@ -226,6 +226,7 @@ class Anchors(Mapping[str, Anchor]):
         basis_dtype: torch.dtype = torch.bfloat16,
         ranks: int | None = None,
         layout: Layout = "shard0",
+        at: At = "base",
     ) -> AnchorMemory:
         """Count the bytes of the anchors that :meth:`from_model` would make, before anything is allocated.
 
@@ -235,6 +236,7 @@ class Anchors(Mapping[str, Anchor]):
             ranks: How many ranks to plan for; None takes the model as it lies now, for this rank alone.
             layout: The planned layout: ``"shard0"`` (FSDP2: rows), ``"replicated"`` (DDP, ZeRO-1/2) or ``"flat"``
                 (FSDP1, ZeRO-3).
+            at: As for :meth:`from_model`.
 
         A base is counted in bfloat16 for bfloat16 weights, else in the weights' own dtype, though it is kept in
         bfloat16 where that turns out to be exact. For a share of energy it counts the most bytes that any weights of
@@ -246,7 +248,14 @@ class Anchors(Mapping[str, Anchor]):
         options = AnchorOptions(rank, keep_base is not False, basis_dtype)
         selection = select_weights(model, include, exclude)
         without_base = selection.adapted if keep_base is None else frozenset()
-        return anchor_memory(selection.chosen, options, world_size=ranks, layout=layout, without_base=without_base)
+        return anchor_memory(
+            selection.chosen,
+            options,
+            world_size=ranks,
+            layout=layout,
+            without_base=without_base,
+            starts=count_starts(model, selection.adapted, at),
+        )
 
     def verify(self, model: nn.Module) -> None:
         """Check that ``model`` holds the very weights that were anchored, bit for bit.

@@ -9,6 +9,7 @@ from ..checks import check_basis_dtype
 from ..costs import is_full, kept_bytes, subspace_bytes
 from ..distributed import LocalWeight, assign_shards
 from ..distributed.partition import Layout, plan_shards
+from ..low_rank.started import StartBytes
 from .make import AnchorOptions
 
 
@@ -19,8 +20,9 @@ class AnchorMemory:
     Attributes:
         per_rank: All pieces, one number for each rank.
         subspaces: The bytes of U and V among them.
-        kept: The others: W0, or the blocks.
-        at_most: Whether the anchors may turn out smaller: for a share of energy, whose ranks are not known yet.
+        kept: The others: W0, or the blocks, and what adapters were at their start.
+        at_most: Whether the anchors may turn out smaller: for a share of energy, whose ranks are not known yet, and
+            for adapters on the meta device, which may have no start.
     """
 
     subspaces: tuple[int, ...]
@@ -46,10 +48,12 @@ def anchor_memory(
     world_size: int | None,
     layout: Layout,
     without_base: Collection[str] = (),
+    starts: Mapping[str, StartBytes] | None = None,
 ) -> AnchorMemory:
     """Count the bytes of the anchors of ``weights`` as they lie (this rank alone), or as over ``world_size`` ranks.
 
-    Those of the weights named ``without_base`` have the block form, whatever ``options.keep_base``.
+    Those of the weights named ``without_base`` have the block form, whatever ``options.keep_base``. Each rank keeps all
+    of the ``starts`` of a weight's adapters.
     """
     for weight in weights.values():
         check_basis_dtype(options.basis_dtype, weight.dtype, "basis_dtype")
@@ -67,7 +71,10 @@ def anchor_memory(
             subspaces[i] += max(subspace_bytes(shard, rank, options.basis_dtype.itemsize) for rank in anchor_ranks)
             keep_base = options.keep_base and name not in without_base
             kept[i] += max(kept_bytes(shard, rank, keep_base, weight.dtype.itemsize) for rank in anchor_ranks)
-    return AnchorMemory(tuple(subspaces), tuple(kept), at_most=options.share is not None)
+    counted = (starts or {}).values()
+    kept = [own + sum(start.nbytes for start in counted) for own in kept]
+    at_most = options.share is not None or any(start.at_most for start in counted)
+    return AnchorMemory(tuple(subspaces), tuple(kept), at_most)
 
 
 def _dearest_ranks(shape: tuple[int, int], planned: int, options: AnchorOptions) -> list[int]:

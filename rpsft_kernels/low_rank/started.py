@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,31 @@ def take_starts(model: nn.Module, layer: AdaptedLayer, at: At) -> dict[str, Adap
         if start.pieces():
             starts[adapter.name] = start
     return starts
+
+
+class StartBytes(NamedTuple):
+    """The bytes of what :func:`take_starts` returns for a layer; ``at_most`` where its values are not known."""
+
+    nbytes: int
+    at_most: bool
+
+
+def count_start_bytes(model: nn.Module, layer: AdaptedLayer, at: At) -> StartBytes:
+    """Count the bytes of the starts of a layer's adapters, which may be on the meta device.
+
+    Raises:
+        ValueError: as :func:`take_starts`.
+    """
+    if all(factor.weight.device.type != "meta" for factor in layer.factors):
+        return StartBytes(sum(start.nbytes for start in take_starts(model, layer, at).values()), False)
+    count = 0
+    for adapter in layer.adapters:
+        up, down = adapter.up.weight, adapter.down.weight
+        if at == "now":
+            count += sum(math.prod(weight.shape) * weight.dtype.itemsize for weight in (up, down))
+        if adapter.magnitude is not None:
+            count += layer.out_features * _scale_dtype(up.dtype).itemsize
+    return StartBytes(count, count > 0)
 
 
 def _take_start(model: nn.Module, layer: AdaptedLayer, adapter: Adapter, at: At) -> AdapterStart:
@@ -98,8 +124,11 @@ def _is_sharded(adapter: Adapter) -> bool:
 
 def _scale_of(layer: AdaptedLayer, adapter: Adapter) -> Tensor:
     weight = scaled_weight(layer.base, layer.transposed, adapter)
-    dtype = torch.float64 if weight.up.dtype == torch.float64 else torch.float32
-    return scale_rows(weight, square_rows(weight.base, dtype))
+    return scale_rows(weight, square_rows(weight.base, _scale_dtype(weight.up.dtype)))
+
+
+def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def scaled_weight(base: LocalWeight, transposed: bool, adapter: Adapter) -> ScaledWeight:
