@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,7 @@ from exchange_ranks import (
     one_stays_away,
     refuse,
     refuse_in_a_list,
+    refuse_without_a_model,
     two_groups,
 )
 from ranks import Keeper, run_ranks
@@ -149,6 +151,16 @@ def test_where_one_rank_refuses_a_list_all_do() -> None:
     check_refused([results[ODD][0]], "anchors: got 2 for 3 weights")
     check_refused([results[0][0], results[2][0]], f"rank {ODD} refused this call")
     check_served([result[1] for result in results])
+
+
+def test_where_one_rank_has_no_model_all_refuse(tmp_path: Path) -> None:
+    """Its anchors know whom to tell. Alone with such a call it raises its own error all the same."""
+    other, (*odd, alone) = run_ranks(2, refuse_without_a_model, str(tmp_path / "anchors"), timeout=5)
+    check_refused(odd[::2], "got NoneType, expected a t")
+    check_refused(other[::2], f"rank {ODD}")
+    for outcome in (*odd[1::2], *other[1::2]):
+        assert not outcome.kind, outcome
+    check_refused([alone], "weights: got NoneType, expected a tensor")
 
 
 @pytest.mark.parametrize("problem", ["refuses", "disagrees"])

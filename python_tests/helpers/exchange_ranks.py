@@ -361,6 +361,30 @@ def refuse_in_a_list() -> list[Outcome]:
     return [attempt(accumulate, weights, given), attempt(accumulate, weights, anchors)]
 
 
+def refuse_without_a_model(path: str) -> list[Outcome]:
+    """The odd rank has None in the place of the model, with anchors that were made, loaded or moved in its groups; each
+    call comes with a right one after it. In the end it alone makes such a call.
+    """
+
+    def verify(model: Any, anchors: rk.Anchors) -> Tensor:
+        anchors.verify(model)
+        return torch.ones(())
+
+    outcomes = []
+    me, none = dist.get_rank(), nn.Module()
+    for wrapper in ("fsdp2", "ddp"):
+        model = wrapped(wrapper, layers())
+        made = rk.Anchors.from_model(model, RANK, progress=False)
+        made.save(path + wrapper)
+        loaded, moved = rk.Anchors.load(path + wrapper, model, verify=False), made.to("cpu")
+        for call, anchors in ((verify, made), (penalty, made), (accumulate, made), (penalty, loaded), (penalty, moved)):
+            for given in (None if me == ODD else model, model):
+                outcomes.append(attempt(lambda _, each=call, m=given, a=anchors: each(m, a), none))
+    if me == ODD:
+        outcomes.append(attempt(lambda _: accumulate(None, made), none))
+    return outcomes
+
+
 def missed_calls() -> Outcome:
     """The odd rank has missed two calls that the others lost, and is not said to be absent from the next that fails."""
     model, anchors = ready("fsdp2"), whole_anchors()

@@ -31,7 +31,7 @@ from .save import save_sharded
 from .select import Patterns, select_weights
 from .summary import describe_control, table
 from .ties import check_ties, find_broken_ties
-from .together import Refusals, find_groups, refuse_together
+from .together import Refusals, find_groups, recall_groups, refuse_together, remember_groups
 from .verify import Comparison
 
 
@@ -151,11 +151,13 @@ class Anchors(Mapping[str, Anchor]):
                 anchor = dataclasses.replace(anchor, starts=starts[name])
             built[name] = anchor, fingerprint
         # Anchors come in the model's order, in whatever order they were built.
-        return cls(
+        made = cls(
             {name: built[name][0] for name in weights},
             fingerprints={name: built[name][1] for name in weights},
             skipped=selection.skipped,
         )
+        remember_groups(made, groups)
+        return made
 
     @classmethod
     def load(
@@ -196,6 +198,7 @@ class Anchors(Mapping[str, Anchor]):
                 raise ValueError(f"{os.fspath(path)}: {error}") from error
             if model is None or not verify:
                 anchors._check_blocks(path)
+        remember_groups(anchors, groups)
         return anchors if model is None or not verify else anchors.rebuilt(model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -266,7 +269,9 @@ class Anchors(Mapping[str, Anchor]):
                 every parameter that was tied to an anchored one and is not now, or the other way round. What one
                 of several ranks finds, all of them raise.
         """
-        groups, refusals = find_groups(model), Refusals("the weights were not verified")
+        # Without a model every rank that knows these anchors' groups refuses, and those who wait there are told.
+        groups = find_groups(model) if isinstance(model, nn.Module) else recall_groups(self)
+        refusals = Refusals("the weights were not verified")
         with refusals.keep():
             comparison = Comparison(self._anchors, self._fingerprints, _locate_anchored(self._anchors, model))
             ties = find_broken_ties(self._anchors, self._skipped, find_parameters(model))
@@ -364,7 +369,9 @@ class Anchors(Mapping[str, Anchor]):
                 )
 
     def _with(self, anchors: Mapping[str, Anchor]) -> Anchors:
-        return Anchors(anchors, fingerprints=self._fingerprints, skipped=self._skipped)
+        changed = Anchors(anchors, fingerprints=self._fingerprints, skipped=self._skipped)
+        remember_groups(changed, recall_groups(self))
+        return changed
 
 
 def check_ties_of(anchors: Mapping[str, Anchor], parameters: Mapping[str, ParameterRef]) -> None:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import nn
 
-from ..checks import DTYPES
 from ..distributed import find_parameters, gather_objects, remember_device
+
+# By sets of anchors: a rank that is given no model cannot find the ranks that wait for it there.
+_groups_of_anchors: weakref.WeakKeyDictionary[object, dict[str, dist.ProcessGroup]] = weakref.WeakKeyDictionary()
+
+
+def remember_groups(anchors: object, groups: dict[str, dist.ProcessGroup]) -> None:
+    """Remember the groups of the model that a set of anchors was made of or loaded with."""
+    if groups:
+        _groups_of_anchors[anchors] = groups
+
+
+def recall_groups(anchors: object) -> dict[str, dist.ProcessGroup]:
+    """Return the groups that :func:`remember_groups` was given for these very anchors; none if it was not."""
+    # Whatever stands in the place of anchors may have no hash.
+    return dict(next((groups for known, groups in _groups_of_anchors.items() if known is anchors), {}))
 
 
 def find_groups(model: nn.Module) -> dict[str, dist.ProcessGroup]:
@@ -17,7 +32,7 @@ def find_groups(model: nn.Module) -> dict[str, dist.ProcessGroup]:
     groups: dict[str, dist.ProcessGroup] = {}
     for name, reference in find_parameters(model).items():
         try:
-            if len(reference.shape) != 2 or reference.parameter.dtype not in DTYPES:
+            if len(reference.shape) != 2 or not reference.dtype.is_floating_point:
                 continue
             weight = reference.locate(name)
         except (RuntimeError, ValueError):

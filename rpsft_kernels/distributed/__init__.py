@@ -8,7 +8,7 @@ from .shard import Rect, Shard
 from .snapshot import ModuleSnapshot
 from .transfer import Transfer
 from .weight import LocalWeight, ReplicatedWeight
-from .wire import gather_objects, remember_device
+from .wire import gather_objects, remember_device, remembered_device
 
 __all__ = [
     "FAILED",
@@ -28,4 +28,5 @@ __all__ = [
     "locate_tensor",
     "named_owners",
     "remember_device",
+    "remembered_device",
 ]

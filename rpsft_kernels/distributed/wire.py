@@ -50,6 +50,11 @@ def remember_device(group: dist.ProcessGroup, device: torch.device) -> None:
     _devices[group.group_name] = device
 
 
+def remembered_device(group: dist.ProcessGroup) -> torch.device:
+    """Return the device of a group's weights, as far as it was remembered; else the CPU."""
+    return _devices.get(group.group_name, torch.device("cpu"))
+
+
 def gather_objects(value: object, group: dist.ProcessGroup) -> list[Any]:
     """Return every rank's ``value``, which is pickled.
 

@@ -347,7 +347,7 @@ def open_call(
         groups = recalled[1]
     else:
         parameters = find_parameters(weights) if isinstance(weights, nn.Module) else None
-        groups = groups_of(weights, parameters)
+        groups = groups_of(weights, parameters, anchors)
     group_calls = {group.process_group.group_name: GroupCall(*group) for group in groups}
     failure: Exception | None = None
     call: CallT | None = None
@@ -389,6 +389,7 @@ def _propagate_refusals(call: Call | None, group_calls: dict[str, GroupCall], fa
     A rank of several groups carries the refusal of one group into the others, which learn of it in the second round at
     the latest.
     """
+    lost: RuntimeError | None = None
     for _ in range(min(2, len(group_calls))):
         for group_call in group_calls.values():
             try:
@@ -398,9 +399,16 @@ def _propagate_refusals(call: Call | None, group_calls: dict[str, GroupCall], fa
                     call.agree(group_call)
             except ValueError as error:
                 failure = failure or error
+            except RuntimeError as error:
+                # Nobody came whom this rank could have told. What it refuses says more than that.
+                if failure is None:
+                    raise
+                lost = error
     if failure is not None:
         try:
+            if lost is not None:
+                raise failure from lost
             raise failure
         finally:
-            # Without this the exception would keep itself alive through this frame.
-            failure = None
+            # Without this the exceptions would keep themselves alive through this frame.
+            failure = lost = None

@@ -21,7 +21,8 @@ from .. import ops
 from ..anchors.anchor import Anchor
 from ..anchors.collection import Anchors
 from ..anchors.fingerprint import Fingerprint
-from ..distributed import LocalWeight, ModuleSnapshot, ParameterRef, locate_tensor
+from ..anchors.together import recall_groups
+from ..distributed import LocalWeight, ModuleSnapshot, ParameterRef, locate_tensor, remembered_device
 from ..distributed.dtensor import is_dtensor
 from ..low_rank import Factor
 from ..private_names import is_traced
@@ -303,14 +304,17 @@ def prepare_beside(
     return prepare(weights, adapted.plan.dense, parameters, groups)._replace(adapted=adapted)
 
 
-def groups_of(weights: object, parameters: Mapping[str, ParameterRef] | None) -> list[Group]:
+def groups_of(weights: object, parameters: Mapping[str, ParameterRef] | None, anchors: object) -> list[Group]:
     """Return every process group that holds shards of the weights, in the same order on every rank.
 
-    The groups of weights without anchors are among them: a rank that raises must still answer where others wait.
+    The groups of weights without anchors are among them: a rank that raises must still answer where others wait. Where
+    there are no weights at all (None in place of a module) it answers in the groups that the anchors were made in.
     """
     groups: dict[str, Group] = {}
     if not (dist.is_available() and dist.is_initialized()):
         return []
+    if not isinstance(weights, (nn.Module, Tensor, Sequence)):
+        return [Group(group, remembered_device(group)) for group in recall_groups(anchors).values()]
     # Weights that are placed alike on one mesh have one group.
     seen: set[Any] = set()
     for name, tensor, locate in _locators(weights, parameters):
