@@ -110,6 +110,7 @@ def _list_faults(variant: Variant, kernel: Any, architecture: str) -> Iterator[s
         file.flush()
         code = read_cubin(Path(file.name))
     entry = {
+        "kernel": variant.kernel,
         "arch": generation.arch,
         "registers": code.registers,
         "spilled": code.stack + code.local,

@@ -201,6 +201,7 @@ def test_what_is_wrong_is_named(change: Change, finding: str, kernels: Path, tmp
 
 def test_residents_must_fit_together() -> None:
     good: dict[str, Any] = {
+        "kernel": "project",
         "arch": "sm_90a",
         "registers": 128,
         "spilled": 0,
@@ -278,8 +279,27 @@ def test_what_a_gpu_has_not_is_left_out(
     assert any(re.search(r"^0{20} \(project.*is left out, but nothing asks for it", found) for found in findings)
 
 
+def test_warps_that_would_wait_for_registers_for_ever_are_left_out() -> None:
+    good: dict[str, Any] = {
+        "kernel": "hopper_pull",
+        "arch": "sm_90a",
+        "registers": 168,
+        "spilled": 0,
+        "maximal_registers": 168,
+        "threads": 384,
+        "blocks_per_sm": 1,
+        "shared": 0,
+    }
+    assert list(check_limits(good)) == []
+    assert list(check_limits(good | {"registers": 160})) == [
+        "hangs: 384 threads with 160 registers each start with 61440, and its warps wait until they have 64512"
+    ]
+    assert list(check_limits(good | {"kernel": "pull", "registers": 160})) == []
+
+
 def test_code_that_breaks_the_rules_of_its_registers_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     good: dict[str, Any] = {
+        "kernel": "project",
         "arch": "sm_90a",
         "registers": 128,
         "spilled": 0,

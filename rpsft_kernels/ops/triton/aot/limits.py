@@ -8,14 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .targets import BY_ARCH
+from ..machine_code.division import CONSUMER_REGISTERS, PRODUCER_REGISTERS
+from ..variants import SPECIALISED
+from .targets import BY_ARCH, WARP_SIZE
+
+# Warps hand registers over by groups of so many.
+_GROUP = 4 * WARP_SIZE
 
 
 def check_limits(entry: Mapping[str, Any], reserved: int = 1 << 10) -> Iterator[str]:
     """Yield the limits of its GPU that a kernel's entry in a manifest exceeds, in words; none for a good kernel.
 
     Args:
-        entry: ``arch``, ``registers``, ``spilled``, ``maximal_registers``, ``threads``, ``blocks_per_sm``, ``shared``.
+        entry: ``kernel``, ``arch``, ``registers``, ``spilled``, ``maximal_registers``, ``threads``, ``blocks_per_sm``,
+            ``shared``.
         reserved: bytes of shared memory that each block costs a multiprocessor besides its own.
     """
     gpu = BY_ARCH[entry["arch"]]
@@ -31,6 +37,12 @@ def check_limits(entry: Mapping[str, Any], reserved: int = 1 << 10) -> Iterator[
         return
     if registers > entry["maximal_registers"]:
         yield f"{registers} registers a thread, more than the {entry['maximal_registers']} that it was allowed"
+    taken = _GROUP * (2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS)
+    if entry["kernel"] in SPECIALISED and registers * threads < taken:
+        yield (
+            f"hangs: {threads} threads with {registers} registers each start with {registers * threads}, and its "
+            f"warps wait until they have {taken}"
+        )
     # Warps get registers in steps of 8 a thread.
     held = -(-registers // 8) * 8 * threads * blocks
     if held > gpu.sm_registers:
