@@ -167,6 +167,28 @@ def test_a_loop_that_does_not_clip_is_refused_at_its_first_step() -> None:
     assert loop.optimizer.optimizer.steps == []
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_another_model_beside_is_left_alone(first: bool) -> None:
+    own = penalty()
+    accelerator = accelerate.Accelerator(cpu=True)
+    bare, other = llama(), llama()
+    recorders = [Recorder(bare), Recorder(other)]
+    model, optimizer, beside, optimizer_beside = accelerator.prepare(bare, recorders[0], other, recorders[1])
+    attach(accelerator, own, model)
+    pairs = [(model, optimizer), (beside, optimizer_beside)]
+    for batch in DataLoader(batches_of(3, VOCABULARY), batch_size=1):  # type: ignore[arg-type]
+        for each, steps in pairs if first else reversed(pairs):
+            steps.optimizer.batches.append(batch)
+            accelerator.backward(each(**batch).loss)
+            accelerator.clip_grad_norm_(parameters=each.parameters(), max_norm=CLIP)
+            steps.step()
+            steps.zero_grad()
+    assert own.anchors is not None and own.step == 3
+    for recorder, coeff in zip(recorders, (COEFF, 0.0), strict=True):
+        tasks = [repeat_in_float64(llama(), step) for step in recorder.steps]
+        assert worst(llama(), recorder.steps, tasks, own.anchors, coeff, CLIP) < 3e-6
+
+
 def test_clipping_twice_in_a_step_adds_once() -> None:
     own = penalty()
     loop = Loop(own)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +281,29 @@ def test_a_run_that_is_resumed_has_the_same_bits(options: dict[str, Any], tmp_pa
         torch.save(checkpoint, path)
         other = dict(run(penalty(**options), resume=path).named_parameters())
         assert any(not torch.equal(other[name], wanted[name]) for name in wanted)
+
+
+def test_a_second_training_that_is_not_resumed_goes_on_with_a_warning(tmp_path: Path) -> None:
+    module, own = Module(), penalty()
+    fit(module, tmp_path, own, size=4)
+    with pytest.warns(UserWarning, match="its rotation penalty has counted 1 steps"):
+        fit(module, tmp_path, own, size=4)
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_processes_that_fit_makes(anchored: bool, tmp_path: Path) -> None:
+    """The penalty of the process that calls fit is sent to them, and stays as it is."""
+    own, module = penalty(), Module()
+    if anchored:
+        own.anchor(module)
+    callback = pickle.loads(pickle.dumps(RotationPenaltyCallback(own)))
+    # As if this process were one of them.
+    callback._process += 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, tmp_path, None, size=4, callbacks=[callback])
+    assert any("expected penalty.anchor(module) before fit" in str(w.message) for w in caught) != anchored
+    assert (callback.penalty.step, own.step) == (1, 0)
 
 
 def test_strategies_that_keep_gradients_to_themselves_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +396,38 @@ def test_a_second_training_that_is_not_resumed_goes_on_with_a_warning(tmp_path: 
     made.train()
     with pytest.warns(UserWarning, match="its rotation penalty has counted 1 steps"):
         made.train()
+
+
+@pytest.mark.parametrize("way", ["penalised", "callback"])
+def test_a_model_that_is_made_anew_is_the_one_that_was_anchored(way: str, tmp_path: Path) -> None:
+    made: list[Any] = []
+
+    def init(by: float) -> Any:
+        found = model()
+        with torch.no_grad():
+            found.model.layers[0].mlp.down_proj.weight.add_(by * len(made))
+        made.append(None)
+        return found
+
+    for by in (0.0, 0.1):
+        own = penalty()
+        arguments: dict[str, Any] = {
+            "model_init": partial(init, by),
+            "args": TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no"),
+            "train_dataset": batches_of(8, VOCABULARY),
+        }
+        if way == "callback":
+            anew = Trainer(**arguments, callbacks=[RotationPenaltyCallback(own)])
+        else:
+            anew = penalised(Trainer)(**arguments, rotation=own)
+        callback = next(c for c in anew.callback_handler.callbacks if isinstance(c, RotationPenaltyCallback))
+        assert pickle.loads(pickle.dumps(callback)).penalty.state_dict() == own.state_dict()
+        if by:
+            with pytest.raises(ValueError, match=r"model_init: got other weights(.|\n)*layers.0.mlp.down_proj"):
+                anew.train()
+        else:
+            anew.train()
+        assert own.step == (0 if by else 1)
 
 
 def test_penalised_takes_trainers() -> None:

@@ -6,7 +6,7 @@ steps without that call is refused at its first step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -117,10 +117,24 @@ class _Loop:
             backward(loss, **options)
 
         accelerator.backward = note_and_backward
-        accelerator.clip_grad_norm_ = _precede(accelerator.clip_grad_norm_, self._add)
-        accelerator.clip_grad_value_ = _precede(accelerator.clip_grad_value_, self._add)
+        accelerator.clip_grad_norm_ = self._before(accelerator.clip_grad_norm_)
+        accelerator.clip_grad_value_ = self._before(accelerator.clip_grad_value_)
         for optimizer in prepared_optimizers(accelerator):
             optimizer.step = self._between(optimizer)
+
+    def _before(self, clip: Callable[..., Any]) -> Callable[..., Any]:
+        def add_and_clip(parameters: Tensor | Iterable[Tensor], *args: Any, **options: Any) -> Any:
+            # An iterator can be read once.
+            listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+            # Another model's gradients may be clipped first: this one's are cleared before its own backward pass.
+            if self._holds_any(listed):
+                self._add()
+            return clip(listed, *args, **options)
+
+        return add_and_clip
+
+    def _holds_any(self, parameters: Iterable[Tensor]) -> bool:
+        return not {id(p) for p in self._model.parameters()}.isdisjoint(map(id, parameters))
 
     def _add(self) -> None:
         # A second call within a step, for other parameters, clips what has the penalty.
@@ -132,7 +146,7 @@ class _Loop:
         step = optimizer.step
 
         def refuse_or_step(*args: Any, **options: Any) -> Any:
-            self._refuse_if_due()
+            self._refuse_if_due(optimizer)
             result = step(*args, **options)
             if self._accelerator.sync_gradients and self._unstepped:
                 # Of several optimizers the first tells.
@@ -143,18 +157,11 @@ class _Loop:
 
         return refuse_or_step
 
-    def _refuse_if_due(self) -> None:
-        if self._accelerator.sync_gradients and self._due:
+    def _refuse_if_due(self, optimizer: Any) -> None:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        if self._accelerator.sync_gradients and self._due and self._holds_any(parameters):
             raise ValueError(
                 "accelerator.clip_grad_norm_: got no call between the last backward pass and optimizer.step(), "
                 "expected one: the penalty is added there. Clip with it (max_norm=float('inf') clips nothing), or call "
                 "penalty.add_gradients_(model) and do not attach"
             )
-
-
-def _precede(method: Callable[..., Any], first: Callable[[], None]) -> Callable[..., Any]:
-    def call_after(*args: Any, **options: Any) -> Any:
-        first()
-        return method(*args, **options)
-
-    return call_after

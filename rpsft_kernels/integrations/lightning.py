@@ -8,12 +8,14 @@ Hooks of the optimizer run earlier, before the ``zero_grad`` of Lightning's clos
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
 from ..private_names.torch_names import unscales_within_step
-from .checks import check_penalty
+from .checks import check_penalty, warn_of_second_training
 from .rates import read_rates
 from .replicas import check_replicas
 
@@ -55,6 +57,8 @@ class RotationPenaltyCallback(Callback):
         self._rates: float | dict[int, float] | None = None
         # GradScaler's, with which the penalty was added since; None where it was not, and without a scaler.
         self._scale: float | None = None
+        # Where the callback was made: what other processes train, they keep to themselves.
+        self._process = os.getpid()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -64,6 +68,13 @@ class RotationPenaltyCallback(Callback):
             raise ValueError(
                 f"strategy: got {type(strategy).__name__}, expected one device, DDP or ModelParallelStrategy (FSDP2): "
                 "what others do with gradients between the backward pass and the step is their own"
+            )
+        if os.getpid() != self._process and self.penalty.anchors is None and trainer.is_global_zero:
+            warnings.warn(
+                "strategy: got one that trains in processes which fit makes (ddp_spawn, ddp_fork, ddp_notebook), and a "
+                "penalty without anchors, expected penalty.anchor(module) before fit: the anchors end with those "
+                "processes, so that a further fit would anchor the trained module, and R begin at 0 again",
+                stacklevel=2,
             )
         # Lightning may load a checkpoint next, and tells nobody before it does.
         if not (strategy.restore_checkpoint_after_setup or is_overridden("configure_model", pl_module)):
@@ -83,6 +94,8 @@ class RotationPenaltyCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step, self._rates, self._scale = self.penalty.step, None, None
+        if self.penalty.step and trainer.global_step == 0:
+            warn_of_second_training(self.penalty)
         if self.penalty.mode != "gradient":
 
             def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import cache
 from types import FrameType
@@ -23,7 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from ..training import attach as attach_to_optimizer
 from .arguments import RotationArguments as RotationArguments
 from .arguments import from_arguments as from_arguments
-from .checks import check_penalty
+from .checks import check_penalty, warn_of_second_training
 from .deepspeed import check_mode, penalise_backward, replace
 from .replicas import check_replicas
 from .scaled import read_scale, was_skipped
@@ -67,6 +68,8 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         self.trainer_adds = False
         self._unstepped = False
         self._hook: RemovableHandle | None = None
+        # Of the trainer's constructor, whose weights are W0.
+        self._anchored: weakref.ref[nn.Module] | None = None
 
     @property
     def _own(self) -> RotationPenalty:
@@ -84,7 +87,7 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         self._check(args, model)
         # Before a checkpoint is loaded into it.
         if not _is_sharded_later(args):
-            self._own.anchor(model)
+            self.anchor(model)
 
     def on_train_begin(
         self,
@@ -102,11 +105,9 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         if state.global_step:
             self._resume(state)
         elif self._own.step:
-            warnings.warn(
-                f"a training begins, and its rotation penalty has counted {self._own.step} steps: its warm-up and "
-                "schedule, or a budget's coefficient, go on from there. A run of its own needs a new RotationPenalty",
-                stacklevel=2,
-            )
+            warn_of_second_training(self._own)
+        else:
+            self._check_same(model)
         self._own.anchor(model)
         check_replicas(self._own)
         if self._own.mode != "gradient" and not _steps_within_backward(args):
@@ -117,6 +118,29 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         _check_arguments(args, self._own)
         if not self.trainer_adds:
             _check_reach(args, model, self._own)
+
+    def anchor(self, model: nn.Module) -> None:
+        """Anchor the penalty when a trainer is made, by its model unless there are anchors."""
+        taken = self._own.anchors is None
+        self._own.anchor(model)
+        if taken:
+            self._anchored = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hook": None, "_anchored": None}
+
+    def _check_same(self, model: nn.Module) -> None:
+        """Raise a ValueError if training begins with a model of other weights than the trainer was made with."""
+        made = self._anchored
+        if made is None or made() is model or self._own.anchors is None:
+            return
+        try:
+            self._own.anchors.verify(model)
+        except ValueError as error:
+            raise ValueError(
+                "model_init: got other weights when training begins than when the trainer was made, expected the same: "
+                f"R would not begin at 0. Load the pretrained weights in it, and seed what is random: {error}"
+            ) from error
 
     def _resume(self, state: TrainerState) -> None:
         penalty = self._own
@@ -225,11 +249,13 @@ class RotationPenaltyMixin:
         _check_arguments(trainer.args, penalty)
         # Wrapping shards weights, or makes those of all ranks equal: anchors are made after it. DeepSpeed loads
         # checkpoints behind the trainer's back, so that they come first there.
-        if trainer.is_deepspeed_enabled or (trainer.args.world_size == 1 and not trainer.is_fsdp_enabled):
-            penalty.anchor(trainer.model)
-        self.rotation = penalty
         callback = RotationPenaltyCallback(penalty)
         callback.trainer_adds = True
+        if trainer.is_deepspeed_enabled:
+            penalty.anchor(trainer.model)
+        elif trainer.args.world_size == 1 and not trainer.is_fsdp_enabled:
+            callback.anchor(trainer.model)
+        self.rotation = penalty
         # Before those that report.
         trainer.callback_handler.callbacks.insert(0, callback)
 
