@@ -19,16 +19,20 @@ from typing import Any
 import pytest
 import torch
 
+import alone
 import filling
 import parts
 import prepare
 import run
 import sanitize
 import sanitized
+from alone import Impatient
 from filling import Case, findings, make_inputs
 from parts import Counts, Outcome, Part, run_part, run_parts
+from rpsft_kernels.ops.selftest.cases import quick_cases
 from rpsft_kernels.ops.triton import toolchain
 from rpsft_kernels.ops.triton.aot.targets import BY_CAPABILITY
+from rpsft_kernels.ops.triton.waiting import PATIENCE
 
 HERE = Path(run.__file__).parent
 FINDS = "import sys, time, pathlib; here = pathlib.Path(sys.argv[1])\n"
@@ -168,7 +172,9 @@ def test_a_signal_ends_it_with_a_table(tmp_path: Path) -> None:
 
 def test_every_part_can_be_chosen_and_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     names = [each.name for each in run.parts()]
-    assert names[:5] == ["native module", "kernels", "machine", "quick self-test", "self-test"]
+    assert names[:6] == ["native module", "kernels", "machine", "quick self-test", "cases alone", "self-test"]
+    # The self-test names a kernel that hangs before its part ends it.
+    assert all(each.limit > PATIENCE + 30 for each in run.parts() if each.name.endswith("self-test"))
     assert len({name.replace(" ", "-") for name in names}) == len(names)
     for each in run.parts(cpu_tests=True):
         assert all((run.ROOT / word).exists() for word in each.command if word.endswith(".py"))
@@ -177,6 +183,45 @@ def test_every_part_can_be_chosen_and_is_there(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         run.main(["--only", "memchek"])
     assert "got 'memchek', expected one of 'native module', 'kernels'" in capsys.readouterr().err
+
+
+# Case 1 is wrong, 2 hangs, 4 ends its process and 6 does nothing for ever.
+CASES = """
+import os, sys, time
+for number in range(int(sys.argv[1]), int(sys.argv[2])):
+    print(f"case {number} of {sys.argv[2]}: number {number}", flush=True)
+    if number == 4:
+        os._exit(139)
+    if number == 6:
+        time.sleep(600)
+    print("  -> " + {1: "wrong", 2: "hangs"}.get(number, "ok"), flush=True)
+    if number == 2:
+        os._exit(1)
+"""
+
+
+def test_a_case_that_hangs_hides_no_other() -> None:
+    def survey(total: int, seconds: float) -> list[str]:
+        return alone.survey(lambda first: [sys.executable, "-c", CASES, str(first), str(total)], seconds)
+
+    wrong = ["1 of 6: number 1: wrong", "2 of 6: number 2: hangs"]
+    wrong.append("4 of 6: number 4: its process ended with status 139 in the middle of it")
+    assert survey(6, 60) == wrong
+    assert survey(1, 60) == []
+    assert survey(3, 60)[-1] == "2 of 3: number 2: hangs"
+    *first, ended, missed = survey(9, 4)
+    assert len(first) == 3 and ended.startswith("6 of 9: number 6: its process ended with status -9")
+    assert missed == "2 of 9 cases were not reached"
+    broken = [sys.executable, "-c", "raise SystemExit('no module named so')"]
+    assert alone.survey(lambda _: broken, 60) == ["no case began: no module named so"]
+
+
+def test_cases_alone_print_what_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """On plain PyTorch, in place of kernels of a GPU."""
+    cases = list(quick_cases((32,)))[:3]
+    alone.run_cases(cases, 1, Impatient("torch", torch.device("cpu"), bitwise=False))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"case 1 of 3: {cases[1]}", "  -> ok", f"case 2 of 3: {cases[2]}", "  -> ok"]
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

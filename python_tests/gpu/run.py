@@ -47,8 +47,10 @@ def parts(cpu_tests: bool = False) -> list[Part]:
         Part("native module", python(str(HERE / "prepare.py"), "native"), 240, alone=True),
         Part("kernels", python(str(HERE / "prepare.py"), "kernels"), 150, alone=True),
         Part("machine", (*package, "env"), 60, alone=True, quoted=True),
-        Part("quick self-test", (*package, "selftest", "--device", "cuda", "--quick"), 60, alone=True),
-        Part("self-test", (*package, "selftest", "--device", "cuda"), 120, alone=True),
+        # Longer than the self-test waits for a kernel that hangs: it names it.
+        Part("quick self-test", (*package, "selftest", "--device", "cuda", "--quick"), 100, alone=True),
+        Part("cases alone", python(str(HERE / "alone.py"), "120"), 140, alone=True),
+        Part("self-test", (*package, "selftest", "--device", "cuda"), 150, alone=True),
         pytest_part("tests of GPUs", 150, str(HERE), "-n", "3"),
         pytest_part("tests of every device", 150, "python_tests", f"--ignore={HERE}", "--device-tests=only", "-n", "8"),
         *map(sanitizer_part, ("memcheck", "initcheck", "racecheck")),
