@@ -23,7 +23,8 @@ VOCABULARY = 64
 
 def load(name: str | None) -> Any:
     if name is not None:
-        return AutoModelForCausalLM.from_pretrained(name)
+        # Weights in bfloat16, most checkpoints' own dtype, do not feel small steps.
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes))
