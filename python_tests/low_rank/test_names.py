@@ -193,6 +193,21 @@ def test_the_base_of_adapters_that_are_off() -> None:
     assert "q_proj.weight: got a " in refused(lambda: rk.rotation_penalty(model, plain))
 
 
+def test_a_weight_that_trains_from_a_later_step_on_counts() -> None:
+    plain = rk.Anchors.from_model(llama().double(), 8, progress=False, basis_dtype=torch.float64)
+    model = adapt(llama(), ["q_proj"])
+    assert rk.accumulate_rotation_grad_(model, plain, 1.0).item() == 0.0
+    weight = model.get_base_model().model.layers[0].mlp.up_proj.weight.requires_grad_()
+    # As the fused kernels of some optimizers write: autograd does not know of it.
+    weight.data.mul_(1.01)
+    anchor = plain["model.layers.0.mlp.up_proj.weight"]
+    assert anchor.left is not None and anchor.right is not None
+    drift = anchor.left.T @ (weight.detach() * (0.01 / 1.01)) @ anchor.right
+    penalty = rk.accumulate_rotation_grad_(model, plain, 1.0)
+    assert penalty.item() == pytest.approx(drift.square().sum().item(), rel=1e-9)
+    assert weight.grad is not None and weight.grad.count_nonzero()
+
+
 def test_one_layer_under_two_names_counts_once() -> None:
     def share(model: Any) -> Any:
         first, second = model.get_submodule("model.layers").children()

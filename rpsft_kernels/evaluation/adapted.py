@@ -159,10 +159,11 @@ class _CachedPlan:
         self.plan = plan
         parameters = [factor.weight.parameter for factor in factors]
         parameters += [layer.base.parameter for layer in layers] + [weight.parameter for weight in resting]
-        # What stands still was compared with W0, and is to be again where it has changed; what has no anchor because
-        # it stands still is to stay as it is.
-        self._still, self._compared = len(factors), len(parameters)
-        self._states_of_still = list(map(state_of, parameters[self._still :]))
+        # What stands still was compared with W0, and is to be again where it has changed. Without an adapter, and
+        # without an anchor for that reason, it is to stay frozen.
+        self._compared = slice(len(factors), len(parameters))
+        self._frozen = slice(len(factors) + len(layers), None)
+        self._states_of_still = list(map(state_of, parameters[self._compared]))
         parameters += without_anchors
         self._ids, self._types = list(map(id, parameters)), list(map(type, parameters))
         self._snapshot = ModuleSnapshot(model, parameters)
@@ -180,9 +181,9 @@ class _CachedPlan:
             return None
         if [facts_of(_living(module)) for module in self._layers] != self._facts:
             return None
-        if list(map(state_of, parameters[self._still : self._compared])) != self._states_of_still:
+        if list(map(state_of, parameters[self._compared])) != self._states_of_still:
             return None
-        if any(parameter.requires_grad for parameter in parameters[self._compared :]):
+        if any(parameter.requires_grad for parameter in parameters[self._frozen]):
             return None
         factors = [
             Factor(factor.name, factor.weight.with_parameter(parameter))

@@ -71,7 +71,9 @@ def components_of_adapters(model: nn.Module) -> Iterator[str]:
     """Yield the paths of modules that PEFT has put between a parameter's name and the plain model's name of it."""
     for path, module in model.named_modules(remove_duplicate=False):
         children, prefix = _children(module), f"{path}." if path else ""
-        if "base_model" in children and hasattr(module, "get_base_model"):
+        if "base_model" in children and (
+            hasattr(module, "get_base_model") or type(module).__name__ == "PeftMixedModel"
+        ):
             yield f"{prefix}base_model"
         if "model" in children and hasattr(module, "inject_adapter"):
             yield f"{prefix}model"
