@@ -61,7 +61,7 @@ class RotationPenalty:
         warmup: steps in which the coefficient rises from 0.
         budget: the relative rotation ``sqrt(R / sum sigma^2)`` to stay below, in place of ``coeff``; sigma are the
             singular values that the anchors keep. Its coefficient is found by dual ascent (mode ``"project"`` needs
-            none).
+            none). A run with ``coeff=0.0`` shows in ``rotation/relative`` what there is to hold.
         mode: see above.
         include, exclude, keep_base, basis_dtype: as for :meth:`Anchors.from_model`; None leaves its defaults.
         anchors: anchors that were made before, as they are: no include, exclude or path beside them.

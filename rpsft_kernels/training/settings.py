@@ -85,15 +85,15 @@ class Settings:
         if self.budget is None:
             if self.mode == "project":
                 raise ValueError(
-                    "budget: got None in mode 'project', expected the relative rotation to stay below, such as 0.05: "
-                    "this mode has no other strength"
+                    "budget: got None in mode 'project', expected the relative rotation to stay below, less than what "
+                    "the metric rotation/relative reaches with coeff=0.0: this mode has no other strength"
                 )
             return
         if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)):
-            raise ValueError(f"budget: got {self.budget!r}, expected a number such as 0.05, or None")
+            raise ValueError(f"budget: got {self.budget!r}, expected a number such as 0.001, or None")
         if not (math.isfinite(self.budget) and self.budget > 0):
             raise ValueError(
-                f"budget: got {self.budget!r}, expected a positive number such as 0.05: the relative rotation "
+                f"budget: got {self.budget!r}, expected a positive number such as 0.001: the relative rotation "
                 "sqrt(R / sum sigma^2) to stay below"
             )
         if callable(self.coeff) or self.coeff != 1.0:
