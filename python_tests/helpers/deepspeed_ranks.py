@@ -39,6 +39,7 @@ def initialize(
     loss_scale: float = 1.0,
     gradient_dtype: str | None = None,
     lr: float = 1e-3,
+    round_robin: bool = False,
 ) -> Any:
     os.environ.update(
         DS_ACCELERATOR="cpu",
@@ -54,6 +55,8 @@ def initialize(
     # An all-reduce for inference, with which a compiler would be busy for a minute.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    if round_robin:
+        zero["round_robin_gradients"] = True
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     config: dict[str, Any] = {
@@ -323,7 +326,7 @@ def masters(stage: int) -> dict[str, Any]:
     anchors = whole_anchors(model, basis_dtype=torch.float32)
     # With float32 gradients stage 1 has another optimizer, whose gradients DeepSpeed's functions do not reach.
     gradient_dtype = None if stage == 1 else "fp32"
-    # Those of stage 3 are found, unless they are offloaded.
+    # They are found, unless they are offloaded.
     engine = initialize(model, stage, bfloat16=True, gradient_dtype=gradient_dtype, offload=stage == 3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -339,7 +342,7 @@ def masters(stage: int) -> dict[str, Any]:
         safe_set_full_fp32_param(parameter, value)
     penalty, wanted = expected(moved, anchors)
     with torch.no_grad():
-        result["copies"] = rk.rotation_penalty(engine, anchors).item()
+        result["engine"] = rk.rotation_penalty(engine, anchors).item() / penalty
     engine.backward(0 * task_loss(engine, own_batch()))
     found = add_gradients_of_masters(engine, anchors, COEFF)
     result["penalty"] = abs(found / penalty - 1)
@@ -402,6 +405,88 @@ def masters_of_partitions(offload: bool) -> dict[str, Any]:
     wanted = {name: COEFF * g for name, g in wanted.items() if name != frozen}
     result["gradient"] = partition_errors(before, local_gradients(engine), wanted)
     return result
+
+
+def masters_of_replicas(stage: int, gradient_dtype: str | None) -> dict[str, Any]:
+    """Take steps too small for bfloat16 under ZeRO-1 or ZeRO-2, and compare with float64 at the masters."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    model = llama(torch.bfloat16)
+    reference = whole_anchors(model)
+    frozen = next(name for name in reference if name.startswith("model.layers.1."))
+    model.get_parameter(frozen).requires_grad_(False)
+    engine = initialize(model, stage, bfloat16=True, gradient_dtype=gradient_dtype, lr=1e-6)
+    options: dict[str, Any] = {"progress": False, "basis_dtype": torch.float32}
+    anchors = {
+        "made of the engine": rk.Anchors.from_model(engine, RANK, **options),
+        "whole": reference,
+        "block": rk.Anchors.from_model(engine, RANK, keep_base=False, **options),
+    }
+    anchors["made of the engine"].verify(engine)
+    result: dict[str, Any] = {"at anchor": {}, "warnings": {}, "bytes": anchors["made of the engine"].nbytes}
+    result["whole bytes"] = reference.nbytes
+    for form, each in anchors.items():
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
+            result["at anchor"][form] = rk.rotation_penalty(engine, each).item()
+        result["warnings"][form] = [str(warning.message) for warning in caught]
+
+    for _ in range(4):
+        loss = COEFF * rk.rotation_penalty(engine, anchors["made of the engine"])
+        engine.backward(task_loss(engine, own_batch()) + loss)
+        engine.step()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    moved, copies = llama(torch.bfloat16).float(), whole_parameters(engine)
+    for name, parameter in weights(engine).items():
+        if parameter.requires_grad:
+            moved.get_parameter(name).data.copy_(safe_get_full_fp32_param(parameter))
+    penalty, wanted = expected(moved, reference)
+    moved.load_state_dict(copies, strict=False)
+    of_copies, _ = expected(moved, reference)
+    wanted = {name: COEFF * g for name, g in wanted.items() if name != frozen}
+    for form in ("made of the engine", "whole"):
+        with torch.no_grad():
+            found = [rk.rotation_penalty(engine, anchors[form]).item()]
+        loss = rk.rotation_penalty(engine, anchors[form])
+        found.append(loss.item())
+        engine.backward(0 * task_loss(engine, own_batch()) + COEFF * loss)
+        result[form] = {
+            "R": found,
+            "penalty": max(abs(each / penalty - 1) for each in found),
+            "penalty of copies": max(abs(each / of_copies - 1) for each in found),
+            "gradient": errors(full_gradients(engine), wanted),
+        }
+        engine.step()
+    # What somebody has written into the model alone counts.
+    with torch.no_grad():
+        for name in wanted:
+            weights(engine)[name].mul_(1.5)
+            moved.get_parameter(name).copy_(weights(engine)[name])
+        written, _ = expected(moved, reference)
+        result["written"] = rk.rotation_penalty(engine, anchors["made of the engine"]).item() / written - 1
+    return result
+
+
+def masters_in_another_order() -> float:
+    """Return the error of R at masters that lie in another order than the parameters came in."""
+    model = llama(torch.bfloat16)
+    reference = whole_anchors(model)
+    engine = initialize(model, 2, bfloat16=True, lr=1e-6, round_robin=True)
+    for _ in range(4):
+        engine.backward(task_loss(engine, own_batch()))
+        engine.step()
+    moved, optimizer = llama(torch.bfloat16).float(), engine.optimizer
+    assert optimizer.round_robin_bit16_indices[0] != sorted(optimizer.round_robin_bit16_indices[0])
+    parts = [torch.empty_like(optimizer.single_partition_of_fp32_groups[0]) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, optimizer.single_partition_of_fp32_groups[0].detach())
+    flat, first = torch.cat(parts).detach(), optimizer.bit16_groups_flat[0].storage_offset()
+    for name, parameter in weights(engine).items():
+        master = flat[parameter.storage_offset() - first :][: parameter.numel()].view(parameter.shape)
+        assert torch.equal(master.bfloat16(), parameter)
+        moved.get_parameter(name).data.copy_(master)
+    with torch.no_grad():
+        return abs(rk.rotation_penalty(engine, reference).item() / expected(moved, reference)[0] - 1)
 
 
 def train(steps: int, stage: int, accumulation: int = 1, **options: Any) -> float:

@@ -143,7 +143,7 @@ class Anchors(Mapping[str, Anchor]):
                 warnings.warn(left_out, UserWarning, stacklevel=2)
             starts, chosen = start_adapters(model, selection.adapted, at)
             chosen = {name: chosen.get(name, weight) for name, weight in selection.chosen.items()}
-            weights = assign_shards(chosen, options.planned_ranks(chosen))
+            weights = assign_shards(chosen, options.planned_ranks(chosen), options.without_base(chosen))
         built: dict[str, tuple[Anchor, Fingerprint]] = {}
         building = _build(weights, options, groups, selection.adapted if keep_base is None else frozenset())
         for name, anchor, fingerprint in tqdm(building, "anchoring", len(weights), unit="weight", disable=not progress):
@@ -185,9 +185,9 @@ class Anchors(Mapping[str, Anchor]):
             FileNotFoundError: there is no such file. What one rank raises, its other ranks raise as a ValueError.
         """
 
-        def locate(anchor_ranks: Mapping[str, int]) -> Mapping[str, LocalWeight]:
+        def locate(anchor_ranks: Mapping[str, int], without_base: Collection[str]) -> Mapping[str, LocalWeight]:
             assert model is not None
-            return assign_shards(locate_pretrained(model, anchor_ranks), anchor_ranks)
+            return assign_shards(locate_pretrained(model, anchor_ranks), anchor_ranks, without_base)
 
         groups = {} if model is None else find_groups(model)
         with refuse_together(groups, "path: the anchors were not loaded"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..costs import is_full
 from ..distributed import LocalWeight, Rect, Shard
 from ..distributed.shard import Span
 from ..low_rank.start import AdapterStart
@@ -28,16 +29,16 @@ _SHARED_FACTS = ("shape", "dtype", "rank", "form", "energy", "share", "random_se
 def read_anchors(
     path: str | os.PathLike[str],
     device: torch.device | str,
-    locate: Callable[[Mapping[str, int]], Mapping[str, LocalWeight]] | None = None,
+    locate: Callable[[Mapping[str, int], Collection[str]], Mapping[str, LocalWeight]] | None = None,
 ) -> Contents:
     """Read and check the anchors that :meth:`Anchors.save` wrote; every tensor has memory of its own.
 
     Args:
         path: A file, or the folder of a sharded save.
         device: Where the anchors go.
-        locate: finds the weights as they lie here, given k of each weight in the file by name: that by which the work
-            on replicated weights is divided. A weight that lies over several ranks gets the anchor of its shard, any
-            other that of the whole.
+        locate: finds the weights as they lie here, given k of each weight in the file by name, and the names of those
+            that were to have no W0: the work on replicated weights is divided by these. A weight that lies over
+            several ranks gets the anchor of its shard, any other that of the whole.
 
     Raises:
         ValueError: it is no such file or folder, of another version, incomplete, or its values are damaged or not
@@ -58,7 +59,8 @@ def read_anchors(
             )
         weights: Mapping[str, LocalWeight] = {}
         if locate is not None:
-            weights = locate({name: _planned_rank(record) for name, record in files[0].records.items()})
+            planned = {name: _planned_rank(record) for name, record in files[0].records.items()}
+            weights = locate(planned, _planned_without_base(files[0].records, planned))
         anchors, fingerprints = {}, {}
         for name, record in files[0].records.items():
             weight = weights.get(name)
@@ -83,6 +85,15 @@ def _planned_rank(record: Mapping[str, Any]) -> int:
     share = record.get("share")
     rank: int = record["rank"]
     return rank if share is None else plan_rank(tuple(record["shape"]), share)
+
+
+def _planned_without_base(records: Mapping[str, Mapping[str, Any]], planned: Mapping[str, int]) -> set[str]:
+    """Return what :meth:`AnchorOptions.without_base` did when the anchors were made."""
+    if all(record["form"] != "block" for record in records.values()):
+        return set()
+    # Of a share of energy an anchor may be full where it was not planned so.
+    candidates = {name: tuple(record["shape"]) for name, record in records.items() if record["form"] != "base"}
+    return {name for name, shape in candidates.items() if not is_full((shape[0], shape[1]), planned[name])}
 
 
 def _files(path: Path) -> list[Path]:

@@ -60,6 +60,15 @@ class AnchorOptions:
         """Return k that each weight's anchor is planned for, by name: see :func:`plan_rank`."""
         return {name: plan_rank(weight.shape, self.rank) for name, weight in weights.items()}
 
+    def without_base(self, weights: Mapping[str, LocalWeight]) -> set[str]:
+        """Return the names of the weights whose anchors are planned to keep no W0."""
+        planned = {} if self.keep_base else self.planned_ranks(weights)
+        return {
+            name
+            for name, rank in planned.items()
+            if not is_full((weights[name].shape[0], weights[name].shape[1]), rank)
+        }
+
 
 def plan_rank(shape: tuple[int, ...], rank: int | float) -> int:
     """Return k of the anchor of a weight (m, n), or for a share of energy the largest that it can be.

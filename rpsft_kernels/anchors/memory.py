@@ -59,7 +59,7 @@ def anchor_memory(
         check_basis_dtype(options.basis_dtype, weight.dtype, "basis_dtype")
     planned = options.planned_ranks(weights)
     if world_size is None:
-        held = assign_shards(weights, planned)
+        held = assign_shards(weights, planned, {*without_base, *options.without_base(weights)})
         shards_by_weight = [[held[name].shard] for name in weights]
     else:
         shapes = [(weight.shape[0], weight.shape[1]) for weight in weights.values()]

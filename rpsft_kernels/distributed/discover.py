@@ -18,6 +18,7 @@ from ..private_names import (
     averaging_group,
     count_averaged_by_ddp,
     is_fsdp1_flat,
+    is_linked_by_deepspeed,
     replicated_by_ddp,
     skips_unused,
 )
@@ -27,6 +28,7 @@ from .names import canonical_name, is_deepspeed, named_weights
 from .shard import Shard
 from .weight import LocalWeight, ReplicatedWeight
 from .zero3 import locate_zero3
+from .zero_replica import ZeroReplica
 
 # Takes a parameter and its name, for messages.
 _Locate = Callable[[Tensor, str], LocalWeight]
@@ -80,8 +82,8 @@ def _refer_to(tensor: Tensor, locate: _Locate) -> ParameterRef:
     zero3 = Zero3Parameter.of(tensor)
     if zero3 is not None:
         return ParameterRef(id(tensor), zero3.shape, tensor.dtype, tensor, lambda name: locate_zero3(zero3))
-    # A lazy parameter has no shape yet.
-    shape = () if isinstance(tensor, UninitializedParameter) else tuple(tensor.shape)
+    # A lazy parameter has no shape yet, and a nested one none of numbers.
+    shape = () if isinstance(tensor, UninitializedParameter) or tensor.is_nested else tuple(tensor.shape)
     return ParameterRef(id(tensor), shape, tensor.dtype, tensor, lambda name: locate(tensor, name))
 
 
@@ -103,11 +105,7 @@ def _find_replicas(model: nn.Module) -> dict[int, _Locate]:
         elif is_deepspeed(module) and module.zero_optimization_stage() < 3:  # type: ignore[operator]
             # Experts are averaged over other groups: each rank does all of their work.
             replicated = _averaged_by_deepspeed(module)
-            locate = _replica_locator(
-                averaging_group(module),
-                gradient_error=_gradient_error(module),
-                replicas=partial(_find_averaged_by_deepspeed, weakref.ref(module)),
-            )
+            locate = _deepspeed_locator(module)
         else:
             continue
         if locate is not None:
@@ -174,12 +172,27 @@ def _replica_locator(group: Any, **facts: Any) -> _Locate | None:
     """Make the function that locates a replica of ``group``, which has these facts as attributes; None where the group
     has one rank only.
     """
-    if group.size() == 1:
-        return None
+    return None if group.size() == 1 else partial(_locate_replica, ReplicatedWeight, group, facts)
 
-    def locate(tensor: Tensor, name: str) -> LocalWeight:
-        shape = tuple(tensor.shape)
-        whole = Shard.whole(shape)  # type: ignore[arg-type]
-        return ReplicatedWeight(tensor, shape, whole, group, **facts)
 
-    return locate
+def _deepspeed_locator(engine: Any) -> _Locate:
+    reference, group = weakref.ref(engine), averaging_group(engine)
+    facts: dict[str, Any] = {
+        "gradient_error": _gradient_error(engine),
+        "replicas": partial(_find_averaged_by_deepspeed, reference),
+        "engine": reference,
+    }
+    locate = partial(_locate_replica, ZeroReplica, None if group.size() == 1 else group, facts)
+
+    def locate_here(tensor: Tensor, name: str) -> LocalWeight:
+        # One rank has all masters of these.
+        return locate(tensor, name) if is_linked_by_deepspeed(tensor) else locate_tensor(tensor, name)
+
+    return locate_here if group.size() == 1 else locate
+
+
+def _locate_replica(
+    kind: type[ReplicatedWeight], group: Any, facts: dict[str, Any], tensor: Tensor, name: str
+) -> LocalWeight:
+    shape = tuple(tensor.shape)
+    return kind(tensor, shape, Shard.whole(shape), group, **facts)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 from ..costs import step_flops
@@ -76,18 +76,26 @@ def _slab(shape: tuple[int, int], span: Span) -> Shard:
     return Shard.rectangle(shape, span, (0, n)) if m >= n else Shard.rectangle(shape, (0, m), span)
 
 
-def assign_shards(weights: Mapping[str, LocalWeight], anchor_ranks: Mapping[str, int]) -> dict[str, LocalWeight]:
+def assign_shards(
+    weights: Mapping[str, LocalWeight], anchor_ranks: Mapping[str, int], copies: Collection[str] = ()
+) -> dict[str, LocalWeight]:
     """Return the same weights; replicated ones with this process's shard of the work.
 
     Args:
-        weights: by name; those that one group replicates are divided together, in their order.
+        weights: by name; those that one group replicates are divided together, in their order, but for those of which
+            each rank has a share that it alone can do.
         anchor_ranks: k of each weight's anchor.
+        copies: names of the weights of which any rank can do any share all the same, because masters do not count.
     """
     assigned = dict(weights)
     replicated: dict[str, list[str]] = {}
     for name, weight in weights.items():
         if isinstance(weight, ReplicatedWeight) and weight.group is not None:
-            replicated.setdefault(weight.group_name, []).append(name)
+            own = None if name in copies else weight.own_share
+            if own is None:
+                replicated.setdefault(weight.group_name, []).append(name)
+            else:
+                assigned[name] = weight.with_work(own)
     for names in replicated.values():
         group = weights[names[0]].group
         assert group is not None

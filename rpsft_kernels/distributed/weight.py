@@ -139,6 +139,10 @@ class LocalWeight:
         """Return the shard's values, of ``shard.local_shape``."""
         return self.parameter
 
+    def values_in(self, parameter: Tensor) -> Tensor:
+        """Return the values of :meth:`values`, connected to a tensor that stands for the whole parameter."""
+        return self.shard.of(parameter)
+
     @property
     def must_accumulate(self) -> bool:
         return self.parameter.grad is not None
@@ -224,8 +228,13 @@ class ReplicatedWeight(LocalWeight):
             raise ValueError(self.work_error)
         return dataclasses.replace(self, shard=shard, grad_scale=float(self.group.size()))
 
+    @property
+    def own_share(self) -> Shard | None:
+        """The share of the work that this rank alone can do; None where any rank can do any of it."""
+        return None
+
     def values(self) -> Tensor:
-        return self.shard.of(self.parameter)
+        return self.values_in(self.parameter)
 
     @property
     def must_accumulate(self) -> bool:

@@ -155,20 +155,27 @@ def _pair_by_name(anchors: object, parameters: Mapping[str, ParameterRef]) -> li
 
 def _assign_work(weights: list[AnchoredWeight]) -> list[AnchoredWeight]:
     """Give each replicated weight its shard: that of its anchor, or one of a new division where the anchor is whole."""
-    divided = assign_shards({w.name: w.weight for w in weights}, {w.name: w.anchor.planned_rank for w in weights})
+    divided = assign_shards(
+        {w.name: w.weight for w in weights},
+        {w.name: w.anchor.planned_rank for w in weights},
+        [w.name for w in weights if not _takes_masters(w)],
+    )
     return [AnchoredWeight(w.name, divided[w.name].with_work(w.anchor.part), w.anchor) for w in weights]
 
 
 def _choose_values(anchored: AnchoredWeight) -> LocalWeight:
-    """Choose what R is computed of: the optimizer's masters, where R of them begins at 0 as that of the copies does.
+    """Choose what R is computed of: the optimizer's masters where they count, else the model's weight."""
+    return anchored.weight.master if _takes_masters(anchored) else anchored.weight
+
+
+def _takes_masters(anchored: AnchoredWeight) -> bool:
+    """Whether R of the optimizer's masters, if there are any, begins at 0 as that of the model's copies does.
 
     For that W0 must be exact in the copies' dtype: any other is rounded as the copies are, and is not where masters
     begin. Blocks cancel only under the arithmetic that built them, from weights in the copies' dtype.
     """
     weight, anchor = anchored.weight, anchored.anchor
-    if anchor.base is None or weight.dtype not in (anchor.weight_dtype, anchor.base.dtype):
-        return weight
-    return weight.master
+    return anchor.base is not None and weight.dtype in (anchor.weight_dtype, anchor.base.dtype)
 
 
 def _check(anchored: AnchoredWeight) -> None:

@@ -70,9 +70,9 @@ def _pull_back(
 class _TieTogether(torch.autograd.Function):
     """Returns an empty tensor, then the given ones as they are.
 
-    Their gradients are passed on together and in their order, on every rank alike whichever weights it works on:
-    DeepSpeed ZeRO-2 averages gradients in the order in which they arrive. With ``complete``, zeros stand for those that
-    are missing.
+    Their gradients are passed on together, on every rank alike whichever weights it works on. With ``complete``, zeros
+    stand for those that are missing. The first of the tensors may be the empty tensor of another node, whose gradients
+    then come after these.
     """
 
     @staticmethod
@@ -92,10 +92,24 @@ class _TieTogether(torch.autograd.Function):
 
 
 def gather_replicas(weights: Sequence[LocalWeight]) -> tuple[Tensor, list[Tensor]]:
-    """Return each weight's shard, and before them an empty tensor that ties the weights together in the graph."""
-    joint, *tied = _TieTogether.apply(  # type: ignore[no-untyped-call, unused-ignore]
-        ops.accumulation_dtype(weights[0].dtype),
-        any(isinstance(weight, ReplicatedWeight) and bool(weight.gradient_error) for weight in weights),
-        *[weight.parameter for weight in weights],
-    )
-    return joint, [weight.shard.of(tensor) for weight, tensor in zip(weights, tied, strict=True)]
+    """Return each weight's shard, and before them an empty tensor that ties the weights together in the graph.
+
+    DeepSpeed ZeRO-2 averages gradients in the order in which they arrive, which must be every rank's. Of gradients that
+    one node passes on at once autograd chooses an order that depends on what else is waiting, and that is another
+    on each rank: each gets a node of its own there, one after the other.
+    """
+    dtype = ops.accumulation_dtype(weights[0].dtype)
+    parameters = [weight.parameter for weight in weights]
+    if any(isinstance(weight, ReplicatedWeight) and bool(weight.gradient_error) for weight in weights):
+        joint, tied = _tie_in_order(dtype, parameters)
+    else:
+        joint, *tied = _TieTogether.apply(dtype, False, *parameters)  # type: ignore[no-untyped-call, unused-ignore]
+    return joint, [weight.values_in(tensor) for weight, tensor in zip(weights, tied, strict=True)]
+
+
+def _tie_in_order(dtype: torch.dtype, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    joint, tied = parameters[0].new_empty(0, dtype=dtype), []
+    for parameter in parameters:
+        joint, _, tensor = _TieTogether.apply(dtype, True, joint, parameter)  # type: ignore[no-untyped-call, unused-ignore]
+        tied.append(tensor)
+    return joint, tied

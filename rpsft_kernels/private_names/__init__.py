@@ -6,7 +6,7 @@ wrong penalty. The attributes of PEFT and bitsandbytes have files here, too, whi
 """
 
 from .accelerate_names import prepared_models, prepared_optimizers
-from .deepspeed_names import Zero3Parameter, averaging_group, is_linked_by_deepspeed
+from .deepspeed_names import MasterRange, Zero3Parameter, averaging_group, find_master_range, is_linked_by_deepspeed
 from .peft_names import components_of_adapters, is_adapted
 from .torch_names import (
     WRAPPED,
@@ -38,18 +38,20 @@ __all__ = [
     "WRAPPED",
     "Fsdp1Handle",
     "Fsdp1Weight",
+    "MasterRange",
     "Zero3Parameter",
     "averaging_group",
     "components_of_adapters",
     "constant_under_dynamo",
     "count_averaged_by_ddp",
     "default_store",
+    "find_master_range",
     "flat_mesh",
     "fsdp2_parameters",
     "hooks_after_gradient",
+    "hooks_before_gradient",
     "in_forward_mode",
     "in_transform",
-    "hooks_before_gradient",
     "is_adapted",
     "is_batch",
     "is_differentiated",

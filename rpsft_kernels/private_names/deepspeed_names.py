@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .table import TABLE, read, spellings
@@ -22,6 +23,72 @@ def averaging_group(engine: nn.Module) -> Any:
 def is_linked_by_deepspeed(parameter: Tensor) -> bool:
     """Whether an optimizer of DeepSpeed keeps the parameter's gradient to itself."""
     return hasattr(parameter, _LINK)
+
+
+@dataclass(frozen=True, eq=False)
+class MasterRange:
+    """The elements of a replicated parameter that this rank's optimizer trains, as float32 masters.
+
+    Attributes:
+        begin: the first of these elements, in row-major order.
+        end: the one after the last; ``begin`` where the masters of all elements are other ranks'.
+        undivided: whether one rank, this or another, has the masters of all elements.
+        masters: float32, of ``end - begin`` elements.
+    """
+
+    begin: int
+    end: int
+    undivided: bool
+    masters: Tensor
+
+
+def find_master_range(engine: Any, parameter: Tensor, group: Any) -> MasterRange | None:
+    """Find the masters that a DeepSpeedEngine's optimizer (ZeRO-1 and 2, BF16_Optimizer) keeps of a parameter.
+
+    None where they are not at hand, the same on every rank: of a parameter that this optimizer does not train, with
+    masters in 16 bits, where other ranks than ``group`` divide them, and with an optimizer that is offloaded, whose
+    masters lie on the CPU.
+
+    Args:
+        engine: the engine.
+        parameter: in 16 bits.
+        group: the ranks that hold the parameter; None for this one alone.
+    """
+    optimizer = engine.optimizer
+    if optimizer is None or not is_linked_by_deepspeed(parameter) or not parameter.is_contiguous():
+        return None
+    (row,) = spellings["DeepSpeedZeroOptimizer", "masters of each group, flat, of this rank"]
+    kind = "DeepSpeedZeroOptimizer" if hasattr(optimizer, row.name) else "BF16_Optimizer"
+    if kind == "DeepSpeedZeroOptimizer" and read(optimizer, kind, "whether it is on the CPU"):
+        return None
+    all_masters = read(optimizer, kind, "masters of each group, flat, of this rank")
+    # DeepSpeed's own link of a parameter to its masters takes the order in which parameters came, and they may lie in
+    # another one: where they lie says which masters are theirs, and that this optimizer trains them.
+    memory = parameter.untyped_storage().data_ptr()
+    for i, flat in enumerate(read(optimizer, kind, "parameters of each group, flat")):
+        if not memory or flat.untyped_storage().data_ptr() != memory:
+            continue
+        ranks, masters = read(optimizer, kind, "ranks that divide each group")[i], all_masters[i].detach()
+        # engine.offload_states moves masters away for a while.
+        at_hand = masters.dtype == torch.float32 and masters.device == parameter.device
+        if not at_hand or not _are_same(ranks, group) or masters.numel() * ranks.size() != flat.numel():
+            return None
+        first, length, count = parameter.storage_offset() - flat.storage_offset(), masters.numel(), parameter.numel()
+        start = length * ranks.rank()
+        begin, end = (min(max(edge - first, 0), count) for edge in (start, start + length))
+        return MasterRange(
+            begin=begin,
+            end=end,
+            undivided=first // length == (first + count - 1) // length,
+            masters=masters.narrow(0, first + begin - start if begin < end else 0, end - begin),
+        )
+    return None
+
+
+def _are_same(ranks: Any, group: Any) -> bool:
+    if group is None:
+        return int(ranks.size()) == 1
+    return ranks is group or dist.get_process_group_ranks(ranks) == dist.get_process_group_ranks(group)
 
 
 @dataclass(frozen=True, eq=False)

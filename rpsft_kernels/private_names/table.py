@@ -150,6 +150,22 @@ TABLE: tuple[Row, ...] = (
     *_rows("deepspeed", "DeepSpeedEngine", ("ranks that average gradients", "data_parallel_group")),
     # DeepSpeed ZeRO-1 and 2, and its bfloat16 optimizer: the optimizer's part of a parameter. distributed/weight.py
     *_rows("deepspeed", "linked parameter", ("link to the optimizer's part of it", "_hp_mapping")),
+    # The masters of these, a range of each group of parameters on every rank. distributed/zero_replica.py
+    *_rows(
+        "deepspeed",
+        "DeepSpeedZeroOptimizer",
+        ("parameters of each group, flat", "bit16_groups_flat"),
+        ("masters of each group, flat, of this rank", "single_partition_of_fp32_groups"),
+        ("ranks that divide each group", "real_dp_process_group"),
+        ("whether it is on the CPU", "cpu_offload"),
+    ),
+    *_rows(
+        "deepspeed",
+        "BF16_Optimizer",
+        ("parameters of each group, flat", "bf16_groups_flat"),
+        ("masters of each group, flat, of this rank", "fp32_groups_flat_partition"),
+        ("ranks that divide each group", "real_dp_process_group"),
+    ),
     # DeepSpeed ZeRO-3: a parameter's partition, its master, and whether it has a gradient. distributed/zero3.py
     *_rows(
         "deepspeed",
