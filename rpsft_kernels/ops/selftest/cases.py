@@ -156,18 +156,22 @@ REPEATED: tuple[Kind, ...] = (*_ALIGNED, "odd")
 
 
 def quick_cases(ranks: Sequence[int]) -> Iterator[SelfTestCase]:
-    """Make the cases of default training in bfloat16 and float32: base form, U, V and W0 in bfloat16, contiguous."""
+    """Make the cases of default training in bfloat16 and float32: base form, U, V and W0 in bfloat16, contiguous.
+
+    Gradients are added, as ``accumulate_rotation_grad_`` does it, and written, as a backward pass does.
+    """
     for rank, dtype, tall in product(ranks, (_BF16, _FP32), _BOTH):
         yield SelfTestCase(
             operation="drift", form="base", weight=dtype, base=_BF16, basis=_BF16, rank=rank, kind="ragged", tall=tall
         )
-        yield SelfTestCase(
-            operation="gradient",
-            form="any",
-            basis=_BF16,
-            grad=dtype,
-            rank=rank,
-            kind="ragged",
-            tall=tall,
-            accumulate=True,
-        )
+        for accumulate in (True, False):
+            yield SelfTestCase(
+                operation="gradient",
+                form="any",
+                basis=_BF16,
+                grad=dtype,
+                rank=rank,
+                kind="ragged",
+                tall=tall,
+                accumulate=accumulate,
+            )
