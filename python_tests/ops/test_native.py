@@ -10,13 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import rpsft_kernels as rk
 from rpsft_kernels import ops
-from rpsft_kernels.ops import native
+from rpsft_kernels.ops import native, native_check
 from support import (
     FORMS,
     LAYOUTS,
@@ -387,3 +388,16 @@ def test_a_package_without_the_engine_says_why(tmp_path: Path) -> None:
     )
     (package / "_native_build.txt").write_text("no compiler\n")
     assert native._why_missing(package) == "no compiler"
+
+
+@pytest.mark.parametrize(("found", "error"), [(3e38, "inf"), (float("nan"), "nan")])
+def test_numbers_beyond_all_bounds_are_a_disagreement_and_no_error(
+    found: float, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(name: str) -> tuple[Any, ...]:
+        return (np.full((2, 2), found if name == "candidate" else 1, np.float32),) * 3
+
+    monkeypatch.setattr(native_check, "_Problem", lambda *arguments: SimpleNamespace(compute=compute))
+    with np.errstate(all="raise"):
+        reason = native_check.find_disagreement(None, "candidate", "trusted")
+    assert reason == f"C of a bfloat16 weight of shape (70, 133) is {error} off"

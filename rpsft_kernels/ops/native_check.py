@@ -28,7 +28,9 @@ def find_disagreement(module: Any, candidate: str, trusted: str) -> str | None:
             problem = _Problem(module, shape, name)
             pairs = zip(("C", "R", "gradient"), problem.compute(candidate), problem.compute(trusted), strict=True)
             for what, found, expected in pairs:
-                error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+                # What is found may be infinite.
+                with np.errstate(all="ignore"):
+                    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
                 if not error <= _BOUND:
                     return f"{what} of a {name} weight of shape {shape[:2]} is {error:.2g} off"
     return None
