@@ -214,6 +214,41 @@ def test_manual_optimization_without_the_penalty_is_refused(tmp_path: Path) -> N
         fit(Manual(None), tmp_path, penalty(), size=2, accumulate_grad_batches=1, gradient_clip_val=None)
 
 
+class Raw(Manual):
+    """Steps past Lightning."""
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        return super().optimizers(use_pl_optimizer=False)
+
+
+class Overridden(Module):
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        _, _, optimizer, closure = args
+        optimizer.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("module", [lambda: Raw(None), Overridden], ids=["manual", "optimizer_step"])
+def test_steps_past_lightning_are_refused(module: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got an optimizer step of its own .* without the penalty"):
+        fit(module(), tmp_path, penalty(), size=2, accumulate_grad_batches=1, gradient_clip_val=None)
+
+
+def test_optimizers_without_anchored_weights_step_by_themselves(tmp_path: Path) -> None:
+    class Alternating(Manual):
+        def training_step(self, batch: dict[str, Tensor], index: int) -> None:  # type: ignore[override]
+            optimizers: Any = self.optimizers()
+            self.manual_backward(self.model(**batch).loss)
+            assert self._own is not None
+            if index % 2:
+                self._own.add_gradients_(self)
+            optimizers[index % 2].step()
+            self.model.zero_grad()
+
+    own = penalty(include="*layers.1.*")
+    fit(Alternating(own), tmp_path, own, size=4, accumulate_grad_batches=1, gradient_clip_val=None)
+    assert own.step == 2
+
+
 def test_a_mode_after_the_step_acts_once_for_several_optimizers(tmp_path: Path) -> None:
     own = penalty(mode="decoupled")
     trainer = fit(Manual(None), tmp_path, own, size=3, accumulate_grad_batches=1, gradient_clip_val=None)

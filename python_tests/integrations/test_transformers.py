@@ -430,6 +430,27 @@ def test_a_model_that_is_made_anew_is_the_one_that_was_anchored(way: str, tmp_pa
         assert own.step == (0 if by else 1)
 
 
+def test_a_training_step_that_leaves_the_penalty_out_is_refused(tmp_path: Path) -> None:
+    class Plain(Trainer):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    class Above(RotationPenaltyMixin, Trainer):  # type: ignore[misc]
+        training_step = Plain.training_step
+
+    arguments: dict[str, Any] = {
+        "args": TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no"),
+        "train_dataset": batches_of(16, VOCABULARY),
+    }
+    with pytest.raises(ValueError, match=r"training_step: got a step .* without the penalty, .* super\(\)"):
+        Above(model=model(), rotation=penalty(), **arguments).train()
+    own = penalty()
+    penalised(Plain)(model=model(), rotation=own, **arguments).train()
+    assert own.step == 2
+
+
 def test_penalised_takes_trainers() -> None:
     class Own(RotationPenaltyMixin, Trainer):
         pass

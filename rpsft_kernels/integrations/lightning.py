@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from ..distributed import find_parameters
 from ..private_names.torch_names import unscales_within_step
 from .checks import check_penalty, warn_of_second_training
 from .rates import read_rates
@@ -96,22 +97,38 @@ class RotationPenaltyCallback(Callback):
         self._step, self._rates, self._scale = self.penalty.step, None, None
         if self.penalty.step and trainer.global_step == 0:
             warn_of_second_training(self.penalty)
-        if self.penalty.mode != "gradient":
 
-            def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-                # Fused optimizers are called for a step that GradScaler skips, too.
-                skipped = getattr(optimizer, "found_inf", None)
-                if skipped is not None and float(skipped):
-                    return
-                # Now, before a scheduler changes them.
-                self._rates = read_rates([group for each in trainer.optimizers for group in each.param_groups])
+        def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if self.penalty.mode == "gradient":
+                self._refuse_without_penalty(optimizer, pl_module)
+                return
+            # Fused optimizers are called for a step that GradScaler skips, too.
+            skipped = getattr(optimizer, "found_inf", None)
+            if skipped is not None and float(skipped):
+                return
+            # Now, before a scheduler changes them.
+            self._rates = read_rates([group for each in trainer.optimizers for group in each.param_groups])
 
-            self._handles = [optimizer.register_step_post_hook(note) for optimizer in trainer.optimizers]
+        self._handles = [optimizer.register_step_post_hook(note) for optimizer in trainer.optimizers]
+
+    def _refuse_without_penalty(self, optimizer: Optimizer, pl_module: LightningModule) -> None:
+        """Raise a ValueError if anchored weights get a step, and the penalty was not added since the last batch."""
+        if self.penalty.step != self._step or _has_no_gradient(optimizer):
+            return
+        if not _holds_anchored(optimizer, pl_module, self.penalty):
+            return
+        way = "penalty.add_gradients_(self) before it: once per step, after manual_backward and before clipping"
+        if pl_module.automatic_optimization:
+            way = "one that goes through Lightning: optimizer.step(closure=optimizer_closure) in optimizer_step"
+        raise ValueError(
+            f"{type(pl_module).__name__}: got an optimizer step of its own "
+            f"(automatic_optimization={pl_module.automatic_optimization}) without the penalty, expected {way}"
+        )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self.penalty.mode != "gradient":
             return
-        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+        if _has_no_gradient(optimizer):
             # The training step returned None, so that there is no step to be made.
             return
         scale = _read_scale(trainer.precision_plugin)
@@ -120,19 +137,16 @@ class RotationPenaltyCallback(Callback):
             still = scale if unscales_within_step(optimizer) else None
             self.penalty.add_gradients_(pl_module, 1.0 if still is None else still)
         elif self.penalty.step == self._step:
-            raise ValueError(
-                f"{type(pl_module).__name__}: got an optimizer step of its own (automatic_optimization=False) without "
-                "the penalty, expected penalty.add_gradients_(self) before it: once per step, after manual_backward "
-                "and before clipping"
-            )
+            self._refuse_without_penalty(optimizer, pl_module)
         elif self._scale is None and scale is not None and self.penalty.scale not in (None, scale):
             raise ValueError(
                 f"scale: got {self.penalty.scale:g} in {type(pl_module).__name__}'s call of penalty.add_gradients_, "
                 f"expected {scale:g}, by which GradScaler has scaled the gradients there: add_gradients_(self, "
                 "scale=self.trainer.precision_plugin.scaler.get_scale())"
             )
-        # The first optimizer's of several: the scaler may change it after each.
-        self._scale = scale if self._scale is None else self._scale
+        if self._scale is None and self.penalty.step != self._step:
+            # The first optimizer's of several: the scaler may change it after each.
+            self._scale = scale
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -164,6 +178,19 @@ class RotationPenaltyCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = True
         self.penalty.load_state_dict(state_dict)
+
+
+def _has_no_gradient(optimizer: Optimizer) -> bool:
+    return all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+
+
+def _holds_anchored(optimizer: Optimizer, module: LightningModule, penalty: RotationPenalty) -> bool:
+    parameters = find_parameters(module)
+    anchored = [parameters[name].parameter for name in penalty.anchors or () if name in parameters]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # What adapters move is frozen; of their parts nobody knows here.
+    moved_by_adapters = not any(p.requires_grad for p in anchored)
+    return moved_by_adapters or any(id(p) in held for p in anchored)
 
 
 def _read_scale(precision: Any) -> float | None:

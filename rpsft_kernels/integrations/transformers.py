@@ -67,6 +67,8 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         # Set by trainers that add the gradients themselves.
         self.trainer_adds = False
         self._unstepped = False
+        # The penalty's, when the optimizer stepped the last time.
+        self._step = 0
         self._hook: RemovableHandle | None = None
         # Of the trainer's constructor, whose weights are W0.
         self._anchored: weakref.ref[nn.Module] | None = None
@@ -110,6 +112,7 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
             self._check_same(model)
         self._own.anchor(model)
         check_replicas(self._own)
+        self._step = self._own.step
         if self._own.mode != "gradient" and not _steps_within_backward(args):
             self._hook = attach_to_optimizer(optimizer, self._own, model)
         _move_to_front(self, inspect.currentframe())
@@ -189,8 +192,16 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
         **_: Any,
     ) -> None:
         self._unstepped = False
-        if self._own.mode == "gradient" and was_skipped(optimizer, self._own):
-            self._own.take_back_step()
+        if self._own.mode == "gradient":
+            if self._own.step == self._step:
+                raise ValueError(
+                    "training_step: got a step of the optimizer without the penalty, expected RotationPenaltyMixin's, "
+                    "which adds it: a method of one's own calls super().training_step(...); or put it into a class "
+                    "below: penalised(MyTrainer)"
+                )
+            if was_skipped(optimizer, self._own):
+                self._own.take_back_step()
+            self._step = self._own.step
         # Where the backward pass has stepped, and no optimizer of torch.
         if self._own.mode != "gradient" and self._hook is None:
             self._own.after_step_(model, 0.0)
