@@ -1,16 +1,17 @@
-"""Programs and torch operators give the same bits of first and second derivatives."""
+"""Programs and operators give the same bits of first and second derivatives; gradients of replicas keep an order."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rpsft_kernels as rk
 from rpsft_kernels import ops
+from rpsft_kernels.distributed import ReplicatedWeight, Shard
 from rpsft_kernels.evaluation.bucket import make_buckets
 from rpsft_kernels.evaluation.pairing import AnchoredWeight, pair
-from rpsft_kernels.evaluation.projection import ProjectionFunction
+from rpsft_kernels.evaluation.projection import ProjectionFunction, gather_replicas
 from support import random_matrix
 
 # Full anchors have no drifts.
@@ -70,3 +71,29 @@ def test_programs_and_operators_give_the_same_gradients(form: str, outputs: str,
         second = torch.autograd.grad(along, leaves, materialize_grads=True) if "squares" in outputs else ()
         results.append((loss.detach(), *once, *second))
     assert all(map(torch.equal, *results))
+
+
+def arrivals(waiting: int, shares: list[bool]) -> list[int]:
+    """Return the order in which weights get their gradients, while other nodes of the graph wait to be run."""
+    parameters = [nn.Parameter(torch.ones(2, 3)) for _ in shares]
+    order: list[int] = []
+    for i, parameter in enumerate(parameters):
+        parameter.register_post_accumulate_grad_hook(lambda _, i=i: order.append(i))
+    # These come first, so that their gradients come last.
+    before = [nn.Parameter(torch.ones(1)).mul(2) for _ in range(waiting)]
+    weights = [
+        ReplicatedWeight(p, (2, 3), Shard.whole((2, 3)), gradient_error="kept by the engine") for p in parameters
+    ]
+    joint, values = gather_replicas(weights)
+    summands = [value.sum() for value, own in zip(values, shares, strict=True) if own]
+    torch.cat([joint, torch.stack([*summands, *(b.sum() for b in before)])]).sum().backward()
+    assert all(parameter.grad is not None for parameter in parameters)
+    return order
+
+
+@pytest.mark.parametrize("count", [5, 9])
+def test_gradients_that_an_engine_averages_arrive_in_one_order_on_every_rank(count: int) -> None:
+    orders = {
+        tuple(arrivals(waiting, [i % 2 == rank for i in range(count)])) for waiting in range(1, 9) for rank in range(2)
+    }
+    assert len(orders) == 1
