@@ -3,8 +3,8 @@
     python examples/train_trl_lora.py [--model HuggingFaceTB/SmolLM2-135M] [--steps 60] [--budget 0.01] [--rank 16]
 
 Without ``--model`` a small random Llama stands in for a pretrained one; the default budget is for it, and
-docs/first_run.md says how to choose one for another. The penalty is of the weights that the adapters change, W0 + s B A,
-under the names that these have without adapters; no matrix as large as a weight is made.
+docs/first_run.md says how to choose one for another. The penalty is of the weights that the adapters change,
+W0 + s B A, under the names that these have without adapters; no matrix as large as a weight is made.
 """
 
 from __future__ import annotations

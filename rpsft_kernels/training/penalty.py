@@ -243,7 +243,7 @@ class RotationPenalty:
         return coeff * penalty
 
     def take_back_step(self) -> None:
-        """Let the last call not count, because the optimizer's step that it was for was skipped, as GradScaler does where
+        """Let the last call not count, because the optimizer's step that it was for was skipped, as by GradScaler where
         gradients overflow: a schedule does not go on, and R of the same weights does not count twice for a budget.
 
         Needed in loops that unscale gradients before they call :meth:`add_gradients_`. The modes after the step are not
