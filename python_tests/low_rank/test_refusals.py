@@ -136,6 +136,20 @@ def test_no_weight_that_adapters_move_is_passed_over(name: str) -> None:
     assert rk.rotation_penalty(model, anchors).item() > 0
 
 
+def test_an_adapter_of_the_user_s_own_is_refused() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = nn.Linear(8, 6)
+
+        def get_base_layer(self) -> nn.Module:
+            return self.base_layer
+
+    Wrapper.__module__ = "__main__"
+    message = refused(lambda: anchors_of(nn.Sequential(Wrapper())))
+    assert message.startswith("0.weight: got Wrapper, expected LoRA's linear layers")
+
+
 def test_what_is_not_served_may_be_left_out() -> None:
     model = adapt(llama(), trainable_token_indices=[1, 2])
     anchors = anchors_of(model, exclude="model.embed_tokens*")

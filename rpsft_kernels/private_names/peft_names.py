@@ -132,7 +132,8 @@ def base_of(module: Any) -> nn.Module:
 
 def describe_tuner(module: nn.Module) -> str:
     """Return the name of an adapter layer's class with its package, such as ``"loha.Linear"``."""
-    return f"{type(module).__module__.split('.')[-2]}.{type(module).__name__}"
+    # A layer of the user's own may be of a module in no package.
+    return ".".join([*type(module).__module__.split(".")[-2:-1], type(module).__name__])
 
 
 def reason_no_lora(module: nn.Module) -> str | None:
