@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,8 +128,10 @@ def test_masters_are_reached_through_deepspeeds_functions(stage: int) -> None:
     # With float32 gradients stage 1 has another optimizer.
     [(2, 1, None), (2, 2, None), (2, 1, "fp32"), (1, 2, None)],
 )
-def test_replicas_are_computed_at_the_masters(size: int, stage: int, gradient_dtype: str | None) -> None:
-    results = run_ranks(size, masters_of_replicas, stage, gradient_dtype)
+def test_replicas_are_computed_at_the_masters(
+    size: int, stage: int, gradient_dtype: str | None, tmp_path: Path
+) -> None:
+    results = run_ranks(size, masters_of_replicas, stage, gradient_dtype, str(tmp_path))
     whole = results[0]["whole bytes"]
     # Cut weights have the other side's basis on both ranks.
     assert whole <= sum(result["bytes"] for result in results) <= 1.2 * whole
@@ -148,6 +151,7 @@ def test_replicas_are_computed_at_the_masters(size: int, stage: int, gradient_dt
             assert found["gradient"] <= 2.0**-8, (form, result)
             assert found["R"] == results[0][form]["R"]
         assert abs(result["written"]) <= 1e-5
+        assert set(result["resumed"].values()) == {True}, result
 
 
 def test_masters_are_found_where_the_parameters_lie() -> None:

@@ -407,8 +407,11 @@ def masters_of_partitions(offload: bool) -> dict[str, Any]:
     return result
 
 
-def masters_of_replicas(stage: int, gradient_dtype: str | None) -> dict[str, Any]:
-    """Take steps too small for bfloat16 under ZeRO-1 or ZeRO-2, and compare with float64 at the masters."""
+def masters_of_replicas(stage: int, gradient_dtype: str | None, folder: str) -> dict[str, Any]:
+    """Take steps too small for bfloat16 under ZeRO-1 or ZeRO-2, and compare with float64 at the masters.
+
+    Anchors are saved in ``folder`` before, and loaded after these steps.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     model = llama(torch.bfloat16)
@@ -431,6 +434,8 @@ def masters_of_replicas(stage: int, gradient_dtype: str | None) -> dict[str, Any
             result["at anchor"][form] = rk.rotation_penalty(engine, each).item()
         result["warnings"][form] = [str(warning.message) for warning in caught]
 
+    for form, each in anchors.items():
+        each.save(f"{folder}/{form}")
     for _ in range(4):
         loss = COEFF * rk.rotation_penalty(engine, anchors["made of the engine"])
         engine.backward(task_loss(engine, own_batch()) + loss)
@@ -458,6 +463,11 @@ def masters_of_replicas(stage: int, gradient_dtype: str | None) -> dict[str, Any
             "gradient": errors(full_gradients(engine), wanted),
         }
         engine.step()
+    with torch.no_grad():
+        for form, each in anchors.items():
+            loaded = rk.Anchors.load(f"{folder}/{form}", engine, verify=False)
+            same = rk.rotation_penalty(engine, loaded) == rk.rotation_penalty(engine, each)
+            result.setdefault("resumed", {})[form] = bool(same)
     # What somebody has written into the model alone counts.
     with torch.no_grad():
         for name in wanted:
