@@ -219,6 +219,9 @@ def test_a_run_that_is_resumed_has_the_same_bits(options: dict[str, Any], tmp_pa
 
 
 def test_what_cannot_be_attached_to_is_refused() -> None:
+    model = llama()
+    with pytest.raises(ValueError, match=r"accelerator: got \w+, expected an accelerate.Accelerator"):
+        attach(model, penalty(), model)
     loop = Loop(penalty())
     with pytest.raises(ValueError, match="R would count twice"):
         attach(loop.accelerator, penalty(), loop.model)

@@ -174,6 +174,11 @@ def test_steps_that_do_not_log_read_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 # -- a budget ---------------------------------------------------------------------------------------------------
 
 
+def test_a_model_s_name_is_no_model() -> None:
+    with pytest.raises(ValueError, match="model: got str, expected a torch.nn.Module"):
+        rk.RotationPenalty(8).anchor("gpt2")  # type: ignore[arg-type]
+
+
 def test_a_budget_without_a_gradient_of_the_task_is_refused_in_the_third_step() -> None:
     model, penalty = _moved(budget=0.01)
     for _ in range(2):

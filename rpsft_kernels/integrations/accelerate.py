@@ -43,6 +43,11 @@ def attach(accelerator: Accelerator, penalty: RotationPenalty, model: nn.Module)
             not let gradients be added to.
     """
     check_penalty(penalty, "penalty")
+    if not isinstance(accelerator, Accelerator):
+        raise ValueError(
+            f"accelerator: got {type(accelerator).__name__}, expected an accelerate.Accelerator: "
+            "attach(accelerator, penalty, model)"
+        )
     if getattr(accelerator, _MARK, None) is not None:
         raise ValueError("accelerator: got one that has a penalty attached, expected one without: R would count twice")
     # It keeps models as they were before it wrapped and compiled them.
@@ -136,6 +141,9 @@ class _Loop:
     def _holds_any(self, parameters: Iterable[Tensor]) -> bool:
         return not {id(p) for p in self._model.parameters()}.isdisjoint(map(id, parameters))
 
+    def _trains(self, optimizer: Any) -> bool:
+        return self._holds_any(p for group in optimizer.param_groups for p in group["params"])
+
     def _add(self) -> None:
         # A second call within a step, for other parameters, clips what has the penalty.
         if self._accelerator.sync_gradients and self._due:
@@ -148,7 +156,7 @@ class _Loop:
         def refuse_or_step(*args: Any, **options: Any) -> Any:
             self._refuse_if_due(optimizer)
             result = step(*args, **options)
-            if self._accelerator.sync_gradients and self._unstepped:
+            if self._accelerator.sync_gradients and self._unstepped and self._trains(optimizer):
                 # Of several optimizers the first tells.
                 self._unstepped = False
                 if was_skipped(optimizer, self._penalty):
@@ -158,8 +166,7 @@ class _Loop:
         return refuse_or_step
 
     def _refuse_if_due(self, optimizer: Any) -> None:
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        if self._accelerator.sync_gradients and self._due and self._holds_any(parameters):
+        if self._accelerator.sync_gradients and self._due and self._trains(optimizer):
             raise ValueError(
                 "accelerator.clip_grad_norm_: got no call between the last backward pass and optimizer.step(), "
                 "expected one: the penalty is added there. Clip with it (max_norm=float('inf') clips nothing), or call "

@@ -171,6 +171,8 @@ class RotationPenalty:
         """
         if self._watched is not None:
             return self
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module, the pretrained model")
         anchors = provide_anchors(self._settings, model, resuming=self._expected is not None)
         energy, digest = measure_energy(anchors, model), digest_anchors(anchors)
         if not energy > 0:
