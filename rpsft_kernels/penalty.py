@@ -53,7 +53,8 @@ def rotation_penalty(
     Over several processes, which wait for each other anyway, every rank refuses it (one rank's NaN would reach all).
 
     The first call with new anchors measures how far each weight is from W0, and warns (UserWarning) of weights that are
-    other ones (farther than half of ||W0||), and of such as differ from W0 by the rounding to another dtype alone.
+    other ones (farther than half of ||W0||), and of such as differ from W0 by the rounding to another dtype alone. What
+    ``torch.compile`` traces measures nothing: make one call outside of it, such as a first one under ``no_grad``.
 
     Multiply R by the paper's lambda: ``(task_loss + coeff * R).backward()``. The gradient ``2 U C V^T`` (full:
     ``2 (W - W0)``) is computed in ``backward`` one bucket of weights at a time: if R has a backward pass of its own

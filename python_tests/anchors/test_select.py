@@ -114,6 +114,16 @@ def test_nothing_left() -> None:
         select_weights(nn.ReLU())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_parameters_are_left_out(layout: torch.layout) -> None:
+    model = nn.Linear(4, 3, bias=False)
+    parts = [torch.ones(2, 4), torch.ones(5, 4)]
+    model.register_parameter("parts", nn.Parameter(torch.nested.nested_tensor(parts, layout=layout)))
+    selection = select_weights(model)
+    assert list(selection.chosen) == ["weight"] and selection.skipped == {"parts": "nested tensor"}
+
+
 def test_lazy_parameter() -> None:
     with pytest.raises(ValueError, match="0.weight: got an uninitialised lazy parameter"):
         select_weights(nn.Sequential(nn.LazyLinear(3)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from distance_ranks import use_a_far_shard
 from ranks import run_ranks
 from rpsft_kernels import Anchor, Anchors, accumulate_rotation_grad_, rotation_penalty
+from rpsft_kernels.evaluation import distance
 from support import exact_penalty, random_matrix
 
 pytestmark = pytest.mark.usefixtures("reference_arithmetic")
@@ -67,7 +70,7 @@ def test_a_pipeline_stage_that_numbers_its_layers_anew() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_anchored_before_their_values_came(form: str) -> None:
     (message,) = _warnings_of(random_matrix(24, 40), _anchor(torch.zeros(24, 40), form))
-    assert "weights (W0 is all zeros)" in message
+    assert "weights (W0 is all zeros: anchored before its values came, or trained from zeros)" in message
     assert _warnings_of(torch.zeros(24, 40), _anchor(torch.zeros(24, 40), form)) == []
 
 
@@ -144,6 +147,29 @@ def test_the_measurement_leaves_the_generators_of_random_numbers_alone() -> None
     for form in FORMS:
         rotation_penalty(random_matrix(24, 40), _anchor(random_matrix(24, 40), form))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_of_a_chunk_is_left_at_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left would split the memory that it has freed, and the process would grow by a float32 copy of W."""
+    left: list[weakref.ref[Tensor]] = []
+    compare = distance._compare
+
+    def watch(*arguments: Any) -> Tensor:
+        assert all(reference() is None for reference in left)
+        norms = compare(*arguments)
+        left.append(weakref.ref(norms))
+        return norms
+
+    monkeypatch.setattr(distance, "_compare", watch)
+    rotation_penalty(random_matrix(24, 40), _anchor(random_matrix(24, 40), "base"))
+    assert len(left) == 8
+
+
+def test_calls_that_are_traced_measure_nothing() -> None:
+    weight, anchor = random_matrix(24, 40), _anchor(random_matrix(24, 40, seed=1), "base")
+    compiled = torch.compile(lambda: rotation_penalty(weight, anchor), backend="eager")
+    assert _warnings_of(None, None, lambda *_: compiled()) == []
+    assert len(_warnings_of(weight, anchor)) == 1
 
 
 def test_nan_is_no_distance() -> None:

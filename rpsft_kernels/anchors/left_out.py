@@ -13,6 +13,7 @@ def describe_left_out(selection: Selection) -> str | None:
     """Describe the parameters that ``selection`` leaves out, the largest first; None where they are a small part.
 
     Only floating-point parameters of two or more dimensions count, and none that ``include`` or ``exclude`` leaves out.
+    Integers (4-bit values in bytes) cannot require grad: they stand still. What adapters move above them is counted.
     """
     total = sum(selection.elements.values())
     left_out = {name: count for name, count in selection.elements.items() if name in selection.skipped}

@@ -161,6 +161,8 @@ def _first_reason(aliases: list[str], reasons: Mapping[str, str]) -> str | None:
 
 
 def _reason_unsuitable(reference: ParameterRef) -> str | None:
+    if reference.parameter.is_nested:
+        return "nested tensor"
     if len(reference.shape) != 2:
         return f"{len(reference.shape)}-D"
     if math.prod(reference.shape) == 0:

@@ -55,7 +55,7 @@ class _Distance(NamedTuple):
 
     def __str__(self) -> str:
         if not self.pretrained:
-            return f"{self.anchored.name} (W0 is all zeros)"
+            return f"{self.anchored.name} (W0 is all zeros: anchored before its values came, or trained from zeros)"
         return f"{self.anchored.name} ({self.ratio:.2g} ||W0||)"
 
 
@@ -161,13 +161,17 @@ def _norms(anchored: AnchoredWeight) -> Tensor:
     matrices = anchored.matrices(anchored.weight.values().detach())
     dtype = ops.accumulation_dtype(anchored.weight.dtype)
     if anchored.anchor.block is not None:
-        rows = [_estimate_drift(matrices, anchored.anchor.block, dtype)]
+        sums = _estimate_drift(matrices, anchored.anchor.block, dtype)
     else:
+        # On a CPU small tensors that outlive their chunk would lie in its memory, and each chunk would take new memory.
+        sums = torch.zeros(3, dtype=dtype, device=anchored.weight.device)
         tolerance = 0.0
         if anchored.weight.dtype != anchored.anchor.weight_dtype:
             tolerance = _unit_roundoff(anchored.weight.dtype) + _unit_roundoff(anchored.anchor.weight_dtype)
-        rows = [_compare(*pair, dtype, tolerance) for matrix in matrices for pair in _chunks(matrix)]
-    moved, pretrained, within = torch.stack(rows).sum(0).unbind()
+        for matrix in matrices:
+            for values, base in _chunks(matrix):
+                sums += _compare(values, base, dtype, tolerance)
+    moved, pretrained, within = sums.unbind()
     return torch.stack([moved.sqrt(), pretrained.sqrt(), within / anchored.weight.shard.numel]).to(torch.float32)
 
 
