@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from . import columns as f
 from .columns import FIELDS, LAYOUT
@@ -90,6 +90,8 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(found.index(i), count=ARRIVALS)
+    # The TMA engine, which counts the bytes of its loads there, must see these ordinary stores.
+    fence_async_shared()
     return found
 
 
