@@ -297,7 +297,8 @@ def _check_rest(
             mover = f"adapters {', '.join(adapter.name for adapter in found.served[name].adapters)}"
         elif name in found.copies:
             mover = "a trained copy (modules_to_save)"
-        elif len(reference.shape) == 2 and reference.dtype in DTYPES and name not in non_weights:
+        elif reference.parameter.ndim == 2 and reference.dtype in DTYPES and name not in non_weights:
+            # A flat parameter of FSDP1 does not tell which of its parts train.
             if reference.parameter.requires_grad:
                 mover = "requires_grad"
             still.append(reference.parameter)
