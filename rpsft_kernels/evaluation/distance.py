@@ -120,8 +120,9 @@ def _tell_copies(names: Sequence[str]) -> str:
     return (
         f"weights: {len(names)} are copies of masters which DeepSpeed's optimizer keeps (in float32, as a rule) and "
         f"trains: {_list(names)}. R sees only what has crossed a rounding step of the copies: for bfloat16 the error "
-        "of its gradient was 94% after 10 steps at a learning rate of 1e-6, and 48% after 100. docs/accuracy.md shows "
-        "how to pass the masters; or train float32 parameters"
+        "of its gradient was 94% after 10 steps at a learning rate of 1e-6, and 48% after 100. Masters are found "
+        "of the engine itself, where anchors keep W0 and the optimizer is not offloaded; docs/accuracy.md shows how to "
+        "pass them elsewhere; or train float32 parameters"
     )
 
 
