@@ -165,13 +165,6 @@ def test_nothing_of_a_chunk_is_left_at_the_next(monkeypatch: pytest.MonkeyPatch)
     assert len(left) == 8
 
 
-def test_calls_that_are_traced_measure_nothing() -> None:
-    weight, anchor = random_matrix(24, 40), _anchor(random_matrix(24, 40, seed=1), "base")
-    compiled = torch.compile(lambda: rotation_penalty(weight, anchor), backend="eager")
-    assert _warnings_of(None, None, lambda *_: compiled()) == []
-    assert len(_warnings_of(weight, anchor)) == 1
-
-
 def test_nan_is_no_distance() -> None:
     weight = random_matrix(24, 40)
     anchor = _anchor(weight, "base")
