@@ -127,9 +127,11 @@ _defined: set[str] = set()
 
 
 def defined() -> set[str]:
-    """Every name that the project gives to something of its own, and those of namedtuples."""
+    """Every name that the project gives to something of its own, those of namedtuples, and ``os._exit``: Python
+    documents these.
+    """
     if not _defined:
-        _defined.update(("_replace", "_fields", "_asdict"))
+        _defined.update(("_replace", "_fields", "_asdict", "_exit"))
         for path in files():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
