@@ -189,6 +189,18 @@ def test_another_model_beside_is_left_alone(first: bool) -> None:
         assert worst(llama(), recorder.steps, tasks, own.anchors, coeff, CLIP) < 3e-6
 
 
+def test_a_step_of_another_optimizer_that_a_scaler_skips_counts() -> None:
+    own = penalty()
+    loop = Loop(own, accumulation=1)
+    scaler = scale_gradients(loop)
+    loop.run()
+    assert own.step == 12
+    # As where the other's gradients overflow: one scaler serves all.
+    scaler.update(1024.0)
+    loop.run()
+    assert own.step == 24
+
+
 def test_clipping_twice_in_a_step_adds_once() -> None:
     own = penalty()
     loop = Loop(own)

@@ -237,16 +237,50 @@ def test_optimizers_without_anchored_weights_step_by_themselves(tmp_path: Path) 
     class Alternating(Manual):
         def training_step(self, batch: dict[str, Tensor], index: int) -> None:  # type: ignore[override]
             optimizers: Any = self.optimizers()
+            # What it freezes, others train.
+            self.toggle_optimizer(optimizers[index % 2])
             self.manual_backward(self.model(**batch).loss)
             assert self._own is not None
             if index % 2:
                 self._own.add_gradients_(self)
             optimizers[index % 2].step()
+            self.untoggle_optimizer(optimizers[index % 2])
             self.model.zero_grad()
 
     own = penalty(include="*layers.1.*")
     fit(Alternating(own), tmp_path, own, size=4, accumulate_grad_batches=1, gradient_clip_val=None)
     assert own.step == 2
+
+
+class Wrapper:
+    """What Lightning takes for an optimizer, without torch's class."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inner = Recorder(model)
+        self.param_groups, self.defaults, self.state = self.inner.param_groups, self.inner.defaults, self.inner.state
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+    def zero_grad(self) -> None:
+        self.inner.zero_grad()
+
+    def state_dict(self) -> Any:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.inner.load_state_dict(state)
+
+
+def test_optimizers_that_are_not_torch_s(tmp_path: Path) -> None:
+    own = penalty()
+    fit(Module(Wrapper), tmp_path, own, size=2, accumulate_grad_batches=1)
+    assert own.step == 2
+    own = penalty(mode="decoupled")
+    with pytest.raises(
+        ValueError, match=r"optimizer: got one without torch's hooks after its step in mode 'decoupled'"
+    ):
+        fit(Module(Wrapper), tmp_path, own, size=2, accumulate_grad_batches=1)
 
 
 def test_a_mode_after_the_step_acts_once_for_several_optimizers(tmp_path: Path) -> None:
@@ -411,6 +445,38 @@ def test_manual_optimization_says_how_gradients_are_scaled(tmp_path: Path) -> No
     own = penalty()
     with pytest.raises(ValueError, match=r"scale: got 1 in Own's call of penalty.add_gradients_, expected 1024"):
         fit(Own(own, False), tmp_path, own, plugins=[Float16()], **options)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("optimizer", [Recorder, FusedRecorder])
+def test_a_step_of_another_optimizer_that_a_scaler_skips_counts(optimizer: Any, first: bool, tmp_path: Path) -> None:
+    class Beside(Manual):
+        """Two models of one module, whose optimizers share Lightning's scaler."""
+
+        def __init__(self, own: rk.RotationPenalty) -> None:
+            super().__init__(own)
+            self.other = llama()
+
+        def configure_optimizers(self) -> Any:
+            return [optimizer(self.model), optimizer(self.other)]
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> None:  # type: ignore[override]
+            plugin: Any = self.trainer.precision_plugin
+            optimizers: Any = self.optimizers()
+            for model, steps in list(zip((self.model, self.other), optimizers, strict=True))[:: 1 if first else -1]:
+                self.manual_backward(model(**batch).loss)
+                if model is self.model:
+                    assert self._own is not None
+                    self._own.add_gradients_(self, plugin.scaler.get_scale())
+                steps.step()
+                model.zero_grad()
+
+    own = rk.RotationPenalty(8, include="model.*")
+    module = Beside(own)
+    overflow(module.other, (1, 2))
+    trainer = fit(module, tmp_path, own, plugins=[Float16()], size=4, accumulate_grad_batches=1, gradient_clip_val=None)
+    assert [len(each.steps) for each in trainer.optimizers] == [4, 2]  # type: ignore[attr-defined]
+    assert own.step == 4
 
 
 def test_a_batch_without_a_loss_makes_no_step_of_the_penalty(tmp_path: Path) -> None:

@@ -209,6 +209,24 @@ def test_steps_that_a_scaler_skips_do_not_count(way: str, optimizer: Any, tmp_pa
 
 
 @pytest.mark.parametrize("way", ["penalised", "callback"])
+def test_a_step_of_another_optimizer_that_a_scaler_skips_counts(way: str, tmp_path: Path) -> None:
+    class Beside(Float16):
+        def on_step_end(self, *args: Any, **options: Any) -> None:
+            # As where gradients of a model of the user's own overflow.
+            self.scaler.update(self.scaler.get_scale() / 4)
+
+    own, float16 = penalty(), Beside()
+    made = trainer(way, tmp_path, own, callbacks=[float16], gradient_accumulation_steps=1, size=4)
+    float16.trainer = made
+    made.accelerator.scaler = float16.scaler
+    try:
+        made.train()
+    finally:
+        made.accelerator.state._mixed_precision = "no"
+    assert own.step == 4
+
+
+@pytest.mark.parametrize("way", ["penalised", "callback"])
 @pytest.mark.parametrize("mode", ["decoupled", "project"])
 def test_modes_after_the_step(way: str, mode: str, tmp_path: Path) -> None:
     own = penalty(mode=mode, **({"budget": 0.01} if mode == "project" else {}))

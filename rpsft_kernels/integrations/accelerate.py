@@ -161,6 +161,8 @@ class _Loop:
                 self._unstepped = False
                 if was_skipped(optimizer, self._penalty):
                     self._penalty.take_back_step()
+                # It is settled: a scale that falls later tells of another optimizer's step.
+                self._penalty.scale = None
             return result
 
         return refuse_or_step

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ..distributed import find_parameters
 from ..private_names.torch_names import unscales_within_step
+from ..training.attach import has_hooks
 from .checks import check_penalty, warn_of_second_training
 from .rates import read_rates
 from .replicas import check_replicas
@@ -58,6 +59,8 @@ class RotationPenaltyCallback(Callback):
         self._rates: float | dict[int, float] | None = None
         # GradScaler's, with which the penalty was added since; None where it was not, and without a scaler.
         self._scale: float | None = None
+        # Whether anchored weights have had a step since.
+        self._stepped = False
         # Where the callback was made: what other processes train, they keep to themselves.
         self._process = os.getpid()
 
@@ -94,22 +97,29 @@ class RotationPenaltyCallback(Callback):
         check_replicas(self.penalty)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step, self._rates, self._scale = self.penalty.step, None, None
+        self._step, self._rates, self._scale, self._stepped = self.penalty.step, None, None, False
         if self.penalty.step and trainer.global_step == 0:
             warn_of_second_training(self.penalty)
 
         def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if self.penalty.mode == "gradient":
                 self._refuse_without_penalty(optimizer, pl_module)
+                if self._scale is not None and not _was_skipped(optimizer):
+                    self._stepped |= _holds_anchored(optimizer, pl_module, self.penalty)
                 return
-            # Fused optimizers are called for a step that GradScaler skips, too.
-            skipped = getattr(optimizer, "found_inf", None)
-            if skipped is not None and float(skipped):
+            if _was_skipped(optimizer):
                 return
             # Now, before a scheduler changes them.
             self._rates = read_rates([group for each in trainer.optimizers for group in each.param_groups])
 
-        self._handles = [optimizer.register_step_post_hook(note) for optimizer in trainer.optimizers]
+        # Lightning takes any object with the methods of an optimizer; those without hooks are not watched.
+        hooked = [optimizer for optimizer in trainer.optimizers if has_hooks(optimizer)]
+        if self.penalty.mode != "gradient" and len(hooked) < len(trainer.optimizers):
+            raise ValueError(
+                f"optimizer: got one without torch's hooks after its step in mode {self.penalty.mode!r}, expected a "
+                "torch.optim.Optimizer; or mode='gradient'"
+            )
+        self._handles = [optimizer.register_step_post_hook(note) for optimizer in hooked]
 
     def _refuse_without_penalty(self, optimizer: Optimizer, pl_module: LightningModule) -> None:
         """Raise a ValueError if anchored weights get a step, and the penalty was not added since the last batch."""
@@ -155,17 +165,24 @@ class RotationPenaltyCallback(Callback):
         if self._rates is not None:
             self.penalty.after_step_(pl_module, self._rates)
             self._rates = None
-        added, self._scale = self._scale, None
-        if added is not None:
-            now = _read_scale(trainer.precision_plugin)
-            if now is not None and now < added:
-                self.penalty.take_back_step()
+        self._take_back_if_skipped(trainer)
         if self.penalty.step == self._step:
             return
         self._step = self.penalty.step
         steps = trainer.global_step if pl_module.automatic_optimization else self.penalty.step
         if trainer.log_every_n_steps and steps % trainer.log_every_n_steps == 0:
             pl_module.log_dict(self.penalty.metrics())
+
+    def _take_back_if_skipped(self, trainer: Trainer) -> None:
+        added, stepped = self._scale, self._stepped
+        self._scale, self._stepped = None, False
+        if added is None or self.penalty.step == self._step:
+            return
+        now = _read_scale(trainer.precision_plugin)
+        if now is not None and now < added and not stepped:
+            self.penalty.take_back_step()
+        # It is settled: a scale that falls later tells of another optimizer's step.
+        self.penalty.scale = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for handle in self._handles:
@@ -184,13 +201,24 @@ def _has_no_gradient(optimizer: Optimizer) -> bool:
     return all(p.grad is None for group in optimizer.param_groups for p in group["params"])
 
 
+def _was_skipped(optimizer: Optimizer) -> bool:
+    """Whether GradScaler has called a fused optimizer for a step that is skipped."""
+    skipped = getattr(optimizer, "found_inf", None)
+    return skipped is not None and bool(float(skipped))
+
+
 def _holds_anchored(optimizer: Optimizer, module: LightningModule, penalty: RotationPenalty) -> bool:
     parameters = find_parameters(module)
-    anchored = [parameters[name].parameter for name in penalty.anchors or () if name in parameters]
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    # What adapters move is frozen; of their parts nobody knows here.
-    moved_by_adapters = not any(p.requires_grad for p in anchored)
-    return moved_by_adapters or any(id(p) in held for p in anchored)
+    anchored = {id(parameters[name].parameter) for name in penalty.anchors or () if name in parameters}
+    # What adapters move is in no optimizer; of their parts nobody knows here. Whether weights train tells nothing:
+    # toggle_optimizer freezes those of other optimizers.
+    if all(anchored.isdisjoint(_list_held(each)) for each in module.trainer.optimizers):
+        return True
+    return not anchored.isdisjoint(_list_held(optimizer))
+
+
+def _list_held(optimizer: Optimizer) -> list[int]:
+    return [id(p) for group in optimizer.param_groups for p in group["params"]]
 
 
 def _read_scale(precision: Any) -> float | None:

@@ -201,6 +201,8 @@ class RotationPenaltyCallback(TrainerCallback, ExportableState):
                 )
             if was_skipped(optimizer, self._own):
                 self._own.take_back_step()
+            # It is settled: a scale that falls later tells of another optimizer's step.
+            self._own.scale = None
             self._step = self._own.step
         # Where the backward pass has stepped, and no optimizer of torch.
         if self._own.mode != "gradient" and self._hook is None:

@@ -34,9 +34,9 @@ def attach(optimizer: Optimizer, penalty: RotationPenalty, model: nn.Module) -> 
     """
     inner: Any = optimizer
     # Accelerate's wrapper is an Optimizer by name, without hooks of its own.
-    while not _has_hooks(inner) and getattr(inner, "optimizer", None) is not None:
+    while not has_hooks(inner) and getattr(inner, "optimizer", None) is not None:
         inner = inner.optimizer
-    if not _has_hooks(inner):
+    if not has_hooks(inner):
         raise ValueError(
             f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer, which has hooks after its "
             "step; otherwise call penalty.after_step_(model, lr) after each step"
@@ -66,7 +66,8 @@ def attach(optimizer: Optimizer, penalty: RotationPenalty, model: nn.Module) -> 
     return penalty.attached
 
 
-def _has_hooks(optimizer: object) -> bool:
+def has_hooks(optimizer: object) -> bool:
+    """Whether it is an optimizer of torch's, and was made as one: wrappers may be so by name alone."""
     return isinstance(optimizer, Optimizer) and "_optimizer_step_post_hooks" in vars(optimizer)
 
 

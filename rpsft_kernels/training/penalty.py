@@ -72,7 +72,8 @@ class RotationPenalty:
     Attributes:
         anchors: None before :meth:`anchor`, unless given.
         step: the number of calls so far, one per optimizer step.
-        scale: of the gradients that the last :meth:`add_gradients_` added to; None before it.
+        scale: of the gradients that the last :meth:`add_gradients_` added to; None before it, and once an integration
+            has seen whether its step was made.
         attached: the hook that :func:`rpsft_kernels.attach` has made; None without.
 
     Raises:
