@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rpsft_kernels.distributed import Shard
+from rpsft_kernels.distributed.partition import divide
 from rpsft_kernels.distributed.zero_replica import ZeroReplica, ZeroReplicaMaster
 from rpsft_kernels.private_names import find_master_range
 
@@ -90,6 +91,19 @@ def test_a_master_stands_for_its_parameter() -> None:
     wanted[19] = 7.0
     assert torch.equal(values, wanted)
     assert torch.equal(gradients, torch.arange(32.0))
+
+
+def test_all_ranks_find_another_division_of_the_work() -> None:
+    parameters, found, _ = engines(3)
+    for parameter in parameters:
+        m, n = parameter.shape
+        for engine, share in zip(found, divide([(m, n)], [1], 3)[0], strict=True):
+            whole = Shard.whole((m, n))
+            weight = ZeroReplica(parameter, (m, n), whole, group_of(engine), engine=lambda e=engine: e)
+            assert isinstance(weight.with_work(weight.own_share).master, ZeroReplicaMaster)
+            # One rank or another has an empty share in both divisions.
+            other = weight.with_work(share)
+            assert other.master is other
 
 
 def test_masters_that_are_not_at_hand() -> None:

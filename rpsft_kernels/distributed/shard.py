@@ -40,7 +40,8 @@ class Shard:
     Make one with :meth:`whole`, :meth:`nothing`, :meth:`rectangle` or :meth:`range`. ``rows`` and ``cols`` are the
     spans that it touches, of U and V respectively; both (0, 0) where it is empty. ``flat`` is the half-open range of
     row-major indices where the shard is no rectangle. ``unsharded`` says that one rank, this or another, holds the
-    whole weight, so that its C need not be summed.
+    whole weight, so that its C need not be summed. ``division`` is equal only where all ranks' shards are: an empty one
+    does not tell what the others hold. It is None where nobody asks for that.
     """
 
     shape: tuple[int, int]
@@ -48,6 +49,7 @@ class Shard:
     cols: Span
     flat: Span | None = None
     unsharded: bool = False
+    division: tuple[int, int] | None = None
 
     @classmethod
     def whole(cls, shape: tuple[int, int]) -> Shard:

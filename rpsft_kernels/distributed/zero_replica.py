@@ -6,6 +6,7 @@ of a weight lies in its range, so that R and its gradient can be computed at the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +44,17 @@ class ZeroReplica(ReplicatedWeight):
             return None
         m, n = self.shape
         if not found.undivided:
-            return Shard.range((m, n), found.begin, found.end)
-        return Shard.whole((m, n)) if found.begin < found.end else Shard.nothing((m, n), unsharded=True)
+            shard = Shard.range((m, n), found.begin, found.end)
+        elif found.begin < found.end:
+            shard = Shard.whole((m, n))
+        else:
+            shard = Shard.nothing((m, n), unsharded=True)
+        return dataclasses.replace(shard, division=found.division)
 
     @property
     def master(self) -> LocalWeight:
-        # Anchors may be of another share of the work: of one from before there were masters, say.
+        # Anchors may be of another division of the work: of one from before there were masters, say. All ranks must
+        # find that, also one whose share is empty in both.
         return ZeroReplicaMaster(**vars(self)) if self.own_share == self.shard else self
 
     def state(self) -> tuple[object, ...]:

@@ -33,12 +33,14 @@ class MasterRange:
         begin: the first of these elements, in row-major order.
         end: the one after the last; ``begin`` where the masters of all elements are other ranks'.
         undivided: whether one rank, this or another, has the masters of all elements.
+        division: where the parameter begins in the buffer that ranks divide, and how much of that each of them has.
         masters: float32, of ``end - begin`` elements.
     """
 
     begin: int
     end: int
     undivided: bool
+    division: tuple[int, int]
     masters: Tensor
 
 
@@ -80,6 +82,7 @@ def find_master_range(engine: Any, parameter: Tensor, group: Any) -> MasterRange
             begin=begin,
             end=end,
             undivided=first // length == (first + count - 1) // length,
+            division=(first, length),
             masters=masters.narrow(0, first + begin - start if begin < end else 0, end - begin),
         )
     return None
