@@ -336,6 +336,18 @@ def test_a_copy_waits_for_the_anchors_of_its_state() -> None:
     assert copy.deepcopy(attached).attached is None
 
 
+class Named(rk.RotationPenalty):
+    def __init__(self, name: str) -> None:
+        super().__init__(RANK)
+        self.names = [name]
+
+
+def test_a_copy_has_what_a_subclass_has_added() -> None:
+    named = Named("a")
+    for other in (copy.deepcopy(named), pickle.loads(pickle.dumps(named))):
+        assert type(other) is Named and other.names == ["a"] and other.names is not named.names
+
+
 # -- a resumed run ------------------------------------------------------------------------------------------------
 
 STRENGTHS: dict[str, list[dict[str, Any]]] = {

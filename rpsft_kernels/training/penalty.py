@@ -385,8 +385,13 @@ class RotationPenalty:
         self._guards.forget_model()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy goes on with, of any model with these weights; :meth:`metrics` begin anew."""
+        """Return what a copy goes on with, of any model with these weights; :meth:`metrics` begin anew.
+
+        Attributes that a subclass or a user has added are among it.
+        """
+        own = vars(RotationPenalty(1))
         return {
+            "added": {name: value for name, value in vars(self).items() if name not in own},
             "settings": {field.name: getattr(self._settings, field.name) for field in fields(self._settings)},
             "anchors": self.anchors,
             "anchored": None if self._watched is None else (self._energy, self._digest),
@@ -396,6 +401,7 @@ class RotationPenalty:
 
     def __setstate__(self, given: dict[str, Any]) -> None:
         RotationPenalty.__init__(self, **given["settings"])
+        vars(self).update(given["added"])
         self.anchors = given["anchors"]
         if given["anchored"] is not None:
             assert self.anchors is not None
