@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import rpsft_kernels as rk
 from deepspeed_framework_ranks import all_of_deepspeed
@@ -43,3 +46,41 @@ def test_what_the_optimizer_receives_under_zero() -> None:
 def test_what_deepspeed_cannot_have_is_refused(penalty: rk.RotationPenalty, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_mode(penalty)
+
+
+class Engine(nn.Sequential):
+    """Of DeepSpeed's engine what an attached penalty asks for."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 8))
+        self.optimizer = SimpleNamespace(overflow=False)
+
+    def gradient_accumulation_steps(self) -> int:
+        return 2
+
+    def zero_optimization_stage(self) -> int:
+        return 1
+
+
+def test_a_step_that_the_engine_skips_does_not_count() -> None:
+    from rpsft_kernels.integrations.accelerate import _attach_to_deepspeed
+
+    overflows, engine = iter([True, False, True, False]), Engine()
+    accelerator = SimpleNamespace(sync_gradients=True)
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+        if accelerator.sync_gradients:
+            # It has stepped, or not.
+            engine.optimizer.overflow = next(overflows)
+
+    accelerator.backward = backward
+    penalty = rk.RotationPenalty(4, coeff=lambda step: 3.0 + step).anchor(engine)
+    _attach_to_deepspeed(accelerator, penalty, engine)  # type: ignore[arg-type]
+    counted = []
+    for number in range(8):
+        accelerator.sync_gradients = number % 2 == 1
+        accelerator.backward(engine(torch.ones(1, 8)).sum())
+        counted.append(penalty.step)
+    assert counted == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert penalty.metrics()["rotation/coeff"] == 4.0

@@ -101,7 +101,13 @@ def _attach_to_deepspeed(accelerator: Accelerator, penalty: RotationPenalty, eng
     last = penalise_backward(backward, penalty, engine, divisor=engine.gradient_accumulation_steps())
 
     def backward_or_last(loss: Tensor, **options: Any) -> None:
-        (last if accelerator.sync_gradients else backward)(loss, **options)
+        if not accelerator.sync_gradients:
+            backward(loss, **options)
+            return
+        last(loss, **options)
+        # The engine has stepped by now, unless gradients in float16 overflowed.
+        if getattr(engine.optimizer, "overflow", False):
+            penalty.take_back_step()
 
     accelerator.backward = backward_or_last
 

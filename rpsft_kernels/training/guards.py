@@ -115,7 +115,7 @@ class Guards:
         moved, self._moved = self._moved, False
         last, self._last = self._last, penalty
         if ratio is not None and ratio > _TOO_STRONG:
-            way_out = "A smaller coeff, or budget=0.05, which finds one"
+            way_out = "A smaller coeff, or a budget, which finds one"
             if self._has_budget:
                 way_out = "The budget cannot be held so: a larger one, a smaller learning rate, or mode='project'"
             self._say(
