@@ -106,6 +106,13 @@ def test_all_ranks_find_another_division_of_the_work() -> None:
             assert other.master is other
 
 
+def test_one_rank_has_all_masters() -> None:
+    parameters, (engine,), masters = engines(1)
+    weight = ZeroReplica(parameters[1], (4, 8), Shard.whole((4, 8)), engine=lambda: engine)
+    assert isinstance(weight.master, ZeroReplicaMaster)
+    assert torch.equal(weight.master.values(), masters[15:47].view(4, 8))
+
+
 def test_masters_that_are_not_at_hand() -> None:
     parameters, (engine, _), _ = engines(2)
     group = group_of(engine)

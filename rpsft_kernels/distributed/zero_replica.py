@@ -43,6 +43,9 @@ class ZeroReplica(ReplicatedWeight):
         if found is None:
             return None
         m, n = self.shape
+        if self.group is None:
+            # One rank has all masters.
+            return Shard.whole((m, n))
         if not found.undivided:
             shard = Shard.range((m, n), found.begin, found.end)
         elif found.begin < found.end:
