@@ -4,6 +4,10 @@
 #include <new>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "cpu/amx/permission.hpp"
 #include "cpu/run.hpp"
 #include "cpu/threads.hpp"
@@ -56,7 +60,10 @@ Found find_kernels() {
   bool avx2 = false, avx512 = false, avx512_bf16 = false;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // Not every clang knows the name "f16c" (14 refuses it).
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+  avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");

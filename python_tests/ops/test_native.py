@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
+import subprocess
 import threading
 from functools import partial
 from pathlib import Path
@@ -300,6 +302,14 @@ def test_an_instruction_set_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch
             native.instruction_set()
         with pytest.raises(ValueError, match=re.escape(f"got '{name}', which cannot run here: {reason}")):
             module.project_drift([], name, 1)
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++ here")
+def test_clang_takes_what_asks_the_processor() -> None:
+    csrc = Path(__file__).resolve().parents[2] / "csrc"
+    command = ["clang++", "-std=c++17", "-fsyntax-only", f"-I{csrc}", f"-I{csrc}/include", f"{csrc}/cpu/engine.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_workspace_is_bounded() -> None:
