@@ -103,6 +103,13 @@ def _weighed_anew() -> Any:
     return model
 
 
+def _around_another() -> Any:
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "k_proj"], r=2), mixed=True)
+    model.add_adapter("second", LoHaConfig(target_modules=["q_proj"], r=2))
+    model.set_adapter(["default", "second"])
+    return model.double()
+
+
 # The model, the weight that is refused by name, and a glob that leaves it out.
 MOVED_UNDER_ANOTHER_NAME: dict[str, tuple[Callable[[], Any], str, str]] = {
     "attention": (
@@ -121,6 +128,7 @@ MOVED_UNDER_ANOTHER_NAME: dict[str, tuple[Callable[[], Any], str, str]] = {
         "layer.*",
     ),
     "packed values": (_packed, "model.layers.0.self_attn.q_proj.weight: got a Linear without a parameter", "*.0.*"),
+    "another adapter around it": (_around_another, "q_proj.base_layer.weight: got loha.Linear", "*q_proj*"),
     "X-LoRA": (_weighed_anew, "q_proj.weight: got lora.Linear, expected LoRA's linear layers", "*.0.*"),
 }
 

@@ -120,6 +120,9 @@ def find_adapted(model: nn.Module, parameters: Mapping[str, ParameterRef]) -> Ad
                 found.refused[name] = str(error)
         elif peft.is_trained_copy(module):
             found.copies.update(_copies(path, module, parameters))
+    for name in found.refused:
+        # Another adapter layer around it moves the same weight.
+        found.served.pop(name, None)
     return found
 
 
