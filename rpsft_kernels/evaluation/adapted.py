@@ -284,7 +284,7 @@ def _check_rest(
         ValueError: one of them moves now.
     """
     skipped = anchors.skipped if isinstance(anchors, Anchors) else {}
-    non_weights = find_non_weights(model, parameters)
+    non_weights: Mapping[str, str] | None = None
     still: list[Tensor] = []
     for name, reason in skipped.items():
         first = tied_to(reason)
@@ -297,9 +297,13 @@ def _check_rest(
             mover = f"adapters {', '.join(adapter.name for adapter in found.served[name].adapters)}"
         elif name in found.copies:
             mover = "a trained copy (modules_to_save)"
-        elif reference.parameter.ndim == 2 and reference.dtype in DTYPES and name not in non_weights:
+        elif reference.parameter.ndim == 2 and reference.dtype in DTYPES:
             # A flat parameter of FSDP1 does not tell which of its parts train.
             if reference.parameter.requires_grad:
+                # It takes as long as the rest of a plan to find these.
+                non_weights = find_non_weights(model, parameters) if non_weights is None else non_weights
+                if name in non_weights:
+                    continue
                 mover = "requires_grad"
             still.append(reference.parameter)
         if mover is not None:
