@@ -176,6 +176,21 @@ def test_a_share_that_anchors_do_not_tell_is_said() -> None:
         rk.RotationPenalty(0.5, anchors=rk.Anchors.from_model(_layers(), 0.5, progress=False)).anchor(_layers())
 
 
+def test_a_tied_head_with_adapters_has_the_anchor_of_the_plain_model(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from adapted_models import adapt, gpt2, move
+
+    path = tmp_path / "anchors"
+    rk.RotationPenalty(4, path=path).anchor(gpt2().double())
+    model = adapt(gpt2(), ["lm_head"])
+    penalty = rk.RotationPenalty(4, path=path).anchor(model)
+    move(model)
+    (name,) = anew = rk.Anchors.from_model(adapt(gpt2(), ["lm_head"]), 4, progress=False)
+    assert penalty.anchors is not None and name == "lm_head.weight" and name not in penalty.anchors
+    value = rk.rotation_penalty(model, penalty.anchors).item()
+    assert value == pytest.approx(rk.rotation_penalty(model, anew).item(), rel=1e-6) and value > 0
+
+
 def test_options_reach_the_anchors() -> None:
     penalty = rk.RotationPenalty(0.5, include="0.*", keep_base=False, basis_dtype=torch.float32).anchor(_layers())
     assert penalty.anchors is not None

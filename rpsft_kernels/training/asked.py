@@ -12,6 +12,7 @@ from torch import nn
 from ..anchors.collection import Anchors
 from ..anchors.select import select_weights
 from ..checks import dtype_name
+from ..distributed import find_parameters
 from ..evaluation.caller import level_of_caller
 from .settings import Settings
 
@@ -77,7 +78,10 @@ def _other_weights(anchors: Anchors, settings: Settings, model: nn.Module) -> It
         beyond = [name for name, reason in globs.items() if reason.startswith(start)]
         if beyond:
             yield argument, getattr(settings, argument), f"of {_list(beyond)} too"
-    missing = [name for name in selection.chosen if name not in anchors]
+    # A tied weight with an adapter is chosen by the name that has it, and was anchored by its first.
+    parameters = find_parameters(model)
+    anchored = {parameters[name].identity for name in anchors if name in parameters}
+    missing = [n for n in selection.chosen if n not in anchors and parameters[n].identity not in anchored]
     if missing:
         # Anchors may be of more weights than an adapted model moves, not of fewer.
         argument = "include" if settings.include is not None or settings.exclude is None else "exclude"
