@@ -206,6 +206,9 @@ def test_a_weight_that_trains_from_a_later_step_on_counts() -> None:
     penalty = rk.accumulate_rotation_grad_(model, plain, 1.0)
     assert penalty.item() == pytest.approx(drift.square().sum().item(), rel=1e-9)
     assert weight.grad is not None and weight.grad.count_nonzero()
+    # Frozen again it would count 0.
+    weight.requires_grad_(False)
+    assert "up_proj.weight: got a base at a distance of 0.01" in refused(lambda: rk.rotation_penalty(model, plain))
 
 
 def test_one_layer_under_two_names_counts_once() -> None:

@@ -42,7 +42,7 @@ from ..low_rank.dora import image_of_base, square_rows
 from ..low_rank.start import AdapterStart
 from ..low_rank.started import make_another_weight, start_layer
 from ..private_names.bitsandbytes_names import is_quantised
-from .bases import StillWeight, check_bases, state_of, still_base
+from .bases import StillWeight, check_bases, forget_bases, state_of, still_base
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -242,6 +242,7 @@ def find_adapted_weights(
         return None
     pairs, dense, resting = _split(found, anchors, parameters)
     without_anchors = _check_rest(weights, found, anchors, parameters)
+    forget_bases(dense.values())
     still = [still_base(layer.name, layer.base, start_layer(layer, anchor.starts), anchor) for layer, anchor in pairs]
     # Of those that are quantised nothing is compared.
     resting = [name for name in resting if not is_quantised(parameters[name].parameter)]

@@ -7,7 +7,7 @@ counts what the adapters add.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,6 +69,13 @@ def check_bases(weights: Sequence[StillWeight], fingerprints: Mapping[str, Finge
                 "at='now' where PEFT has taken the adapters out of the base, as PiSSA does)"
             )
         _found[still.anchor] = state
+
+
+def forget_bases(anchors: Iterable[object]) -> None:
+    """Let the weights of these anchors be compared once they stand still: they move now, however that is written."""
+    for anchor in anchors:
+        if isinstance(anchor, Anchor):
+            _found.pop(anchor, None)
 
 
 def _find_problem(still: StillWeight, fingerprint: Fingerprint | None) -> str | None:
