@@ -18,6 +18,7 @@ from rpsft_kernels.anchors.checksums import checksum_bytes
 from rpsft_kernels.anchors.collection import Anchors
 from rpsft_kernels.anchors.file_format import CHECKSUM, FORMAT
 from rpsft_kernels.anchors.fingerprint import Fingerprint
+from rpsft_kernels.anchors.together import remember_groups
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -291,6 +292,13 @@ def test_verify_refuses_another_checkpoint() -> None:
         _anchors(_Model(seed=0)).verify(_Model(seed=1))
     with pytest.raises(ValueError, match="model: got NoneType, expected a torch.nn.Module"):
         _anchors(_Model()).verify(None)  # type: ignore[arg-type]
+
+
+def test_groups_of_anchors_that_are_gone_are_not_asked() -> None:
+    anchors = _anchors(_Model())
+    remember_groups(anchors, {"gone": None})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="model: got NoneType, expected a torch.nn.Module"):
+        anchors.verify(None)  # type: ignore[arg-type]
 
 
 def _with_foreign_blocks(anchors: Anchors) -> Anchors:

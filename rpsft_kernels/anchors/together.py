@@ -22,7 +22,11 @@ def remember_groups(anchors: object, groups: dict[str, dist.ProcessGroup]) -> No
 
 
 def recall_groups(anchors: object) -> dict[str, dist.ProcessGroup]:
-    """Return the groups that :func:`remember_groups` was given for these very anchors; none if it was not."""
+    """Return the groups that :func:`remember_groups` was given for these very anchors; none if it was not, or where
+    they are gone.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return {}
     # Whatever stands in the place of anchors may have no hash.
     return dict(next((groups for known, groups in _groups_of_anchors.items() if known is anchors), {}))
 
