@@ -479,6 +479,27 @@ def test_a_step_of_another_optimizer_that_a_scaler_skips_counts(optimizer: Any, 
     assert own.step == 4
 
 
+@pytest.mark.parametrize("overflows", [(0, 3, 4), (1, 2, 3), ()])
+def test_several_steps_of_a_batch(overflows: tuple[int, ...], tmp_path: Path) -> None:
+    class Twice(Module):
+        automatic_optimization = False  # type: ignore[assignment]
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> None:  # type: ignore[override]
+            plugin: Any = self.trainer.precision_plugin
+            optimizer: Any = self.optimizers()
+            for _ in range(2):
+                self.manual_backward(self.model(**batch).loss)
+                own.add_gradients_(self, plugin.scaler.get_scale())
+                optimizer.step()
+                self.model.zero_grad()
+
+    own = penalty()
+    module = Twice()
+    overflow(module.model, overflows)
+    trainer = fit(module, tmp_path, own, plugins=[Float16()], size=3, accumulate_grad_batches=1, gradient_clip_val=None)
+    assert len(trainer.optimizers[0].steps) == own.step == 6 - len(overflows)  # type: ignore[attr-defined]
+
+
 def test_a_batch_without_a_loss_makes_no_step_of_the_penalty(tmp_path: Path) -> None:
     class Skipping(Module):
         def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:

@@ -57,7 +57,9 @@ class RotationPenaltyCallback(Callback):
         self._step = 0
         # Of the optimizers' steps since; None where there was none.
         self._rates: float | dict[int, float] | None = None
-        # GradScaler's, with which the penalty was added since; None where it was not, and without a scaler.
+        # Of the penalty, at the last optimizer step.
+        self._seen = 0
+        # GradScaler's, with which the penalty was added then; None where it was not, and without a scaler.
         self._scale: float | None = None
         # Whether anchored weights have had a step since.
         self._stepped = False
@@ -97,7 +99,8 @@ class RotationPenaltyCallback(Callback):
         check_replicas(self.penalty)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step, self._rates, self._scale, self._stepped = self.penalty.step, None, None, False
+        self._step = self._seen = self.penalty.step
+        self._rates, self._scale, self._stepped = None, None, False
         if self.penalty.step and trainer.global_step == 0:
             warn_of_second_training(self.penalty)
 
@@ -148,15 +151,15 @@ class RotationPenaltyCallback(Callback):
             self.penalty.add_gradients_(pl_module, 1.0 if still is None else still)
         elif self.penalty.step == self._step:
             self._refuse_without_penalty(optimizer, pl_module)
-        elif self._scale is None and scale is not None and self.penalty.scale not in (None, scale):
+        elif self.penalty.step != self._seen and scale is not None and self.penalty.scale not in (None, scale):
             raise ValueError(
                 f"scale: got {self.penalty.scale:g} in {type(pl_module).__name__}'s call of penalty.add_gradients_, "
                 f"expected {scale:g}, by which GradScaler has scaled the gradients there: add_gradients_(self, "
                 "scale=self.trainer.precision_plugin.scaler.get_scale())"
             )
-        if self._scale is None and self.penalty.step != self._step:
+        if self.penalty.step != self._seen:
             # The first optimizer's of several: the scaler may change it after each.
-            self._scale = scale
+            self._seen, self._scale, self._stepped = self.penalty.step, scale, False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -166,6 +169,7 @@ class RotationPenaltyCallback(Callback):
             self.penalty.after_step_(pl_module, self._rates)
             self._rates = None
         self._take_back_if_skipped(trainer)
+        self._seen = self.penalty.step
         if self.penalty.step == self._step:
             return
         self._step = self.penalty.step
