@@ -189,7 +189,7 @@ def _locate_base(name: str, module: nn.Module, parameters: Mapping[str, Paramete
     if reference is None:
         raise ValueError(
             f"got a {type(layer).__name__} without a parameter of its own for its weight (packed, or part of FSDP1's "
-            "flat parameter), expected one that lies here, or is sharded by FSDP2"
+            "flat parameter), expected one that lies here, or is sharded by FSDP2; leave the weight out (exclude=...)"
         )
     parameter = reference.parameter
     if is_quantised(parameter):
