@@ -32,8 +32,8 @@ def test_a_pass(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     head, *lines = printed[2:5]
     assert " ".join(head.split()) == "operation form W W0 U, V G cases worst error bound repeats verdict"
     assert [line.split()[:7] for line in lines] == [
-        ["drift", "base", "bf16", "bf16", "bf16", "-", "2"],
-        ["gradient", "any", "-", "-", "bf16", "bf16", "1"],
+        ["drift", "base", "bf16", "bf16", "bf16", "-", "1"],
+        ["gradient", "any", "-", "-", "bf16", "bf16", "2"],
     ]
     assert all(line.endswith("ok") for line in lines)
     assert printed[6].startswith("passed, ")
