@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..private_names import Zero3Parameter
 from .flat_shard import FlatShardWeight
+from .masters import replace_by_masters
 from .shard import Shard
 from .weight import LocalWeight
 
@@ -81,12 +82,7 @@ class ZeroWeight(FlatShardWeight):
 
 
 class ZeroMasterWeight(ZeroWeight):
-    """The same parameter at its optimizer's float32 masters. Only a call that computes R reads these.
-
-    An element whose master does not round to the model's parameter counts as the model has it: somebody has written
-    into the parameter alone, and R must not pass that over. Values are thus never further than a rounding step from
-    those of the model.
-    """
+    """The same parameter at its optimizer's float32 masters. Only a call that computes R reads these."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,8 +104,7 @@ class ZeroMasterWeight(ZeroWeight):
         master = self._zero3.master
         assert master is not None
         copy, master = super().values(), self.view_shard(master)
-        # Infinity minus infinity is not zero: where the model's parameter is not finite, R is not either.
-        return torch.where(master.to(copy.dtype).sub_(copy) == 0, master, copy)
+        return replace_by_masters(copy, master)
 
 
 def locate_zero3(zero3: Zero3Parameter) -> ZeroWeight:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..private_names import MasterRange, find_master_range
+from .masters import replace_by_masters
 from .shard import Shard
 from .weight import LocalWeight, ReplicatedWeight
 
@@ -65,11 +66,7 @@ class ZeroReplica(ReplicatedWeight):
 
 
 class ZeroReplicaMaster(ZeroReplica):
-    """The same parameter at its optimizer's float32 masters, of which the gradient goes on to the parameter.
-
-    An element whose master does not round to the model's parameter counts as the model has it: somebody has written
-    into the parameter alone, and R must not pass that over.
-    """
+    """The same parameter at its optimizer's float32 masters, of which the gradient goes on to the parameter."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,8 +98,7 @@ class _AtMasters(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, copy: Tensor, masters: Tensor) -> Tensor:
         ctx.dtype = copy.dtype
-        # Infinity minus infinity is not zero: where the model's parameter is not finite, R is not either.
-        return torch.where(masters.to(copy.dtype).sub_(copy) == 0, masters, copy)
+        return replace_by_masters(copy, masters)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
